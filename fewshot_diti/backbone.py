@@ -1,0 +1,250 @@
+"""The frozen Stable Diffusion: VAE, tokenizer, text encoder, U-Net and noise schedule.
+
+Shapes: B batch, c, h, w latent channels, height and width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+POCKET = "pocket"
+
+
+def default_device() -> torch.device:
+    """This process's own accelerator where there is any, else the CPU."""
+    return PartialState().device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """The folder or hub id that a backbone's name stands for; `pocket` is the one that ships."""
+    if str(name_or_path) == POCKET:
+        return str(resources.files("fewshot_diti") / "assets" / "pocket-sd")
+    return str(name_or_path)
+
+
+def hash_weights(*modules: nn.Module) -> str:
+    """sha256 (32 hex characters) of names, shapes and values rounded to fp16: an fp32 file and its fp16 copy agree."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if tensor.is_floating_point():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:32]
+
+
+class Backbone:
+    """A frozen Stable Diffusion with one method for each thing the rest of the package asks of it.
+
+    Attributes:
+        name: what `from_pretrained` was given.
+        hash: identifies the weights whatever the dtype of their file.
+        alphas_cumprod: [T] float64, of the backbone's own schedule.
+        prediction_type: "epsilon" or "v_prediction".
+        latent_channels, vae_scale_factor: read from the VAE.
+        image_size: (height, width) in pixels that the backbone was trained at.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name, self.dtype, self.device = name, dtype, device
+        self.hash = hash_weights(vae, text_encoder, unet)
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"Backbone {name!r} predicts {self.prediction_type!r}; class tokens need 'epsilon' or 'v_prediction'."
+            )
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"Backbone {name!r}: the U-Net takes {unet.config.in_channels} channels, the VAE gives "
+                f"{vae.config.latent_channels}; inpainting and depth models cannot be used, take the base model."
+            )
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+        # the VAE stays fp32: fp16 overflows in Stable Diffusion's decoder, and images are encoded once
+        self.vae = vae.to(device, torch.float32).eval().requires_grad_(False)
+        self.text_encoder = text_encoder.to(device, dtype).eval().requires_grad_(False)
+        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
+        if device.type == "cpu":
+            self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = POCKET,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Backbone:
+        """Loads "pocket", a folder in diffusers' layout, or a hub id; SD 1.x and 2.x.
+
+        Args:
+            dtype: of U-Net and text encoder; by default bfloat16 where the hardware has it, else float32.
+            device: by default CUDA where there is any, else the CPU.
+
+        Raises:
+            OSError: no such folder or hub id, or a part of it is missing.
+            ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x.
+        """
+        where = resolve(name_or_path)
+        device = torch.device(device) if device is not None else default_device()
+        return cls(
+            name=str(name_or_path),
+            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", dtype=torch.float32),
+            tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
+            text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32),
+            unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", dtype=torch.float32),
+            scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler"),
+            dtype=dtype or default_dtype(device),
+            device=device,
+        )
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The two networks that LoRA adapts, by the name of their folder."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T of the schedule."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels c of a latent."""
+        return self.vae.config.latent_channels
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position along one axis."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @cached_property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the latents the U-Net was made for."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def check_image_size(self, size: tuple[int, int]) -> None:
+        """Raises a ValueError unless the U-Net's levels divide (height, width) evenly."""
+        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if any(n <= 0 or n % step for n in size):
+            raise ValueError(f"Image size {size} must be multiples of {step} pixels for backbone {self.name!r}.")
+
+    @torch.no_grad()
+    def encode_images(self, pixels_BCHW: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of pixels in [-1, 1], fp32 [B, c, h, w] each, on the CPU."""
+        means, stds = [], []
+        for batch in pixels_BCHW.split(batch_size):
+            posterior = self.vae.encode(batch.to(self.device, torch.float32)).latent_dist
+            means.append((posterior.mean * self.vae.config.scaling_factor).cpu())
+            stds.append((posterior.std * self.vae.config.scaling_factor).cpu())
+        return torch.cat(means), torch.cat(stds)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids [B, L], padded to the model's length.
+
+        Raises:
+            ValueError: a prompt is longer than the text encoder reads; truncation would cut the class name off.
+        """
+        length = self.tokenizer.model_max_length
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > length:
+                raise ValueError(
+                    f"Prompt {prompt!r} has {count} tokens, backbone {self.name!r} reads {length}; shorten it."
+                )
+        encoded = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
+        return encoded.input_ids.to(self.device)
+
+    def encode_text(self, input_ids_BL: Tensor) -> Tensor:
+        """Text embeddings [B, L, D] in the backbone's dtype."""
+        return self.text_encoder(input_ids_BL).last_hidden_state
+
+    def add_noise(self, latents_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor) -> Tensor:
+        """x_t in the latents' dtype, fp32 or finer (Ho et al., DDPM, eq. 4)."""
+        a = self.alphas_cumprod.to(latents_Bchw.device)[timesteps_B][:, None, None, None]
+        return a.sqrt().to(latents_Bchw) * latents_Bchw + (1 - a).sqrt().to(noise_Bchw) * noise_Bchw
+
+    def errors(self, latents_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+        """Denoising error in eps of each sample, [B] in the latents' dtype, averaged over the latent.
+
+        A model that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 is off in eps by sqrt(abar) times its error in v
+        (Salimans and Ho, Progressive Distillation, appendix D).
+        """
+        noisy = self.add_noise(latents_Bchw, noise_Bchw, timesteps_B)
+        predicted = self.unet(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
+        if self.prediction_type == "epsilon":
+            return (noise_Bchw - predicted).square().mean((1, 2, 3))
+        a = self.alphas_cumprod.to(latents_Bchw.device)[timesteps_B].to(latents_Bchw.dtype)
+        a_B111 = a[:, None, None, None]
+        v = a_B111.sqrt() * noise_Bchw - (1 - a_B111).sqrt() * latents_Bchw
+        return a * (v - predicted).square().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def generate_latents(
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        *,
+        size: tuple[int, int],
+        steps: int,
+        guidance_scale: float,
+        batch_size: int,
+    ) -> Tensor:
+        """Scaled latents [len(seeds), c, h, w] of images that the backbone makes of a prompt, fp32 on the CPU."""
+        pipe = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        batches = []
+        chunks = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+        for chunk in tqdm(chunks, desc="prior images", disable=None):
+            batches.append(
+                pipe(
+                    prompt=[prompt] * len(chunk),
+                    height=size[0],
+                    width=size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=[torch.Generator().manual_seed(s) for s in chunk],
+                    output_type="latent",
+                ).images
+            )
+        return torch.cat(batches).float().cpu()

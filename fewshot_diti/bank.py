@@ -1,0 +1,267 @@
+"""The bank: an ordered set of class tokens over one backbone, saved, shared, extended and exported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.files import write_atomically
+from fewshot_diti.lora import Layout, Target, union_layout
+from fewshot_diti.training import Label
+
+_WEIGHTS, _CLASSES, _CONFIG, _CARD, _MANIFEST = (
+    "class_tokens.safetensors",
+    "bank.json",
+    "config.json",
+    "README.md",
+    "manifest.json",
+)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassToken:
+    """What a bank knows of one class beside its weights.
+
+    Attributes:
+        label: the class as the user calls it.
+        prompt: the text that conditions the U-Net.
+        num_shots: images it was trained on.
+        unet_scale, text_encoder_scale: LoRA scale at scoring.
+    """
+
+    label: Label
+    prompt: str
+    num_shots: int
+    unet_scale: float = 0.6
+    text_encoder_scale: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """Class tokens over one backbone; every method that changes one returns a new bank.
+
+    Attributes:
+        tokens: C class tokens.
+        layout: where each adapter lies in a row.
+        rows: their LoRA weights [C, P], fp32, as trained (unscaled).
+        backbone_name, backbone_hash: the backbone; another one is refused by hash.
+        geometry: size and resize rule of shots and test images.
+    """
+
+    tokens: tuple[ClassToken, ...]
+    layout: Layout
+    rows: Tensor
+    backbone_name: str
+    backbone_hash: str
+    geometry: ImageGeometry
+
+    def __post_init__(self) -> None:
+        labels = self.labels
+        if len({(type(x), x) for x in labels}) < len(labels):
+            raise ValueError(f"A bank holds each class once, got {list(labels)}.")
+        if self.rows.shape != (len(labels), self.layout.num_parameters):
+            raise ValueError(
+                f"A bank of {len(labels)} classes needs weights [{len(labels)}, {self.layout.num_parameters}], got "
+                f"{list(self.rows.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The classes in order."""
+        return tuple(t.label for t in self.tokens)
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raises a ValueError that names both when the backbone is not the one the bank was trained on."""
+        if backbone.hash != self.backbone_hash:
+            raise ValueError(
+                f"The bank was trained on backbone {self.backbone_name!r} (hash {self.backbone_hash}), not on "
+                f"{backbone.name!r} (hash {backbone.hash}); load that backbone, or train the class tokens again."
+            )
+
+    def scaled_rows(self) -> Tensor:
+        """Weights [C, P] for scoring: B multiplied by each class's scoring scale."""
+        mask = {
+            net: self.layout.fill(
+                {(n, p): float(n == net and p == "B") for n in ("unet", "text_encoder") for p in "AB"}
+            )
+            for net in ("unet", "text_encoder")
+        }
+        unet = torch.tensor([t.unet_scale for t in self.tokens])[:, None] - 1
+        text = torch.tensor([t.text_encoder_scale for t in self.tokens])[:, None] - 1
+        return self.rows * (1 + unet * mask["unet"] + text * mask["text_encoder"])
+
+    def merge(self, other: Bank) -> Bank:
+        """The classes of both; weights of a smaller rank or narrower block filter are zero-padded.
+
+        Raises:
+            ValueError: another backbone or geometry, or a class that stands in both.
+        """
+        if (self.backbone_hash, self.geometry) != (other.backbone_hash, other.geometry):
+            raise ValueError(
+                "Banks merge over one backbone and one geometry, got "
+                f"{self.backbone_name!r} ({self.backbone_hash}), {self.geometry} and "
+                f"{other.backbone_name!r} ({other.backbone_hash}), {other.geometry}."
+            )
+        both = sorted({repr(x) for x in self.labels} & {repr(x) for x in other.labels})
+        if both:
+            raise ValueError(f"Classes {', '.join(both)} stand in both banks; remove them from one first.")
+        layout = union_layout([self.layout, other.layout])
+        rows = torch.cat([b.layout.repack(b.rows, layout) for b in (self, other)])
+        return replace(self, tokens=self.tokens + other.tokens, layout=layout, rows=rows)
+
+    def select(self, labels: Sequence[Label]) -> Bank:
+        """The given classes in the given order.
+
+        Raises:
+            ValueError: a class is not in the bank.
+        """
+        position = {(type(x), x): i for i, x in enumerate(self.labels)}
+        unknown = [x for x in labels if (type(x), x) not in position]
+        if unknown:
+            raise ValueError(f"Classes {unknown} are not in the bank; it holds {list(self.labels)}.")
+        index = [position[type(x), x] for x in labels]
+        return replace(self, tokens=tuple(self.tokens[i] for i in index), rows=self.rows[index])
+
+    def remove(self, labels: Sequence[Label]) -> Bank:
+        """All classes but the given ones.
+
+        Raises:
+            ValueError: a class is not in the bank.
+        """
+        self.select(labels)
+        gone = {(type(x), x) for x in labels}
+        return self.select([x for x in self.labels if (type(x), x) not in gone])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the bank; its manifest comes last, so that a reader sees the old bank or the new one."""
+        folder = Path(folder)
+        config = {
+            "format": _FORMAT,
+            "backbone_name": self.backbone_name,
+            "backbone_hash": self.backbone_hash,
+            "geometry": self.geometry.to_dict(),
+            "rank": self.layout.rank,
+            "targets": [asdict(t) for t in self.layout.targets],
+            "versions": {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")},
+        }
+        contents = {
+            _WEIGHTS: save_tensors({"rows": self.rows.contiguous()}),
+            _CLASSES: _json([asdict(t) for t in self.tokens]),
+            _CONFIG: _json(config),
+            _CARD: self._model_card().encode(),
+        }
+        manifest = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+        write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": manifest}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bank:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no manifest, so no complete bank.
+            ValueError: a file is not the one that the manifest names.
+        """
+        folder = Path(folder)
+        if not (folder / _MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one."
+            )
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(
+                f"{folder}: bank format {manifest.get('format')!r}; this version reads {_FORMAT}. Upgrade."
+            )
+        contents = {}
+        for name, expected in manifest["files"].items():
+            content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+                raise ValueError(
+                    f"{folder / name} ({len(content)} bytes) is not the file of {expected['size']} bytes that "
+                    f"{_MANIFEST} names; it was changed or cut short. Save or copy the bank again."
+                )
+            contents[name] = content
+        config = json.loads(contents[_CONFIG])
+        return cls(
+            tokens=tuple(ClassToken(**t) for t in json.loads(contents[_CLASSES])),
+            layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"]),
+            rows=load_tensors(contents[_WEIGHTS])["rows"],
+            backbone_name=config["backbone_name"],
+            backbone_hash=config["backbone_hash"],
+            geometry=ImageGeometry.from_dict(config["geometry"]),
+        )
+
+    def export(self, label: Label, folder: str | Path) -> Path:
+        """Writes one class token as a diffusers LoRA, `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`.
+
+        B is multiplied by the scoring scale, so that the loaded LoRA gives the bank's errors at weight 1.
+
+        Raises:
+            ValueError: the class is not in the bank.
+        """
+        one = self.select([label])
+        pieces = one.layout.split(one.scaled_rows())
+        tensors, adapter_config = {}, {}
+        for target, (a, b) in pieces.items():
+            # every reader of the format knows the text encoder under its old prefix
+            prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
+            tensors[f"{prefix}.{target.name}.lora_A.weight"] = a[0].contiguous()
+            tensors[f"{prefix}.{target.name}.lora_B.weight"] = b[0].contiguous()
+        for network in ("unet", "text_encoder"):
+            names = [t.name for t in one.layout.targets if t.network == network]
+            config = LoraConfig(r=one.layout.rank, lora_alpha=one.layout.rank, target_modules=names).to_dict()
+            config["target_modules"] = names
+            adapter_config |= {f"{network}.{k}": v for k, v in config.items()}
+        encoded = json.dumps(adapter_config, default=sorted, sort_keys=True)
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        write_atomically(path, save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded}))
+        card = f"# Class token {label!r}\n\nPrompt: `{one.tokens[0].prompt}`\n\nBackbone: `{self.backbone_name}`\n"
+        write_atomically(Path(folder) / _CARD, card.encode())
+        return path
+
+    def _model_card(self) -> str:
+        lines = [
+            "---",
+            "library_name: fewshot-diti",
+            "tags: [few-shot, stable-diffusion, lora]",
+            "---",
+            "",
+            f"# A bank of {len(self)} class tokens",
+            "",
+            f"Backbone `{self.backbone_name}` (hash `{self.backbone_hash}`), images {self.geometry.size[1]} x "
+            f"{self.geometry.size[0]} ({self.geometry.resize}), LoRA rank {self.layout.rank}.",
+            "",
+            "| class | shots | prompt |",
+            "|---|---|---|",
+            *(f"| {t.label} | {t.num_shots} | {t.prompt} |" for t in self.tokens),
+            "",
+            "```python",
+            "from fewshot_diti import DiTiClassifier",
+            "",
+            'classifier = DiTiClassifier.from_pretrained("this-folder")',
+            'classifier.predict(["image.jpg"])',
+            "```",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,119 @@
+"""What is fitted on held-out shots: the temperature of the probabilities, and the window of the `auto` weighting.
+
+Held out means: the errors of a shot come from class tokens trained without it. Errors on shots that a class token was
+trained on are too small for the true class, and would pick the time-steps at which training images are remembered.
+
+Shapes in names: N images, C classes, S trials of an image.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from torch import Tensor
+
+from fewshot_diti.timesteps import score
+
+WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
+LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
+TIED = 1e-6  # nats; windows whose likelihoods are closer are equally good
+
+
+def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
+    """Temperature, above 0, that makes softmax(-score / temperature) most likely on held-out shots.
+
+    Minimises the negative log-likelihood of the labels together with one further image of unknown class (each label's
+    target is 1 - 1/(N+1), the rest spread over all classes). Without that one, shots that are all classified correctly
+    would give temperature 0 and probabilities of exactly 0 and 1 (Platt, 1999, section 2.2, with the same cure).
+    Convex in 1 / temperature, hence one minimum, found by bounded search within a factor of e^10 of the scores'
+    standard deviation over classes; scores that say nothing about the labels end at the upper bound, where all
+    probabilities are equal.
+
+    ValueError: scores that are not finite or the same in all classes, fewer than two classes, labels outside 0..C-1.
+    """
+    _check(scores_NC, labels_N)
+    # numpy, because the search calls this some thirty times and torch's threads cost more than the sums.
+    scores = scores_NC.double().cpu().numpy()
+    N, C = scores.shape
+    spread = scores.std(axis=1).mean()
+    if spread == 0:
+        raise ValueError("the scores are the same in all classes on every image: no temperature fits")
+    targets = np.eye(C)[labels_N.cpu().numpy()] * N / (N + 1) + 1 / (C * (N + 1))
+
+    def loss(log_temperature: float) -> float:
+        return -(targets * log_softmax(-scores / (spread * np.exp(log_temperature)), axis=1)).sum() / N
+
+    found = minimize_scalar(
+        loss, bounds=(-LOG_TEMPERATURE_RANGE, LOG_TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-7}
+    )
+    return float(spread * np.exp(found.x))
+
+
+def negative_log_likelihood(scores_NC: Tensor, labels_N: Tensor, temperature: float) -> float:
+    """Mean over images of -log softmax(-score / temperature)[label], in nats; log(C) is what guessing gives."""
+    _check(scores_NC, labels_N)
+    log_probabilities = log_softmax(-scores_NC.double().cpu().numpy() / temperature, axis=1)
+    return float(-log_probabilities[np.arange(len(labels_N)), labels_N.cpu().numpy()].mean())
+
+
+def candidate_windows(num_train_timesteps: int) -> list[tuple[int, int]]:
+    """All windows (lo, hi) between tenths of the schedule, 55 of them: what `auto` chooses from."""
+    edges = [num_train_timesteps * edge // WINDOW_EDGES for edge in range(WINDOW_EDGES + 1)]
+    return list(combinations(edges, 2))
+
+
+def choose_window(
+    errors_NCS: Tensor, labels_N: Tensor, timesteps: Tensor, candidates: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The window (lo, hi) of the `auto` weighting: the candidate under which held-out shots are most likely.
+
+    `errors_NCS`: errors of the shots under class tokens trained without them; `timesteps`: [S] or [N, S], even in t.
+    Each candidate gets a temperature of its own (`fit_temperature`) and is judged by its negative log-likelihood;
+    where two are equal to 1e-6 nats, by accuracy, then by width (the wider wins: it averages more trials), then by the
+    smaller lo. Candidates in which some image has no trial cannot be judged and are left out. Likelihood and not
+    accuracy, because a shot on which the right class wins narrowly counts for less than one on which it wins clearly:
+    accuracy over N shots moves in steps of 1/N and leaves most candidates tied.
+
+    Cost: the choice itself is under a second, the errors are not: F folds train every class token F times on (F-1)/F of
+    its shots, and each shot costs S x C evaluations. Variability: the difference between two windows has a standard
+    error of the images' standard deviation of that difference over sqrt(N), and the best of 55 looks better than it is.
+    Neighbouring windows change places from one draw of shots to the next: with simulated errors (12 classes, 40 trials,
+    information that fades as exp(-t / 300)) lo was 0 in all of 15 draws, and hi lay between 200 and 900 for 24 shots in
+    all, between 300 and 600 for 192 and then mostly at 400.
+
+    ValueError: as `score` and `fit_temperature` raise it, or when no candidate holds a trial of every image.
+    """
+    best: list[tuple[float, float, int, int]] = []
+    for lo, hi in candidates:
+        inside = (timesteps >= lo) & (timesteps < hi)
+        if not inside.any(dim=-1).all():
+            continue
+        scores_NC = score(errors_NCS, inside.double())
+        likelihood = negative_log_likelihood(scores_NC, labels_N, fit_temperature(scores_NC, labels_N))
+        accuracy = (scores_NC.argmin(dim=1) == labels_N.to(scores_NC.device)).double().mean().item()
+        best.append((likelihood, -accuracy, lo - hi, lo))
+    if not best:
+        raise ValueError(
+            f"none of the {len(candidates)} candidate windows holds a trial of every image; the trials have t from "
+            f"{timesteps.min()} to {timesteps.max()}"
+        )
+    limit = min(best)[0] + TIED
+    _, _, negative_width, lo = min((window for window in best if window[0] <= limit), key=lambda window: window[1:])
+    return lo, lo - negative_width
+
+
+def _check(scores_NC: Tensor, labels_N: Tensor) -> None:
+    if scores_NC.ndim != 2 or labels_N.shape != scores_NC.shape[:1] or scores_NC.shape[1] < 2 or not len(labels_N):
+        raise ValueError(
+            f"scores {tuple(scores_NC.shape)} and labels {tuple(labels_N.shape)}; give [N, C] and [N], C >= 2"
+        )
+    if not scores_NC.isfinite().all():
+        image, label = (~scores_NC.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"class index {label} has the score {scores_NC[image, label].item()} on image {image}")
+    if labels_N.min() < 0 or labels_N.max() >= scores_NC.shape[1]:
+        raise ValueError(
+            f"labels from {labels_N.min()} to {labels_N.max()}; with {scores_NC.shape[1]} classes they are indices "
+            f"from 0 to {scores_NC.shape[1] - 1}"
+        )

@@ -1,0 +1,34 @@
+"""Images, their sources, and the shots drawn from them."""
+
+from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.data.images import ImageGeometry, image_id, open_image
+from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots, seen_attribute
+from fewshot_diti.data.sources import (
+    load_bundled,
+    load_fgvc,
+    load_folder,
+    load_hub,
+    load_images,
+    load_manifest,
+    normalize_airline,
+)
+from fewshot_diti.data.splits import import_path_list
+
+__all__ = [
+    "ImageGeometry",
+    "ImageSet",
+    "Shots",
+    "check_disjoint",
+    "image_id",
+    "import_path_list",
+    "load_bundled",
+    "load_fgvc",
+    "load_folder",
+    "load_hub",
+    "load_images",
+    "load_manifest",
+    "normalize_airline",
+    "open_image",
+    "sample_shots",
+    "seen_attribute",
+]

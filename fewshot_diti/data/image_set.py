@@ -1,0 +1,98 @@
+"""Labelled images in the one shape that every source gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from fewshot_diti.data.images import ImageSource, image_id, open_image
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """N labelled images, decoded only when asked for.
+
+    Attributes:
+        images: N sources, each what `open_image` takes or a function without arguments that returns it.
+        labels: int64 [N], positions in `class_names`.
+        class_names: a class's place is its label; classes without an image are allowed.
+        names: N texts by which errors name the images: a path, or a row of a data set.
+        attributes: column name -> N values; "" where an image has none.
+
+    Raises:
+        ValueError: the lengths differ, or a label is no position in `class_names`.
+    """
+
+    images: Sequence[ImageSource | Callable[[], ImageSource]]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns: dict[str, Sized] = {"labels": self.labels, "names": self.names, **self.attributes}
+        wrong = {name: len(values) for name, values in columns.items() if len(values) != len(self.images)}
+        if wrong:
+            raise ValueError(f"{len(self.images)} images, but these columns have other lengths: {wrong}.")
+        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            raise ValueError(f"Labels must lie in 0..{len(self.class_names) - 1}, the places of {self.class_names}.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, row: int) -> Image.Image:
+        """Decodes the image at a position; raises ValueError or FileNotFoundError that names it."""
+        source = self.images[row]
+        try:
+            return open_image(source() if callable(source) else source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.names[row]}: {error}") from error
+        except (ValueError, TypeError, OSError) as error:  # OSError: where `datasets` decodes
+            raise ValueError(f"{self.names[row]}: {error}") from error
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The N image ids; the first access decodes every image once."""
+        return tuple(image_id(self.image(row)) for row in range(len(self)))
+
+    def subset(self, rows: Iterable[int]) -> ImageSet:
+        """The images at the given positions, in that order, under the same class names."""
+        rows = [int(row) for row in rows]
+        chosen = ImageSet(
+            images=[self.images[row] for row in rows],
+            labels=self.labels[rows],
+            class_names=self.class_names,
+            names=tuple(self.names[row] for row in rows),
+            attributes={key: tuple(values[row] for row in rows) for key, values in self.attributes.items()},
+        )
+        if "ids" in self.__dict__:  # known ids go along: decoding is the dear part
+            chosen.__dict__["ids"] = tuple(self.ids[row] for row in rows)
+        return chosen
+
+    def concatenate(self, other: ImageSet) -> ImageSet:
+        """These images, then the other's; classes are matched by name, and an attribute that one side lacks is ""."""
+        class_names = tuple(dict.fromkeys(self.class_names + other.class_names))
+        labels = [class_names.index(part.class_names[label]) for part in (self, other) for label in part.labels]
+        attributes = {
+            key: self.attributes.get(key, ("",) * len(self)) + other.attributes.get(key, ("",) * len(other))
+            for key in dict.fromkeys([*self.attributes, *other.attributes])
+        }
+        return ImageSet(
+            images=[*self.images, *other.images],
+            labels=np.array(labels, dtype=np.int64),
+            class_names=class_names,
+            names=self.names + other.names,
+            attributes=attributes,
+        )
+
+
+def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(int64 labels, class names in order) of label texts and further known classes; whole numbers sort by value."""
+    names = sorted({*values, *known}, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n))
+    places = {name: place for place, name in enumerate(names)}
+    return np.array([places[value] for value in values], dtype=np.int64), tuple(names)

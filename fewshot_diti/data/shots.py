@@ -1,0 +1,135 @@
+"""Shots: the k training images a class, drawn by (k, seed) and named by image id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """Which images were drawn.
+
+    Attributes:
+        k: shots a class, or "all".
+        seed: what the draw depends on beside the images themselves.
+        image_ids: class name -> image ids; the first j of them are the j-shot draw of the same seed.
+
+    Raises:
+        ValueError: k is neither a whole number of at least 1 nor "all", the seed no whole number, a class not of k.
+    """
+
+    k: int | Literal["all"]
+    seed: int
+    image_ids: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if self.k != "all" and (type(self.k) is not int or self.k < 1):
+            raise ValueError(f'k={self.k!r}; pass a whole number of at least 1, or "all".')
+        if type(self.seed) is not int:
+            raise ValueError(f"seed={self.seed!r}; pass a whole number.")
+        wrong = {name: len(ids) for name, ids in self.image_ids.items() if self.k != "all" and len(set(ids)) != self.k}
+        if wrong:
+            raise ValueError(f"k={self.k}, but these classes have other numbers of shots: {wrong}.")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the shots as JSON, atomically."""
+        record = {"k": self.k, "seed": self.seed, "image_ids": {n: list(ids) for n, ids in self.image_ids.items()}}
+        write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Shots:
+        """Reads what `save` wrote; raises FileNotFoundError, or ValueError for a file that is something else."""
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or set(record) != {"k", "seed", "image_ids"}:
+            raise ValueError(
+                f"{path} is no file of shots: it must hold k, seed and image_ids, as Shots.save writes them."
+            )
+        return cls(**record | {"image_ids": {name: tuple(ids) for name, ids in record["image_ids"].items()}})
+
+    def rows(self, data: ImageSet) -> list[int]:
+        """Positions of the shots in `data`, class by class, in drawn order; of duplicates within a class the first.
+
+        Raises:
+            ValueError: an image is not among `data` under its class.
+        """
+        places: dict[tuple[str, str], int] = {}
+        for row, (label, image) in enumerate(zip(data.labels, data.ids, strict=True)):
+            places.setdefault((data.class_names[label], image), row)
+        wanted = [(name, image) for name, ids in self.image_ids.items() for image in ids]
+        missing = [key for key in wanted if key not in places]
+        if missing:
+            name, image = missing[0]
+            raise ValueError(
+                f"{len(missing)} of {len(wanted)} shots are not among the {len(data)} images, first image id "
+                f"{image} of class {name!r}; pass the images that the shots came from, or draw anew with sample_shots."
+            )
+        return [places[key] for key in wanted]
+
+
+def sample_shots(data: ImageSet, k: int | Literal["all"], seed: int) -> Shots:
+    """Draws k images a class: each class's images in the order of SHA-256(seed, image id), the first k.
+
+    So the draw is nested in k and depends on nothing but the seed and the pictures: neither on file names, file order
+    or machine, nor on the other classes. Duplicates within a class count once. "all" takes every image and allows
+    classes of different size.
+
+    Raises:
+        ValueError: a class has fewer than k images (than one, for "all"), or k or the seed is no allowed value.
+    """
+    Shots(k=k, seed=seed, image_ids={})  # refuses a bad k or seed before any image is decoded
+    of_class: dict[str, set[str]] = {name: set() for name in data.class_names}
+    for label, image in zip(data.labels, data.ids, strict=True):
+        of_class[data.class_names[label]].add(image)
+    least = 1 if k == "all" else k
+    short = {name: len(ids) for name, ids in of_class.items() if len(ids) < least}
+    if short:
+        counts = ", ".join(f"{name!r} has {count}" for name, count in list(short.items())[:5])
+        more = f" and {len(short) - 5} other classes have too few" if len(short) > 5 else ""
+        fewest = min(short.values())
+        way_out = f', or pass k={fewest} or "all"' if fewest else ""
+        raise ValueError(
+            f"{least} different images a class are needed, but {counts}{more}; add images or drop the class{way_out}."
+        )
+
+    def rank(image: str) -> str:
+        return hashlib.sha256(f"{seed}:{image}".encode()).hexdigest()
+
+    count = None if k == "all" else k
+    drawn = {name: tuple(sorted(ids, key=rank)[:count]) for name, ids in of_class.items()}
+    return Shots(k=k, seed=seed, image_ids=drawn)
+
+
+def check_disjoint(shots_set: ImageSet, test_set: ImageSet) -> None:
+    """Raises ValueError naming both where one picture, by decoded content, is a shot and a test image."""
+    shot_names = dict(zip(shots_set.ids, shots_set.names, strict=True))
+    both = [(shot_names[i], n) for i, n in zip(test_set.ids, test_set.names, strict=True) if i in shot_names]
+    if both:
+        raise ValueError(
+            f"{len(both)} test images are also shots, first the test image {both[0][1]}, the same picture as the shot "
+            f"{both[0][0]}; remove one of the two."
+        )
+
+
+def seen_attribute(shots: ImageSet, test: ImageSet, column: str = "airline") -> np.ndarray:
+    """bool [N]: whether a test image's value of the column occurs among the shots of its own class (by class name).
+
+    Raises:
+        ValueError: one of the two has no such column.
+    """
+    for part in (shots, test):
+        if column not in part.attributes:
+            raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")
+    shot_classes = (shots.class_names[label] for label in shots.labels)
+    seen = set(zip(shot_classes, shots.attributes[column], strict=True))
+    test_classes = (test.class_names[label] for label in test.labels)
+    return np.array([key in seen for key in zip(test_classes, test.attributes[column], strict=True)], dtype=bool)

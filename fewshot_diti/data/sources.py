@@ -1,0 +1,281 @@
+"""Sources of labelled images: FGVC-Aircraft's layout, folders, manifests, the hub, the bundled images."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import io
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import datasets
+import numpy as np
+
+from fewshot_diti.data.image_set import ImageSet, index_labels
+
+FgvcLevel = Literal["variant", "family", "manufacturer"]
+FgvcSplit = Literal["train", "val", "trainval", "test"]
+FolderSplit = Literal["train", "val", "test"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
+_SPECS = "bundled, fgvc:DIR[@level], folder:DIR, manifest:FILE, hub:ID[@image_column,label_column]"
+_ONE_AIRLINE = {"Hop!": "Hop", "American Airlines": "American"}
+
+
+def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSet:
+    """FGVC-Aircraft in its official directory layout; variant, family and manufacturer are attributes at every level.
+
+    An `attributes.csv` (first column `image`) beside the lists adds its columns; a column `airline` is normalised.
+
+    Args:
+        folder: the folder that holds `images/`, or its parent (where that folder is called `data`).
+        split: train, val, trainval or test.
+        level: variant, family or manufacturer.
+
+    Raises:
+        FileNotFoundError: the layout is not there.
+        ValueError: an unknown split or level.
+    """
+    _check("split", split, get_args(FgvcSplit))
+    _check("level", level, get_args(FgvcLevel))
+    candidates = [Path(folder), Path(folder) / "data"]
+    root = next((c for c in candidates if (c / "images").is_dir()), None)
+    if root is None or not (root / f"images_{level}_{split}.txt").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not FGVC-Aircraft: neither it nor its data/ holds images/ and images_{level}_{split}.txt. "
+            "Unpack fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/), pass its folder."
+        )
+    lists = {
+        key: dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        for key in get_args(FgvcLevel)
+        if (path := root / f"images_{key}_{split}.txt").is_file()
+    }
+    images = list(lists[level])
+    attributes = {key: tuple(by_image[image].strip() for image in images) for key, by_image in lists.items()}
+    if (root / "attributes.csv").is_file():
+        rows = {row["image"]: row for row in _read_csv(root / "attributes.csv")}
+        for key in dict.fromkeys(key for row in rows.values() for key in row if key not in ("image", *lists)):
+            attributes[key] = tuple(rows.get(image, {}).get(key, "") for image in images)
+    if "airline" in attributes:
+        attributes["airline"] = tuple(normalize_airline(name) for name in attributes["airline"])
+    plural = {"variant": "variants", "family": "families", "manufacturer": "manufacturers"}[level]
+    known = [line.strip() for line in (root / f"{plural}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    paths = [root / "images" / f"{image}.jpg" for image in images]
+    return ImageSet(
+        images=paths,
+        labels=np.array([known.index(name) for name in attributes[level]], dtype=np.int64),
+        class_names=tuple(known),
+        names=tuple(map(str, paths)),
+        attributes=attributes,
+    )
+
+
+def load_folder(folder: str | Path, split: str | None = None) -> ImageSet:
+    """A folder of class sub-folders, either one pool (no split) or below `train`, `val` and `test` folders.
+
+    The classes are those of all splits, so that labels agree between them. Hidden and non-image files are passed over.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no image.
+        ValueError: a split is asked of a pool, none of a folder with splits, or one that is not there.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}; pass a folder with one sub-folder of images a class.")
+    splits = [name for name in get_args(FolderSplit) if (root / name).is_dir()]
+    _check_split(str(root), split, splits)
+    pool = root / split if split else root
+    class_folders = [c for s in splits or ["."] for c in (root / s).iterdir() if c.is_dir() and c.name[0] != "."]
+    paths = sorted(
+        path
+        for path in pool.glob("*/**/*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(pool).parts)
+    )
+    if not paths:
+        raise FileNotFoundError(
+            f"{pool} holds no class sub-folder with images ({', '.join(IMAGE_SUFFIXES)}); make one sub-folder a class."
+        )
+    labels, class_names = index_labels([p.relative_to(pool).parts[0] for p in paths], [c.name for c in class_folders])
+    return ImageSet(images=paths, labels=labels, class_names=class_names, names=tuple(map(str, paths)))
+
+
+def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
+    """A CSV, JSON (a list of objects) or JSONL table with `path`, `label`, optionally `split`; others are attributes.
+
+    Paths are relative to the manifest. The classes are those of all splits, so that labels agree between them.
+
+    Raises:
+        FileNotFoundError: the manifest or an image is missing.
+        ValueError: another file type, a row without path or label, a split that is not there.
+    """
+    file = Path(file)
+    _check("suffix", file.suffix.lower(), (".csv", ".json", ".jsonl"))
+    if file.suffix.lower() == ".csv":
+        rows = _read_csv(file)
+    else:
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
+        parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
+        rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in parsed]
+    for number, row in enumerate(rows, start=1):
+        if not row.get("path") or not row.get("label"):
+            raise ValueError(f"Row {number} of {file} is {row}; every row needs the columns path and label.")
+    splits = list(dict.fromkeys(row["split"] for row in rows if row.get("split")))
+    _check_split(str(file), split, splits)
+    chosen = [row for row in rows if split is None or row.get("split") == split]
+    paths = [file.parent / row["path"] for row in chosen]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{file} names {len(missing)} images that are not there, {missing[0]} first; paths are relative to it."
+        )
+    labels, class_names = index_labels([row["label"] for row in chosen], [row["label"] for row in rows])
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("path", "label"))
+    return ImageSet(
+        images=paths,
+        labels=labels,
+        class_names=class_names,
+        names=tuple(map(str, paths)),
+        attributes={key: tuple(row.get(key, "") for row in chosen) for key in columns},
+    )
+
+
+def load_hub(
+    id_or_path: str, split: str | None = None, image_column: str = "image", label_column: str = "label"
+) -> ImageSet:
+    """A split of a `datasets` data set, by hub id, local folder, or folder written by `save_to_disk`.
+
+    ClassLabel names become the class names; other labels become texts, and then only those of this split are known.
+    Scalar columns become attributes.
+
+    Raises:
+        ValueError: no such split or column, or an image without a label.
+    """
+    folder = Path(id_or_path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        stored = datasets.load_from_disk(id_or_path)
+        if isinstance(stored, datasets.Dataset):
+            _check_split(id_or_path, split, [str(stored.split)] if stored.split else [])
+    else:
+        stored = datasets.load_dataset(id_or_path, split=split)
+    if isinstance(stored, datasets.DatasetDict):
+        _check_split(id_or_path, split, list(stored))
+        stored = stored[split]
+    for column in (image_column, label_column):
+        _check(f"column of {id_or_path}", column, stored.column_names)
+    if not isinstance(stored.features[image_column], datasets.Image):
+        stored = stored.cast_column(image_column, datasets.Image())
+    texts = {
+        key: _texts(stored, key)
+        for key, feature in stored.features.items()
+        if key != image_column and isinstance(feature, datasets.Value | datasets.ClassLabel)
+    }
+    _check(f"scalar column of {id_or_path}", label_column, tuple(texts))
+    labels_as_text = texts.pop(label_column)
+    if "" in labels_as_text:
+        raise ValueError(f"Row {labels_as_text.index('')} of {id_or_path} has no {label_column}; filter such rows out.")
+    feature = stored.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = tuple(feature.names)
+        labels = np.array(feature.str2int(list(labels_as_text)), dtype=np.int64)
+    else:
+        labels, class_names = index_labels(labels_as_text)
+    column = stored[image_column]  # lazy: an image is read and decoded when its row is asked for
+    return ImageSet(
+        images=[partial(column.__getitem__, row) for row in range(len(stored))],
+        labels=labels,
+        class_names=class_names,
+        names=tuple(f"{id_or_path} {split or ''} row {row}".replace("  ", " ") for row in range(len(stored))),
+        attributes=texts,
+    )
+
+
+def load_bundled(split: str = "train") -> ImageSet:
+    """The images that ship: 12 aircraft variants with 24 train and 20 test images each (half in train's liveries).
+
+    Raises:
+        ValueError: a split other than train and test.
+    """
+    _check("split", split, ("train", "test"))
+    folder = Path(str(importlib.resources.files("fewshot_diti"))) / "assets" / "aircraft"
+    table = _read_csv(folder / "attributes.csv")
+    rows = [row for row in table if row["split"] == split]
+    labels, class_names = index_labels([row["variant"] for row in rows], [row["variant"] for row in table])
+    paths = [folder / "images" / f"{row['image']}.jpg" for row in rows]
+    return ImageSet(
+        images=paths,
+        labels=labels,
+        class_names=class_names,
+        names=tuple(map(str, paths)),
+        attributes={key: tuple(row[key] for row in rows) for key in table[0] if key != "image"},
+    )
+
+
+def load_images(spec: str, split: str | None = None) -> ImageSet:
+    """Images by a one-line description, as commands and recipes take it.
+
+    Args:
+        spec: bundled, fgvc:DIR[@level], folder:DIR, manifest:FILE or hub:ID[@image_column,label_column].
+        split: as the source names its splits; None for a source without any.
+
+    Raises:
+        FileNotFoundError, ValueError: another description, or as the source's own loader.
+    """
+    kind, _, place = spec.partition(":")
+    if spec == "bundled" or (kind == "fgvc" and place):
+        if split is None:
+            raise ValueError(f"{spec} has splits; pass one, such as train or test.")
+        if spec == "bundled":
+            return load_bundled(split)
+        folder, _, level = place.rpartition("@")
+        return load_fgvc(folder, split, level) if level in get_args(FgvcLevel) else load_fgvc(place, split)
+    if kind == "folder" and place:
+        return load_folder(place, split)
+    if kind == "manifest" and place:
+        return load_manifest(place, split)
+    if kind == "hub" and place:
+        id_or_path, _, columns = place.rpartition("@")
+        return load_hub(id_or_path, split, *columns.split(",")) if columns.count(",") == 1 else load_hub(place, split)
+    raise ValueError(f"Images {spec!r}; pass one of {_SPECS}.")
+
+
+def normalize_airline(name: str) -> str:
+    """One spelling an airline of the bundled renders: Hop! is Hop, American Airlines is American, Default is ""."""
+    return "" if name.lower() == "default" else _ONE_AIRLINE.get(name, name)
+
+
+def _check(what: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r}; pass one of {', '.join(allowed)}.")
+
+
+def _check_split(name: str, split: str | None, splits: Sequence[str]) -> None:
+    """Raises ValueError where a split is asked of a source without any, or the other way round."""
+    if splits and split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
+    if split and not splits:
+        raise ValueError(f"{name} has no splits, so there is no {split!r}; leave the split out.")
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a header; raises ValueError naming a row that has more or fewer cells."""
+    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""), restval=None))
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"Row {number} of {file} has more or fewer cells than the header; quote cells with commas."
+            )
+    return rows
+
+
+def _texts(stored: datasets.Dataset, column: str) -> tuple[str, ...]:
+    """A scalar column as texts, ClassLabels by name; "" for None and for ClassLabel's -1 (no label)."""
+    feature, values = stored.features[column], list(stored[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple("" if value is None or value < 0 else feature.int2str(value) for value in values)
+    return tuple("" if value is None else str(value) for value in values)

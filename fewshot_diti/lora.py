@@ -1,0 +1,168 @@
+"""Stacked LoRA: the adapters of all classes as the rows of one matrix, applied in mixed-class batches.
+
+Shapes: G groups of consecutive samples of a batch, one class each; B = G x m samples; T tokens; R rank; P parameters of
+one class; C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+BLOCK_FILTERS: dict[str, tuple[str, ...]] = {
+    "narrow": ("down_blocks.2.", "mid_block.", "up_blocks.1."),
+    "medium": ("down_blocks.1.", "down_blocks.2.", "mid_block.", "up_blocks.1.", "up_blocks.2."),
+    "all": ("down_blocks.", "mid_block.", "up_blocks."),
+}
+_UNET_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj")
+_TEXT_LINEARS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted linear: `network` is "unet" or "text_encoder", `name` its module path inside it."""
+
+    network: str
+    name: str
+    in_features: int
+    out_features: int
+
+
+def find_targets(unet: nn.Module, text_encoder: nn.Module, blocks: str = "all") -> tuple[Target, ...]:
+    """The linears that class tokens adapt: attention and the GEGLU projection in the U-Net, attention in the text encoder.
+
+    Args:
+        blocks: a key of `BLOCK_FILTERS`.
+
+    Raises:
+        ValueError: the filter is unknown or matches no linear of this U-Net.
+    """
+    if blocks not in BLOCK_FILTERS:
+        raise ValueError(f"blocks={blocks!r} is not one of {sorted(BLOCK_FILTERS)}.")
+    prefixes = BLOCK_FILTERS[blocks]
+
+    def matching(network: str, module: nn.Module, starts: tuple[str, ...], ends: tuple[str, ...]) -> Iterator[Target]:
+        for name, m in module.named_modules():
+            if isinstance(m, nn.Linear) and name.startswith(starts) and name.endswith(ends) and ".adapter" not in name:
+                yield Target(network, name, m.in_features, m.out_features)
+
+    in_unet = tuple(matching("unet", unet, prefixes, _UNET_LINEARS))
+    in_text = tuple(matching("text_encoder", text_encoder, ("",), _TEXT_LINEARS))
+    if not in_unet or not in_text:
+        raise ValueError(
+            f"blocks={blocks!r} matches {len(in_unet)} linears of the U-Net and {len(in_text)} of the text encoder; "
+            "the backbone must be a Stable Diffusion 1.x or 2.x with attention in these blocks."
+        )
+    return in_unet + in_text
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each adapter lies in a class's row: for every target A [rank, in], then B [out, rank]."""
+
+    targets: tuple[Target, ...]
+    rank: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths of the pieces of a row: A and B of each target in turn."""
+        return [n * self.rank for t in self.targets for n in (t.in_features, t.out_features)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of one class's row."""
+        return sum(self.sizes)
+
+    def split(self, rows_GP: Tensor) -> dict[Target, tuple[Tensor, Tensor]]:
+        """A [G, R, in] and B [G, out, R] of every target: views of one split, so backward concatenates once."""
+        pieces = iter(rows_GP.split(self.sizes, dim=1))
+        groups = rows_GP.shape[0]
+        return {
+            t: (
+                next(pieces).view(groups, self.rank, t.in_features),
+                next(pieces).view(groups, t.out_features, self.rank),
+            )
+            for t in self.targets
+        }
+
+    def fill(self, value_of: dict[tuple[str, str], float]) -> Tensor:
+        """A row [P] with one constant for each (network, "A" or "B"): learning rates, scales, masks."""
+        pieces = [
+            torch.full((n * self.rank,), value_of[t.network, part])
+            for t in self.targets
+            for part, n in (("A", t.in_features), ("B", t.out_features))
+        ]
+        return torch.cat(pieces)
+
+    def initial_row(self, generator: torch.Generator) -> Tensor:
+        """A ~ N(0, 1 / rank^2), B = 0 (Hu et al., LoRA, section 4.1; the spread is peft's "gaussian")."""
+        pieces = []
+        for t in self.targets:
+            pieces.append(torch.randn(self.rank * t.in_features, generator=generator) / self.rank)
+            pieces.append(torch.zeros(t.out_features * self.rank))
+        return torch.cat(pieces)
+
+    def repack(self, rows_CP: Tensor, other: Layout) -> Tensor:
+        """The same adapters under another layout: absent targets become zero, a larger rank is zero-padded.
+
+        Raises:
+            ValueError: the other layout has a smaller rank, or lacks a target of this one.
+        """
+        if other.rank < self.rank or not set(self.targets) <= set(other.targets):
+            raise ValueError(f"A layout of rank {other.rank} cannot hold one of rank {self.rank} with its targets.")
+        mine = self.split(rows_CP)
+        count = len(rows_CP)
+        pieces = []
+        for t in other.targets:
+            a = rows_CP.new_zeros(count, other.rank, t.in_features)
+            b = rows_CP.new_zeros(count, t.out_features, other.rank)
+            if t in mine:
+                a[:, : self.rank], b[:, :, : self.rank] = mine[t]
+            pieces += [a.flatten(1), b.flatten(1)]
+        return torch.cat(pieces, 1)
+
+
+def union_layout(layouts: Iterable[Layout]) -> Layout:
+    """The smallest layout that holds all: the largest rank, the targets of the widest in their order."""
+    layouts = list(layouts)
+    targets: dict[Target, None] = {}
+    for layout in sorted(layouts, key=lambda x: -len(x.targets)):
+        targets.update(dict.fromkeys(layout.targets))
+    return Layout(tuple(targets), max(x.rank for x in layouts))
+
+
+def apply_lora(out: Tensor, x: Tensor, a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
+    """out + x A^T B^T, group by group; x is [B, ..., in] with B a multiple of G."""
+    groups = a_GRI.shape[0]
+    x_GTI = x.reshape(groups, -1, x.shape[-1])
+    delta = torch.bmm(torch.bmm(x_GTI, a_GRI.transpose(1, 2)), b_GOR.transpose(1, 2))
+    return out + delta.view_as(out)
+
+
+def _hook(adapters: tuple[Tensor, Tensor], _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return apply_lora(out, args[0], *adapters)
+
+
+@contextmanager
+def adapted(
+    networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor, only: Sequence[str] = ("unet", "text_encoder")
+) -> Iterator[None]:
+    """Inside the context the frozen networks run with the adapters of `rows_GP`, one row a group of the batch.
+
+    The networks are left as they were found. Rows are cast by the caller to the networks' dtype.
+    """
+    handles = []
+    try:
+        for target, adapters in layout.split(rows_GP).items():
+            if target.network in only:
+                module = networks[target.network].get_submodule(target.name)
+                handles.append(module.register_forward_hook(partial(_hook, adapters)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

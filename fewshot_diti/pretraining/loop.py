@@ -1,0 +1,150 @@
+"""What every pre-training run shares: schedule, one checkpoint file, one log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def cosine_lr(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then a cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """The random stream of one step of one process: a resumed run draws what an uninterrupted one would."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, in fp32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Averages in the parameters after `step`; early steps use a shorter memory."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrites the module's parameters with the average."""
+        for name, p in module.named_parameters():
+            p.copy_(self.shadow[name])
+
+
+def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> None:
+    """Writes weights, optimizer moments and average in one safetensors file, replaced atomically."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        for key in ("exp_avg", "exp_avg_sq"):
+            if p in optimizer.state:
+                tensors[f"{key}.{name}"] = optimizer.state[p][key]
+        tensors[f"ema.{name}"] = ema.shadow[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> int:
+    """Restores what `save_checkpoint` wrote; returns the step to go on from, 0 without a file."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as f, torch.no_grad():
+        step = int(f.metadata()["step"])
+        for name, p in module.named_parameters():
+            p.copy_(f.get_tensor(f"model.{name}"))
+            ema.shadow[name].copy_(f.get_tensor(f"ema.{name}"))
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p),
+                "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p),
+            }
+    return step
+
+
+def run_loop(
+    *,
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
+    validate: Callable[[nn.Module], dict[str, float]],
+    steps: int,
+    lr: float,
+    warmup: int,
+    ema_decay: float,
+    output_dir: Path,
+    log_every: int,
+    validate_every: int,
+    save_seconds: float,
+) -> nn.Module:
+    """Trains `module` for `steps`, going on from `output_dir/checkpoint.safetensors` where it exists.
+
+    Args:
+        loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
+        validate: figures of the averaged weights, logged as they are.
+        save_seconds: a checkpoint is written when this much time has passed.
+
+    Returns:
+        The module with its averaged weights.
+    """
+    bare = accelerator.unwrap_model(module)
+    ema = Ema(bare, ema_decay)
+    checkpoint = output_dir / "checkpoint.safetensors"
+    start = load_checkpoint(checkpoint, bare, optimizer, ema)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, float] = {}
+    began = saved = time.monotonic()
+
+    def log(record: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            with open(output_dir / "log.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            accelerator.print(" ".join(f"{k} {v:.5g}" for k, v in record.items()), flush=True)
+
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps=steps, warmup=warmup, peak=lr)
+        losses = loss_fn(module, step)
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(bare, step)
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        done = step + 1
+        if done % log_every == 0:
+            rate = (done - start) / (time.monotonic() - began)
+            log({"step": done, **{k: v / log_every for k, v in sums.items()}, "steps_per_second": rate})
+            sums = {}
+        if done % validate_every == 0 or done == steps:
+            kept = {n: p.detach().clone() for n, p in bare.named_parameters()}
+            ema.copy_to(bare)
+            log({"step": done, **validate(bare)})
+            with torch.no_grad():
+                for name, p in bare.named_parameters():
+                    p.copy_(kept[name])
+        if accelerator.is_main_process and (time.monotonic() - saved > save_seconds or done == steps):
+            save_checkpoint(checkpoint, bare, optimizer, ema, done)
+            saved = time.monotonic()
+    ema.copy_to(bare)
+    return bare

@@ -1,0 +1,96 @@
+"""Pre-training images and the captions that go with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Image, load_dataset
+from PIL import Image as PILImage
+from torch import Tensor
+
+_NO_LIVERY = {"default"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renders:
+    """Images with the three words a caption may use.
+
+    Attributes:
+        pixels_NCHW: uint8 RGB, [images, 3, height, width].
+        variants, manufacturers, airlines: one string an image; "" where the image wears no airline's livery.
+    """
+
+    pixels_NCHW: Tensor
+    variants: tuple[str, ...]
+    manufacturers: tuple[str, ...]
+    airlines: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.variants)
+
+    def subset(self, rows: Sequence[int]) -> Renders:
+        """The images at the given positions, in that order."""
+        return Renders(
+            pixels_NCHW=self.pixels_NCHW[list(rows)],
+            variants=tuple(self.variants[i] for i in rows),
+            manufacturers=tuple(self.manufacturers[i] for i in rows),
+            airlines=tuple(self.airlines[i] for i in rows),
+        )
+
+
+def airline_name(raw: str) -> str:
+    """An airline as a caption writes it; "" for a registration number or no livery.
+
+    FlightGear names some liveries by registration ("N815PA", "200-d-icwd") or with the model in front
+    ("2000-Loganair"): neither is what a caption on the web would say.
+    """
+    name = raw.split("-", 1)[1] if raw.startswith(("200-", "2000-")) else raw
+    registration = (
+        raw.startswith("200-")
+        or sum(c.isdigit() for c in name) > 1
+        or re.fullmatch(r"[A-Z0-9]{1,2}-[A-Z0-9]{3,4}", name) is not None
+    )
+    return "" if registration or name.lower() in _NO_LIVERY else name.replace("-", " ").strip()
+
+
+def load_renders(folder: Path, size: tuple[int, int]) -> Renders:
+    """Reads all Parquet shards of `folder` (image, variant, manufacturer, airline), resized to (height, width).
+
+    Raises:
+        FileNotFoundError: the folder holds no Parquet file.
+    """
+    shards = sorted(str(p) for p in Path(folder).glob("*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"No .parquet file in {folder}; pass --data with the folder of pre-training images.")
+    table = load_dataset("parquet", data_files=shards, split="train").cast_column("image", Image())
+    height, width = size
+    pixels = np.stack(
+        [np.asarray(i.convert("RGB").resize((width, height), PILImage.Resampling.BICUBIC)) for i in table["image"]]
+    )
+    return Renders(
+        pixels_NCHW=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        variants=tuple(table["variant"]),
+        manufacturers=tuple(table["manufacturer"]),
+        airlines=tuple(airline_name(a) for a in table["airline"]),
+    )
+
+
+def split_held_out(renders: Renders, held_out_file: Path) -> tuple[Renders, Renders]:
+    """(pre-training images, images of the variants that pre-training never sees).
+
+    Raises:
+        ValueError: the JSON list names a variant that the images do not have.
+    """
+    held_out = json.loads(Path(held_out_file).read_text())
+    unknown = sorted(set(held_out) - set(renders.variants))
+    if unknown:
+        raise ValueError(f"{held_out_file} names {unknown}, which are not among {sorted(set(renders.variants))}.")
+    inside = [i for i, v in enumerate(renders.variants) if v not in held_out]
+    outside = [i for i, v in enumerate(renders.variants) if v in held_out]
+    return renders.subset(inside), renders.subset(outside)

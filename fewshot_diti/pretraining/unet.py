@@ -1,0 +1,273 @@
+"""U-Net and text encoder of a backbone, trained from scratch on the latents of its autoencoder."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fewshot_diti.pretraining.captions import (
+    FALSE_COLOURS_CAPTION,
+    GENERIC_CAPTION,
+    sky_name,
+    train_tokenizer,
+    write_caption,
+)
+from fewshot_diti.pretraining.loop import run_loop, step_generator
+from fewshot_diti.pretraining.renders import Renders, load_renders, split_held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetConfig:
+    """Everything that decides a U-Net run.
+
+    Attributes:
+        vae: folder of the autoencoder (`train_vae` writes it); it decides image and latent sizes.
+        text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
+        false_colours: share of samples with shuffled colours, captioned so; shape without livery.
+        small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
+    """
+
+    data: Path
+    held_out: Path
+    vae: Path
+    output_dir: Path
+    block_out_channels: tuple[int, ...] = (128, 192, 256, 128)
+    layers_per_block: int = 1
+    norm_num_groups: int = 16
+    head_size: int = 32
+    text_width: int = 192
+    text_layers: int = 3
+    vocab_size: int = 1024
+    max_length: int = 40
+    false_colours: float = 0.2
+    small_t: float = 0.5
+    steps: int = 10_000
+    batch_size: int = 32
+    lr: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.998
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    log_every: int = 50
+    validate_every: int = 500
+    save_seconds: float = 300.0
+
+
+class _TextToNoise(nn.Module):
+    """Text encoder and U-Net in one forward, so that data-parallel wrappers see one call."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+        text = self.text_encoder(input_ids).last_hidden_state
+        return self.unet(noisy, timesteps, text).sample
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's own noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def build_text_encoder(config: UnetConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text encoder for the tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            projection_dim=config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=max(1, config.text_width // 64),
+            max_position_embeddings=config.max_length,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(config: UnetConfig, vae: AutoencoderKL) -> UNet2DConditionModel:
+    """An untrained U-Net with Stable Diffusion's four levels, sized for the autoencoder's latents."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = vae.config.sample_size
+    return UNet2DConditionModel(
+        sample_size=(height // factor, width // factor),
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=config.text_width,
+        # diffusers' name; on Stable Diffusion's U-Nets it counts heads
+        attention_head_dim=tuple(c // config.head_size for c in config.block_out_channels),
+        norm_num_groups=config.norm_num_groups,
+        use_linear_projection=True,
+    )
+
+
+def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
+    """A uint8 image with its channels permuted (never the identity) and its hue turned, by `seed` alone."""
+    g = torch.Generator().manual_seed(seed)
+    orders = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    order = orders[int(torch.randint(len(orders), (), generator=g))]
+    hue = float(torch.rand((), generator=g)) * 0.3 - 0.15
+    return v2.functional.adjust_hue(pixels_CHW[list(order)], hue)
+
+
+@torch.inference_mode()
+def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of uint8 images, fp16 [images, c, h, w] each."""
+    means, stds = [], []
+    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
+    for batch in pixels_NCHW.split(64):
+        with accelerator.autocast():
+            posterior = vae.encode(batch.to(accelerator.device).float() / 127.5 - 1).latent_dist
+        means.append((posterior.mean * vae.config.scaling_factor).half().cpu())
+        stds.append((posterior.std * vae.config.scaling_factor).half().cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+class _CaptionedLatents:
+    """The training set: latents of every image, as rendered and in false colours, and a fresh caption each time."""
+
+    def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
+        self.renders, self.config = renders, config
+        self.skies = [sky_name(p) for p in renders.pixels_NCHW]
+        shuffled = torch.stack([shuffle_colours(p, i) for i, p in enumerate(renders.pixels_NCHW)])
+        self.true = encode_latents(vae, renders.pixels_NCHW, accelerator)
+        self.false = encode_latents(vae, shuffled, accelerator)
+
+    def caption(self, row: int, rng: random.Random) -> str:
+        r = self.renders
+        return write_caption(
+            rng,
+            airline=r.airlines[row],
+            sky=self.skies[row],
+            manufacturer=r.manufacturers[row],
+            variant=r.variants[row],
+        )
+
+    def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
+        rows = torch.randint(len(self.renders), (size,), generator=g)
+        false = torch.rand(size, generator=g) < self.config.false_colours
+        rng = random.Random(int(torch.randint(2**62, (), generator=g)))
+        captions = [
+            FALSE_COLOURS_CAPTION if f else self.caption(row, rng)
+            for row, f in zip(rows.tolist(), false.tolist(), strict=True)
+        ]
+        choice = false[:, None, None, None]
+        mean, std = (torch.where(choice, self.false[i][rows], self.true[i][rows]).float() for i in (0, 1))
+        return mean + std * torch.randn(mean.shape, generator=g), captions
+
+
+def draw_timesteps(size: int, num_train_timesteps: int, small_t: float, g: torch.Generator) -> Tensor:
+    """Time-steps [size], a share `small_t` of them from the lower 40 %."""
+    u = torch.rand(size, generator=g)
+    u = torch.where(torch.rand(size, generator=g) < small_t, 0.4 * u, u)
+    return (u * num_train_timesteps).long()
+
+
+def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
+    """Trains and saves `output_dir/pipeline` at every validation; a killed run goes on at its last checkpoint."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False)
+    height, width = vae.config.sample_size
+    seen, unseen = split_held_out(load_renders(config.data, (height, width)), config.held_out)
+    data = _CaptionedLatents(seen, vae, config, accelerator)
+    rng = random.Random(config.seed)
+    corpus = [data.caption(row, rng) for row in range(len(seen)) for _ in range(3)]
+    tokenizer = train_tokenizer([*corpus, GENERIC_CAPTION, FALSE_COLOURS_CAPTION], config.vocab_size, config.max_length)
+    torch.manual_seed(config.seed)
+    unet, text_encoder = build_unet(config, vae), build_text_encoder(config, tokenizer)
+    scheduler = build_scheduler()
+    abar = scheduler.alphas_cumprod
+    num_t = scheduler.config.num_train_timesteps
+    module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    module = accelerator.prepare_model(module)
+
+    def tokenize(captions: list[str]) -> Tensor:
+        encoded = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=config.max_length, return_tensors="pt"
+        )
+        return encoded.input_ids.to(accelerator.device)
+
+    def errors(module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+        a = abar[timesteps][:, None, None, None]
+        noisy = (a.sqrt() * latents + (1 - a).sqrt() * noise).to(accelerator.device, memory_format=torch.channels_last)
+        predicted = module(noisy, timesteps.to(accelerator.device), tokenize(captions))
+        return F.mse_loss(predicted.float(), noise.to(accelerator.device), reduction="none").mean((1, 2, 3))
+
+    def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
+        g = step_generator(config.seed, step, accelerator.process_index)
+        latents, captions = data.batch(config.batch_size, g)
+        timesteps = draw_timesteps(config.batch_size, num_t, config.small_t, g)
+        return {"loss": errors(module, latents, torch.randn(latents.shape, generator=g), timesteps, captions).mean()}
+
+    held_out_latents = encode_latents(vae, unseen.pixels_NCHW[::26], accelerator)[0].float()
+    held_out_noise = torch.randn(held_out_latents.shape, generator=torch.Generator().manual_seed(config.seed))
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        figures = {}
+        for t in range(num_t // 20, num_t, num_t // 10):
+            timesteps = torch.full((len(held_out_latents),), t)
+            captions = [GENERIC_CAPTION] * len(held_out_latents)
+            with torch.no_grad(), accelerator.autocast():
+                e = errors(module, held_out_latents, held_out_noise, timesteps, captions)
+            figures[f"held_out_error_{t}"] = float(e.mean())
+        if accelerator.is_main_process:
+            pipeline().save_pretrained(config.output_dir / "pipeline")
+        return figures
+
+    def pipeline() -> StableDiffusionPipeline:
+        copies = []
+        for model in (unet, text_encoder, vae):
+            copy = type(model)(model.config) if model is text_encoder else type(model).from_config(model.config)
+            copy.load_state_dict(model.state_dict())
+            copies.append(copy.half())
+        return StableDiffusionPipeline(
+            unet=copies[0],
+            text_encoder=copies[1],
+            vae=copies[2],
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    run_loop(
+        accelerator=accelerator,
+        module=module,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        validate=validate,
+        steps=config.steps,
+        lr=config.lr,
+        warmup=config.warmup,
+        ema_decay=config.ema_decay,
+        output_dir=config.output_dir,
+        log_every=config.log_every,
+        validate_every=config.validate_every,
+        save_seconds=config.save_seconds,
+    )
+    return pipeline()

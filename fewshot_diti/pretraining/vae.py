@@ -1,0 +1,158 @@
+"""The autoencoder of a backbone, trained from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from fewshot_diti.pretraining.loop import run_loop, step_generator
+from fewshot_diti.pretraining.renders import load_renders, split_held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """Everything that decides an autoencoder run.
+
+    Attributes:
+        data: folder of Parquet shards (see `load_renders`).
+        held_out: JSON list of variants that are never trained on.
+        size: (height, width) of the images in pixels.
+        block_out_channels, layers_per_block, latent_channels: as in `diffusers.AutoencoderKL`.
+        batch_size: images a step and process.
+        mse_weight, gradient_weight, kl_weight: beside an L1 loss of weight 1.
+    """
+
+    data: Path
+    held_out: Path
+    output_dir: Path
+    size: tuple[int, int] = (64, 128)
+    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    layers_per_block: int = 1
+    latent_channels: int = 32
+    norm_num_groups: int = 8
+    steps: int = 3000
+    batch_size: int = 8
+    lr: float = 8e-4
+    warmup: int = 100
+    ema_decay: float = 0.995
+    mse_weight: float = 4.0
+    gradient_weight: float = 0.5
+    kl_weight: float = 1e-6
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    log_every: int = 50
+    validate_every: int = 500
+    save_seconds: float = 240.0
+
+
+class _Roundtrip(nn.Module):
+    """Encode, sample, decode in one forward, so that data-parallel wrappers see one call."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, posterior.kl()
+
+
+def build_vae(config: VaeConfig) -> AutoencoderKL:
+    """An untrained autoencoder without attention; scaling_factor 1, since `standardize_latents` sets the scale."""
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=list(config.size),
+        scaling_factor=1.0,
+    )
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB over all pixels of images in [-1, 1]."""
+    return -10 * torch.log10(((a.float() - b.float()) / 2).square().mean())
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, images_NCHW: Tensor) -> None:
+    """Gives every latent channel mean 0 and variance 1 over the images, without changing what the autoencoder restores.
+
+    Encoder means become (z - mean) / std, absorbed by the two 1x1 convolutions around the latent. Channels of very
+    different spread would otherwise drown in noise at very different time-steps.
+    """
+    latents = torch.cat([vae.encode(b).latent_dist.mean for b in images_NCHW.split(64)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = mean.numel()
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[channels:] -= 2 * std.log()
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight *= std[None, :, None, None]
+
+
+def train_vae(config: VaeConfig) -> AutoencoderKL:
+    """Trains and saves `output_dir/vae`; a killed run goes on where its last checkpoint stands."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
+    pixels = seen.pixels_NCHW
+    torch.manual_seed(config.seed)
+    vae = build_vae(config)
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    latent_shape = (config.batch_size, config.latent_channels, config.size[0] // factor, config.size[1] // factor)
+    roundtrip: nn.Module = _Roundtrip(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(roundtrip.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    roundtrip = accelerator.prepare_model(roundtrip)
+
+    def to_batch(images: Tensor) -> Tensor:
+        images = images.to(accelerator.device).float() / 127.5 - 1
+        return images.to(memory_format=torch.channels_last)
+
+    def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
+        g = step_generator(config.seed, step, accelerator.process_index)
+        images = to_batch(pixels[torch.randint(len(pixels), (config.batch_size,), generator=g)])
+        noise = torch.randn(latent_shape, generator=g).to(images)
+        restored, kl = module(images, noise)
+        difference = restored.float() - images
+        l1, mse = difference.abs().mean(), difference.square().mean()
+        gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        loss = l1 + config.mse_weight * mse + config.gradient_weight * gradient + config.kl_weight * kl.float().mean()
+        return {"loss": loss, "l1": l1, "mse": mse, "kl": kl.float().mean()}
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        images = to_batch(unseen.pixels_NCHW[::14])
+        with torch.no_grad(), accelerator.autocast():
+            restored = [module.vae.decode(module.vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
+        return {"psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images))}
+
+    trained = run_loop(
+        accelerator=accelerator,
+        module=roundtrip,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        validate=validate,
+        steps=config.steps,
+        lr=config.lr,
+        warmup=config.warmup,
+        ema_decay=config.ema_decay,
+        output_dir=config.output_dir,
+        log_every=config.log_every,
+        validate_every=config.validate_every,
+        save_seconds=config.save_seconds,
+    )
+    vae = trained.vae.to(memory_format=torch.contiguous_format).eval()
+    if accelerator.is_main_process:
+        standardize_latents(vae, to_batch(pixels[::10]))
+        vae.save_pretrained(config.output_dir / "vae")
+    return vae

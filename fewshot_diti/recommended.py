@@ -1,0 +1,104 @@
+"""Settings by number of shots: as published, and as measured here to be best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from fewshot_diti.backbone import POCKET
+from fewshot_diti.timesteps import parse_weighting
+from fewshot_diti.training import TrainingConfig
+
+PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
+PUBLISHED_BLOCKS = ("narrow", "narrow", "narrow", "medium", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How images are scored.
+
+    Attributes:
+        trials: S, the (t, noise) pairs of every image and class.
+        timesteps: (lo, hi) that an even grid of trials covers.
+        weighting: as `timesteps.parse_weighting` reads it.
+        temperature: of the softmax over -score; None fits it on out-of-fold scores of the shots.
+        calibration_images: shots on which `spread` and d of `tif` are estimated, spread over the classes.
+        folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
+        unet_scale, text_encoder_scale: LoRA scale at scoring.
+        batch_size: evaluations in one forward.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    trials: int = 24
+    timesteps: tuple[int, int] = (0, 1000)
+    weighting: str = "uniform"
+    temperature: float | None = 0.001
+    calibration_images: int = 24
+    folds: int = 0
+    unet_scale: float = 0.6
+    text_encoder_scale: float = 0.7
+    batch_size: int = 96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "calibration_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; pass a whole number of at least 1.")
+        lo, hi = self.timesteps
+        if not 0 <= lo < hi:
+            raise ValueError(f"timesteps={self.timesteps}; pass (lo, hi) with 0 <= lo < hi.")
+        if parse_weighting(self.weighting).name == "auto" and self.folds < 2:
+            raise ValueError("weighting='auto' is chosen on held-out shots; pass folds=2 or more.")
+        if self.temperature is None and self.folds < 2:
+            raise ValueError("temperature=None is fitted on held-out shots; pass folds=2 or more, or a temperature.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}; pass a number above 0.")
+
+
+def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:
+    """Training steps at any number of shots: linear between the published counts, the last one beyond."""
+    if num_shots >= PUBLISHED_SHOTS[-1]:
+        return steps[-1]
+    for (k0, s0), (k1, s1) in pairwise(zip(PUBLISHED_SHOTS, steps, strict=True)):
+        if k0 <= num_shots <= k1:
+            return round(s0 + (s1 - s0) * (num_shots - k0) / (k1 - k0))
+    raise ValueError(f"num_shots={num_shots}; pass a whole number of at least 1.")
+
+
+def published_blocks(num_shots: int) -> str:
+    """The block filter that the paper uses at this number of shots (the next lower published count)."""
+    return [b for k, b in zip(PUBLISHED_SHOTS, PUBLISHED_BLOCKS, strict=True) if k <= max(1, num_shots)][-1]
+
+
+def published_training(num_shots: int, steps: tuple[int, ...] = (60, 100, 200, 700, 1000)) -> TrainingConfig:
+    """As in the paper (TiF, CVPR 2024): 1 shot and 1 prior image a step, constant learning rate, rank 16, all t."""
+    return TrainingConfig(steps=interpolate_steps(num_shots, steps), blocks=published_blocks(num_shots))
+
+
+def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConfig:
+    """The settings that this package uses where the user names none."""
+    if backbone != POCKET:
+        return replace(published_training(num_shots), lr_schedule="cosine")
+    return TrainingConfig(
+        steps=interpolate_steps(num_shots, (60, 80, 100, 130, 160)),
+        rank=8,
+        blocks="all",
+        lr_unet=1e-3,
+        lr_text_encoder=1e-3,
+        lr_schedule="cosine",
+        shots_per_step=4,
+        prior_weight=0.0,
+        colour_variants=8,
+        brightness=0.3,
+        hue=0.5,
+        permute_channels=True,
+    )
+
+
+def recommended_scoring(backbone: str = POCKET) -> ScoringConfig:
+    """The scoring that this package uses where the user names none."""
+    if backbone != POCKET:
+        return ScoringConfig(trials=50, weighting="pdae")
+    return ScoringConfig(timesteps=(0, 900), weighting="spread", unet_scale=1.0, text_encoder_scale=1.0)

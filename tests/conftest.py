@@ -1,0 +1,91 @@
+"""A tiny Stable Diffusion in diffusers' folder layout, made of the real classes with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fewshot_diti.backbone import Backbone
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Bytes as tokens: every text has a tokenization."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=64)
+
+
+def save_tiny_backbone(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, square: bool = False) -> Path:
+    """A Stable Diffusion with four levels, f2 latents of 4 channels, 16 x 32 pixels (or 16 x 16)."""
+    torch.manual_seed(seed)
+    size = (16, 16) if square else (16, 32)
+    tokenizer = tiny_tokenizer()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=list(size),
+        mid_block_add_attention=False,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=(size[0] // 2, size[1] // 2),
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        use_linear_projection=True,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny backbone that predicts eps."""
+    return save_tiny_backbone(tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def backbone(backbone_folder: Path) -> Backbone:
+    """The tiny backbone, fp32 on the CPU."""
+    return Backbone.from_pretrained(backbone_folder, dtype=torch.float32, device="cpu")
