@@ -12,18 +12,19 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
 
 
 def default_device() -> torch.device:
-    """This process's own accelerator where there is any, else the CPU."""
-    return PartialState().device
+    """This process's own CUDA device where there is any, else the CPU."""
+    device = process_state().device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -41,7 +42,7 @@ def resolve(name_or_path: str | Path) -> str:
 
 
 def hash_weights(*modules: nn.Module) -> str:
-    """sha256 (32 hex characters) of names, shapes and values rounded to fp16: an fp32 file and its fp16 copy agree."""
+    """32 hex characters of the sha256 of names, shapes and values as fp16: an fp32 file and its fp16 copy agree."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -76,7 +77,6 @@ class Backbone:
         device: torch.device,
     ) -> None:
         self.name, self.dtype, self.device = name, dtype, device
-        self.hash = hash_weights(vae, text_encoder, unet)
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -88,11 +88,18 @@ class Backbone:
                 f"Backbone {name!r}: the U-Net takes {unet.config.in_channels} channels, the VAE gives "
                 f"{vae.config.latent_channels}; inpainting and depth models cannot be used, take the base model."
             )
+        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+            raise ValueError(
+                f"Backbone {name!r}: the U-Net reads text of width {unet.config.cross_attention_dim}, the text encoder "
+                f"gives {text_encoder.config.hidden_size}; take a Stable Diffusion 1.x or 2.x, not SDXL."
+            )
+        self.hash = hash_weights(vae, text_encoder, unet)
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
         # the VAE stays fp32: fp16 overflows in Stable Diffusion's decoder, and images are encoded once
-        self.vae = vae.to(device, torch.float32).eval().requires_grad_(False)
-        self.text_encoder = text_encoder.to(device, dtype).eval().requires_grad_(False)
-        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
+        self.vae, self.text_encoder, self.unet = vae, text_encoder, unet
+        for module, its_dtype in ((vae, torch.float32), (text_encoder, dtype), (unet, dtype)):
+            # torch's own `to`: that of diffusers warns about modules kept in float32 even where there are none
+            nn.Module.to(module, device, its_dtype).eval().requires_grad_(False)
         if device.type == "cpu":
             self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -110,6 +117,8 @@ class Backbone:
             dtype: of U-Net and text encoder; by default bfloat16 where the hardware has it, else float32.
             device: by default CUDA where there is any, else the CPU.
 
+        Whatever sampler the folder names (PNDM on the hub), its betas are read, and images are made by DDIM.
+
         Raises:
             OSError: no such folder or hub id, or a part of it is missing.
             ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x.
@@ -122,7 +131,8 @@ class Backbone:
             tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
             text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32),
             unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", dtype=torch.float32),
-            scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler"),
+            # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
+            scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False),
             dtype=dtype or default_dtype(device),
             device=device,
         )
@@ -161,10 +171,13 @@ class Backbone:
             raise ValueError(f"Image size {size} must be multiples of {step} pixels for backbone {self.name!r}.")
 
     @torch.no_grad()
-    def encode_images(self, pixels_BCHW: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents of pixels in [-1, 1], fp32 [B, c, h, w] each, on the CPU."""
+    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of pixels in [-1, 1], fp32 [B, c, h, w] each, on the CPU.
+
+        A megapixel at a time: 4 images of 512 x 512 take the VAE 4 GB.
+        """
         means, stds = [], []
-        for batch in pixels_BCHW.split(batch_size):
+        for batch in pixels_BCHW.split(max(1, 2**20 // pixels_BCHW[0, 0].numel())):
             posterior = self.vae.encode(batch.to(self.device, torch.float32)).latent_dist
             means.append((posterior.mean * self.vae.config.scaling_factor).cpu())
             stds.append((posterior.std * self.vae.config.scaling_factor).cpu())
@@ -219,9 +232,11 @@ class Backbone:
         size: tuple[int, int],
         steps: int,
         guidance_scale: float,
-        batch_size: int,
     ) -> Tensor:
-        """Scaled latents [len(seeds), c, h, w] of images that the backbone makes of a prompt, fp32 on the CPU."""
+        """Scaled latents [len(seeds), c, h, w] of images that the backbone makes of a prompt, fp32 on the CPU.
+
+        One image a seed, all in one batch.
+        """
         pipe = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -233,18 +248,13 @@ class Backbone:
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
-        batches = []
-        chunks = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-        for chunk in tqdm(chunks, desc="prior images", disable=None):
-            batches.append(
-                pipe(
-                    prompt=[prompt] * len(chunk),
-                    height=size[0],
-                    width=size[1],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(s) for s in chunk],
-                    output_type="latent",
-                ).images
-            )
-        return torch.cat(batches).float().cpu()
+        latents = pipe(
+            prompt=[prompt] * len(seeds),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            output_type="latent",
+        ).images
+        return latents.float().cpu()

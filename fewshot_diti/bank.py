@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -29,6 +30,7 @@ _WEIGHTS, _CLASSES, _CONFIG, _CARD, _MANIFEST = (
     "manifest.json",
 )
 _FORMAT = 1
+_HEX = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +150,15 @@ class Bank:
         gone = {(type(x), x) for x in labels}
         return self.select([x for x in self.labels if (type(x), x) not in gone])
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the bank; its manifest comes last, so that a reader sees the old bank or the new one."""
+    def save(self, folder: str | Path, extra: Mapping[str, bytes] | None = None) -> None:
+        """Writes the bank, so that a reader sees the old bank or the new one whenever this is interrupted.
+
+        Each file is first written beside the one it replaces, under a hidden name with its hash; the new manifest then
+        makes them the bank, and last they take their names. The model card is for people: no reader needs it.
+
+        Args:
+            extra: further files by name, covered by the same manifest; `read_files` reads them.
+        """
         folder = Path(folder)
         config = {
             "format": _FORMAT,
@@ -164,40 +173,26 @@ class Bank:
             _WEIGHTS: save_tensors({"rows": self.rows.contiguous()}),
             _CLASSES: _json([asdict(t) for t in self.tokens]),
             _CONFIG: _json(config),
-            _CARD: self._model_card().encode(),
+            **(extra or {}),
         }
-        manifest = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
+        files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
         for name, content in contents.items():
-            write_atomically(folder / name, content)
-        write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": manifest}))
+            write_atomically(_pending(folder, name, files[name]), content)
+        write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": files}))
+        for name in contents:
+            _pending(folder, name, files[name]).replace(folder / name)
+            for left_over in folder.glob(_pending(folder, name, {"sha256": "?" * _HEX}).name):
+                left_over.unlink()
+        write_atomically(folder / _CARD, self._model_card().encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Bank:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: the folder holds no manifest, so no complete bank.
-            ValueError: a file is not the one that the manifest names.
+            FileNotFoundError, ValueError: as `read_files`.
         """
-        folder = Path(folder)
-        if not (folder / _MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one."
-            )
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest.get("format") != _FORMAT:
-            raise ValueError(
-                f"{folder}: bank format {manifest.get('format')!r}; this version reads {_FORMAT}. Upgrade."
-            )
-        contents = {}
-        for name, expected in manifest["files"].items():
-            content = (folder / name).read_bytes() if (folder / name).is_file() else b""
-            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise ValueError(
-                    f"{folder / name} ({len(content)} bytes) is not the file of {expected['size']} bytes that "
-                    f"{_MANIFEST} names; it was changed or cut short. Save or copy the bank again."
-                )
-            contents[name] = content
+        contents = read_files(folder, (_WEIGHTS, _CLASSES, _CONFIG))
         config = json.loads(contents[_CONFIG])
         return cls(
             tokens=tuple(ClassToken(**t) for t in json.loads(contents[_CLASSES])),
@@ -218,7 +213,8 @@ class Bank:
         """
         one = self.select([label])
         pieces = one.layout.split(one.scaled_rows())
-        tensors, adapter_config = {}, {}
+        tensors: dict[str, Tensor] = {}
+        adapter_config: dict[str, Any] = {}
         for target, (a, b) in pieces.items():
             # every reader of the format knows the text encoder under its old prefix
             prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
@@ -250,7 +246,7 @@ class Bank:
             "",
             "| class | shots | prompt |",
             "|---|---|---|",
-            *(f"| {t.label} | {t.num_shots} | {t.prompt} |" for t in self.tokens),
+            *("| " + " | ".join(_cell(x) for x in (t.label, t.num_shots, t.prompt)) + " |" for t in self.tokens),
             "",
             "```python",
             "from fewshot_diti import DiTiClassifier",
@@ -261,6 +257,49 @@ class Bank:
             "",
         ]
         return "\n".join(lines)
+
+
+def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Contents of files of a saved bank, each checked against the manifest.
+
+    Raises:
+        FileNotFoundError: the folder holds no manifest, so no complete bank, or the manifest does not name the file.
+        ValueError: a file, or the manifest itself, is not what was saved.
+    """
+    folder = Path(folder)
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, files = manifest["format"], manifest["files"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no bank's manifest; it was changed or cut short. Copy the bank again.") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path}: bank format {version!r}; this version of fewshot-diti reads {_FORMAT}. Upgrade.")
+    contents = {}
+    for name in names:
+        if name not in files:
+            raise FileNotFoundError(f"{path} names no {name}; it names {', '.join(sorted(files))}.")
+        # a save that was cut short after its manifest leaves some files under their hidden names
+        found = [p.read_bytes() for p in (_pending(folder, name, files[name]), folder / name) if p.is_file()]
+        whole = [c for c in found if hashlib.sha256(c).hexdigest() == files[name]["sha256"]]
+        if not whole:
+            raise ValueError(
+                f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
+                f"bytes that {_MANIFEST} names; it was changed or cut short. Save or copy the bank again."
+            )
+        contents[name] = whole[0]
+    return contents
+
+
+def _pending(folder: Path, name: str, file: Mapping[str, Any]) -> Path:
+    """Where a file waits until the manifest names it."""
+    return folder / f".{file['sha256'][:_HEX]}.{name}"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")
 
 
 def _json(value: object) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewshot_diti import timesteps
 from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import POCKET, Backbone
-from fewshot_diti.bank import Bank, ClassToken
+from fewshot_diti.bank import Bank, ClassToken, read_files
 from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
-from fewshot_diti.files import write_atomically
 from fewshot_diti.prior import prior_latents
+from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
 from fewshot_diti.scoring import Scorer, error_tensor
 from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
@@ -54,6 +56,9 @@ class DiTiClassifier:
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
         concept: what all classes are, in the singular; it enters the prompts.
+        prompt_template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt
+            and differ in their LoRA alone. By default with the rare word before the class (TiF, section 4.1).
+        generic_prompt: prompt of the prior images.
         training, scoring: by default what the package recommends for this backbone and number of shots.
         geometry: size and resize rule; by default the backbone's size, cropped.
 
@@ -68,26 +73,31 @@ class DiTiClassifier:
         backbone: str | Path | Backbone = POCKET,
         *,
         concept: str = "aircraft",
+        prompt_template: str | None = None,
+        generic_prompt: str | None = None,
         training: TrainingConfig | None = None,
         scoring: ScoringConfig | None = None,
         geometry: ImageGeometry | None = None,
     ) -> None:
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.from_pretrained(backbone)
         self.concept, self.training = concept, training
+        self.prompt_template = prompt_template or f"a photo of a hta {{}}, a type of {concept}."
+        article = "an" if concept[:1].lower() in "aeiou" else "a"
+        self.generic_prompt = generic_prompt or f"a photo of {article} {concept}"
         self.scoring = scoring or recommended_scoring(self.backbone.name)
         self.geometry = geometry or ImageGeometry(size=self.backbone.image_size)
         self.backbone.check_image_size(self.geometry.size)
+        if self.scoring.timesteps[1] > self.backbone.num_train_timesteps:
+            raise ValueError(
+                f"Scoring at timesteps={self.scoring.timesteps} exceeds the {self.backbone.num_train_timesteps} "
+                f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
+            )
         self._errors: dict[str, Tensor] = {}
         self._scorer: Scorer | None = None
 
-    @property
-    def generic_prompt(self) -> str:
-        """The prompt of prior images."""
-        return f"a photo of {'an' if self.concept[:1].lower() in 'aeiou' else 'a'} {self.concept}"
-
     def class_prompt(self, label: Label) -> str:
-        """The prompt of a class token, with the rare word before the class (TiF, section 4.1)."""
-        return f"a photo of a hta {label}, a type of {self.concept}."
+        """The prompt of a class token."""
+        return self.prompt_template.replace("{}", str(label))
 
     def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
         """Learns one class token a label from the shots.
@@ -99,13 +109,16 @@ class DiTiClassifier:
         Raises:
             ValueError: lengths differ, labels of mixed type, fewer than two classes, or one image under two labels.
             TrainingError: a class's loss was not finite; the classifier holds the other classes.
+
+        Where a class has one shot nothing can be held out, so `auto` and a temperature of None fall back to what the
+        package recommends for the backbone, with a warning.
         """
         groups = _group(images, labels)
         if len(groups) < 2:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
         self._set_bank(None)
         failed = self._learn(groups)
-        self.calibration_ = self._calibrate(groups, failed)
+        self._calibrate({x: g for x, g in groups.items() if x not in failed})
         return self._finish(failed)
 
     def partial_fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
@@ -165,16 +178,19 @@ class DiTiClassifier:
         return torch.stack([self._errors[i] for i in ids])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the bank with the classifier's settings beside it."""
-        bank = self._fitted()
+        """Writes the bank with the classifier's settings beside it; of several processes the main one does."""
+        bank, state = self._fitted(), process_state()
         settings = {
             "concept": self.concept,
+            "prompt_template": self.prompt_template,
+            "generic_prompt": self.generic_prompt,
             "scoring": asdict(self.scoring),
             "calibration": asdict(self.calibration_),
             "training": None if self.training is None else asdict(self.training),
         }
-        bank.save(folder)
-        write_atomically(Path(folder) / _SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+        if state.is_main_process:
+            bank.save(folder, extra={_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()})
+        state.wait_for_everyone()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> DiTiClassifier:
@@ -182,19 +198,16 @@ class DiTiClassifier:
 
         Raises:
             FileNotFoundError: no complete classifier in the folder.
-            ValueError: the backbone is not the bank's.
+            ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         bank = Bank.load(folder)
-        path = Path(folder) / _SETTINGS
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds a bank but no {_SETTINGS}; save it with DiTiClassifier.save_pretrained."
-            )
-        settings = json.loads(path.read_text())
+        settings = json.loads(read_files(folder, [_SETTINGS])[_SETTINGS])
         training = settings["training"]
         classifier = cls(
             backbone if backbone is not None else bank.backbone_name,
             concept=settings["concept"],
+            prompt_template=settings["prompt_template"],
+            generic_prompt=settings["generic_prompt"],
             training=None if training is None else TrainingConfig(**_tuples(training)),
             scoring=ScoringConfig(**_tuples(settings["scoring"])),
             geometry=bank.geometry,
@@ -224,16 +237,14 @@ class DiTiClassifier:
         if failed:
             names = ", ".join(f"{x!r} (step {s})" for x, s in failed.items())
             raise TrainingError(
-                f"The loss of {names} was not finite; the other classes are trained and kept. Lower the learning rate, or load the backbone in float32, and add them again."
+                f"The loss of {names} was not finite; the other classes are trained and kept. Lower the learning rate, "
+                "or load the backbone in float32, and add them again."
             )
         return self
 
     def _encode(self, images: Sequence[ImageSource]) -> Tensor:
-        """Latents [N, c, h, w], a few images decoded at a time."""
-        chunks = [images[i : i + 32] for i in range(0, len(images), 32)]
-        return torch.cat(
-            [self.backbone.encode_images(torch.stack([self.geometry.pixels(x) for x in c]))[0] for c in chunks]
-        )
+        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
+        return torch.cat([self.backbone.encode_images(self.geometry.pixels(x)[None])[0] for x in images])
 
     def _training_for(self, num_shots: int) -> TrainingConfig:
         return self.training or recommended_training(num_shots, self.backbone.name)
@@ -281,30 +292,51 @@ class DiTiClassifier:
         self._set_bank(bank.select(sorted(bank.labels)))
         return failed
 
-    def _calibrate(self, groups: dict[Label, list[ImageSource]], failed: dict[Label, int]) -> Calibration:
+    def _calibrate(self, groups: dict[Label, list[ImageSource]]) -> None:
         """Weights and temperature from the shots alone."""
-        config = self.scoring
+        config = self._scoring_for(groups)
         grid = timesteps.even_grid(config.trials, *config.timesteps)
-        calibration = Calibration(
+        self.calibration_ = Calibration(
             timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
         )
-        groups = {x: g for x, g in groups.items() if x not in failed}
-        held_out = self._held_out_errors(groups, grid) if config.folds else None
-        weights = timesteps.trial_weights(self._weights(groups, grid, held_out), grid)
-        calibration = replace(calibration, weights=tuple(weights.tolist()))
-        if held_out is None:
-            return calibration
-        errors, truth = held_out
-        scores = timesteps.score(errors, weights)
-        accuracy = float((scores.argmin(1) == truth).double().mean())
-        temperature = config.temperature or fit_temperature(scores, truth)
-        return replace(calibration, temperature=temperature, accuracy=accuracy)
+        if len(groups) < 2:
+            return
+        held_out = self._held_out_errors(groups, grid, config.folds) if config.folds else None
+        weights = timesteps.trial_weights(self._weights(config.weighting, groups, grid, held_out), grid)
+        self.calibration_ = replace(self.calibration_, weights=tuple(weights.tolist()))
+        if held_out is not None:
+            errors, truth = held_out
+            scores = timesteps.score(errors, weights)
+            accuracy = float((scores.argmin(1) == truth).double().mean())
+            temperature = config.temperature or fit_temperature(scores, truth)
+            self.calibration_ = replace(self.calibration_, temperature=temperature, accuracy=accuracy)
+
+    def _scoring_for(self, groups: dict[Label, list[ImageSource]]) -> ScoringConfig:
+        """The scoring asked for, or without what must be fitted on held-out shots where none can be held out."""
+        config = self.scoring
+        single = sorted(x for x, shots in groups.items() if len(shots) < 2)
+        if not config.folds or not single:
+            return config
+        default = recommended_scoring(self.backbone.name)
+        auto = timesteps.parse_weighting(config.weighting).name == "auto"
+        config = replace(
+            config,
+            folds=0,
+            weighting=default.weighting if auto else config.weighting,
+            temperature=config.temperature or default.temperature,
+        )
+        warnings.warn(
+            f"Classes {single} have one shot, so none can be held out: folds={self.scoring.folds} is ignored, the "
+            f"weighting is {config.weighting!r}, the temperature {config.temperature}.",
+            stacklevel=4,
+        )
+        return config
 
     def _weights(
-        self, groups: dict[Label, list[ImageSource]], grid: Tensor, held_out: tuple[Tensor, Tensor] | None
+        self, name: str, groups: dict[Label, list[ImageSource]], grid: Tensor, held_out: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Weights [T] of the configured weighting."""
-        weighting = timesteps.parse_weighting(self.scoring.weighting)
+        """Weights [T] of a weighting by name."""
+        weighting = timesteps.parse_weighting(name)
         abar, parameters = self.backbone.alphas_cumprod, weighting.parameters
         if weighting.name == "uniform":
             return timesteps.uniform(abar)
@@ -330,27 +362,21 @@ class DiTiClassifier:
             return timesteps.tif(abar, *(parameters or (timesteps.attribute_distance(latents, truth),)))
         return timesteps.tif_released(*(parameters or (timesteps.attribute_distance_released(latents, truth),)))
 
-    def _held_out_errors(self, groups: dict[Label, list[ImageSource]], grid: Tensor) -> tuple[Tensor, Tensor]:
+    def _held_out_errors(
+        self, groups: dict[Label, list[ImageSource]], grid: Tensor, folds: int
+    ) -> tuple[Tensor, Tensor]:
         """Errors [N, C, S] of shots under class tokens trained without them, and their classes [N].
 
-        Costs one training of the bank on the other shots a fold, and C x S evaluations a shot.
-
-        Raises:
-            ValueError: a class has a single shot, so nothing can be held out.
+        Every class has two shots or more. Costs one training of the bank on the other shots a fold (no more folds than
+        the largest class has shots), and C x S evaluations a shot.
         """
         order = sorted(groups)
-        single = [x for x in order if len(groups[x]) < 2]
-        if single:
-            raise ValueError(
-                f"Classes {single} have one shot; cross-validation (folds={self.scoring.folds}) needs two."
-            )
+        folds = min(folds, max(len(shots) for shots in groups.values()))
         errors, truth = [], []
-        for fold in range(self.scoring.folds):
-            kept = {x: [s for i, s in enumerate(groups[x]) if i % self.scoring.folds != fold] for x in order}
-            if any(not shots for shots in kept.values()):
-                continue
-            held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % self.scoring.folds == fold]
-            bank, failed = self._train_bank(kept, f"fold {fold + 1} of {self.scoring.folds}")
+        for fold in range(folds):
+            kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
+            held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
+            bank, failed = self._train_bank(kept, f"fold {fold + 1} of {folds}")
             self._finish(failed)
             images = [s for _, s in held]
             scorer = self._make_scorer(bank)
@@ -362,7 +388,7 @@ class DiTiClassifier:
 def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
     """Shots by label; a picture given twice under one label counts once."""
     values: list[Label] = [x.item() if isinstance(x, np.generic) else x for x in labels]
-    if len(images) != len(values):
+    if len(images) != len(values) or not values:
         raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
     types = {type(x) for x in values}
     if len(types) > 1 or not types <= {str, int, bool}:
@@ -371,18 +397,21 @@ def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label
     groups: dict[Label, list[ImageSource]] = {}
     for image, label in zip(images, values, strict=True):
         i = image_id(image)
+        if i not in label_of:
+            groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
         if label_of.setdefault(i, label) != label:
             raise ValueError(f"One picture (image id {i}) is given as {label_of[i]!r} and as {label!r}; keep one.")
-        groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
     return groups
 
 
 def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[ImageSource]]:
-    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4):
-        if not len(images):
-            raise ValueError("No images were passed.")
-        return False, list(images)
-    return True, [images]  # type: ignore[list-item]
+    """Whether one image was passed, and the images; arrays of paths and [N, H, W, 3] pixels are many."""
+    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OU" and images.ndim < 4
+    if pixels or isinstance(images, str | Path | bytes | Image.Image):
+        return True, [images]  # type: ignore[list-item]
+    if not len(images):
+        raise ValueError("No images were passed.")
+    return False, list(images)
 
 
 def _spread_over_classes(groups: dict[Label, list[ImageSource]], count: int) -> list[tuple[Label, ImageSource]]:

@@ -34,7 +34,7 @@ class Target:
 
 
 def find_targets(unet: nn.Module, text_encoder: nn.Module, blocks: str = "all") -> tuple[Target, ...]:
-    """The linears that class tokens adapt: attention and the GEGLU projection in the U-Net, attention in the text encoder.
+    """The linears that class tokens adapt: attention and GEGLU projection in the U-Net, attention in the text encoder.
 
     Args:
         blocks: a key of `BLOCK_FILTERS`.
@@ -48,7 +48,7 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module, blocks: str = "all") 
 
     def matching(network: str, module: nn.Module, starts: tuple[str, ...], ends: tuple[str, ...]) -> Iterator[Target]:
         for name, m in module.named_modules():
-            if isinstance(m, nn.Linear) and name.startswith(starts) and name.endswith(ends) and ".adapter" not in name:
+            if isinstance(m, nn.Linear) and name.startswith(starts) and name.endswith(ends):
                 yield Target(network, name, m.in_features, m.out_features)
 
     in_unet = tuple(matching("unet", unet, prefixes, _UNET_LINEARS))

@@ -6,16 +6,18 @@ import hashlib
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from platformdirs import user_cache_path
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.files import write_atomically
+from fewshot_diti.processes import process_state
 
 _STEPS, _GUIDANCE = 25, 7.5
+_BATCH = 8
 
 
 def prior_latents(
@@ -27,23 +29,22 @@ def prior_latents(
         size: (height, width) in pixels.
         cache: folder; by default the user's cache.
     """
-    state = PartialState()
+    state = process_state()
     key = repr((backbone.hash, prompt, size, seed, _STEPS, _GUIDANCE))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = (cache or user_cache_path("fewshot-diti")) / "prior" / name
-    todo = [i for i in range(count) if not (folder / f"{i:05d}.safetensors").is_file()]
-    mine = todo[state.process_index :: state.num_processes]
-    for i in range(0, len(mine), 8):
-        part = mine[i : i + 8]
+    # shared out before anyone looks for what is there: another process may be writing already
+    mine = range(state.process_index, count, state.num_processes)
+    todo = [i for i in mine if not (folder / f"{i:05d}.safetensors").is_file()]
+    bar = tqdm(total=len(todo), desc="prior images", disable=None if todo and state.is_main_process else True)
+    for i in range(0, len(todo), _BATCH):
+        part = todo[i : i + _BATCH]
         latents = backbone.generate_latents(
-            prompt,
-            [seed * 100_003 + p for p in part],
-            size=size,
-            steps=_STEPS,
-            guidance_scale=_GUIDANCE,
-            batch_size=8,
+            prompt, [seed * 100_003 + p for p in part], size=size, steps=_STEPS, guidance_scale=_GUIDANCE
         )
         for p, latent in zip(part, latents, strict=True):
             write_atomically(folder / f"{p:05d}.safetensors", save_tensors({"latent": latent.contiguous()}))
+        bar.update(len(part))
+    bar.close()
     state.wait_for_everyone()
     return torch.stack([load_tensors((folder / f"{i:05d}.safetensors").read_bytes())["latent"] for i in range(count)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fewshot_diti.backbone import POCKET
-from fewshot_diti.timesteps import parse_weighting
+from fewshot_diti.timesteps import even_grid, parse_weighting
 from fewshot_diti.training import TrainingConfig
 
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
@@ -49,7 +49,17 @@ class ScoringConfig:
         lo, hi = self.timesteps
         if not 0 <= lo < hi:
             raise ValueError(f"timesteps={self.timesteps}; pass (lo, hi) with 0 <= lo < hi.")
-        if parse_weighting(self.weighting).name == "auto" and self.folds < 2:
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds={self.folds}; pass 2 or more, or 0 for no cross-validation.")
+        weighting = parse_weighting(self.weighting)
+        if weighting.name == "window":
+            grid = even_grid(self.trials, lo, hi)
+            if not ((grid >= weighting.parameters[0]) & (grid < weighting.parameters[1])).any():
+                raise ValueError(
+                    f"None of {self.trials} trials at timesteps={self.timesteps} lies inside {self.weighting}; "
+                    "set timesteps to the window."
+                )
+        if weighting.name == "auto" and self.folds < 2:
             raise ValueError("weighting='auto' is chosen on held-out shots; pass folds=2 or more.")
         if self.temperature is None and self.folds < 2:
             raise ValueError("temperature=None is fitted on held-out shots; pass folds=2 or more, or a temperature.")

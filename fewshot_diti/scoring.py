@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.lora import adapted
+from fewshot_diti.processes import process_state
 from fewshot_diti.trials import trial_noise
 
 
@@ -107,7 +107,7 @@ def error_tensor(
     """
     classes, trials = range(len(scorer.bank.tokens)), range(len(timesteps_S))
     rows = []
-    disable = None if PartialState().is_main_process else True
+    disable = None if process_state().is_main_process else True
     for latents, image_id in zip(tqdm(latents_Nchw, desc=desc, unit="image", disable=disable), image_ids, strict=True):
         rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
     return torch.stack(rows) if rows else torch.empty(0, len(classes), len(trials))

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
+from fewshot_diti.processes import process_state
 from fewshot_diti.trials import torch_generator
 
 Label = str | int | bool
@@ -86,6 +86,8 @@ class TrainingConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; pass a number of at least 0.")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}; pass a number above 0 (inf: no clipping).")
         if self.lr_schedule not in ("constant", "cosine"):
             raise ValueError(f"lr_schedule={self.lr_schedule!r}; pass 'constant' or 'cosine'.")
         if self.blocks not in BLOCK_FILTERS:
@@ -176,9 +178,7 @@ class _ClassStream:
         """Latents, noise, time-steps of one step: `shots_per_step` shots, then as many prior images if any."""
         g, m = self.generator, config.shots_per_step
         n, variants = self.shots.mean.shape[:2]
-        rows = torch.randint(n, (m,), generator=g)
-        if n >= m:
-            rows = torch.randperm(n, generator=g)[:m]
+        rows = torch.randperm(n, generator=g)[:m] if n >= m else torch.randint(n, (m,), generator=g)
         which = rows, torch.randint(variants, (m,), generator=g)
         mean = self.shots.mean[which]
         latents = mean + self.shots.std[which] * torch.randn(mean.shape, generator=g, dtype=mean.dtype)
@@ -239,7 +239,7 @@ def train_class_tokens(
         )
     if config.prior_weight > 0 and prior is None:
         raise ValueError(f"prior_weight={config.prior_weight} needs prior images; pass them, or set prior_weight=0.")
-    state = PartialState()
+    state = process_state()
     prompts, prior_latents = ([prior[0]], prior[1]) if prior is not None and config.prior_weight > 0 else ([], None)
     layout = Layout(find_targets(backbone.unet, backbone.text_encoder, config.blocks), config.rank)
     device = backbone.device
@@ -262,7 +262,8 @@ def train_class_tokens(
         backbone.unet.enable_gradient_checkpointing()
     bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
     for step in range(config.steps):
-        alive = [c for c in mine if not failed_at[c]]
+        stopped = failed_at.tolist()
+        alive = [c for c in mine if not stopped[c]]
         for batch in (alive[i : i + width] for i in range(0, len(alive), width)):
             drawn = [streams[c].draw(config, prior_latents) for c in batch]
             latents, noise, timesteps = (torch.cat(parts).to(device) for parts in zip(*drawn, strict=True))

@@ -11,6 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.backbone import Backbone
 
+torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
+
 
 def tiny_tokenizer() -> CLIPTokenizer:
     """Bytes as tokens: every text has a tokenization."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 ImageSource = str | Path | Image.Image | np.ndarray | bytes
-ResizeRule = Literal["crop", "squash"]
+ResizeRule = Literal["crop", "squash", "pad"]
 
 # What Pillow raises for files that are cut short, damaged or absurdly large.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -105,7 +105,8 @@ class ImageGeometry:
 
     Attributes:
         size: (height, width) in pixels.
-        resize: "crop" covers the size, keeping the aspect, and crops the centre; "squash" changes the aspect.
+        resize: "crop" covers the size, keeping the aspect, and crops the centre; "pad" fits into the size, keeping the
+            aspect, on black; "squash" changes the aspect.
         banner_rows: pixel rows cut from the bottom before the resize (FGVC-Aircraft's images end in a banner of 20).
 
     Raises:
@@ -149,6 +150,8 @@ class ImageGeometry:
         height, width = self.size
         if self.resize == "squash":
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        elif self.resize == "pad":
+            picture = ImageOps.pad(picture, (width, height), Image.Resampling.BICUBIC, color="black")
         else:
             scale = max(height / picture.height, width / picture.width)
             covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))

@@ -13,6 +13,7 @@ import torch
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 from torch import Tensor
+from torchvision.transforms import v2
 
 _NO_LIVERY = {"default"}
 
@@ -94,3 +95,12 @@ def split_held_out(renders: Renders, held_out_file: Path) -> tuple[Renders, Rend
     inside = [i for i, v in enumerate(renders.variants) if v not in held_out]
     outside = [i for i, v in enumerate(renders.variants) if v in held_out]
     return renders.subset(inside), renders.subset(outside)
+
+
+def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
+    """A uint8 image with its channels permuted (never the identity) and its hue turned, by `seed` alone."""
+    g = torch.Generator().manual_seed(seed)
+    orders = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    order = orders[int(torch.randint(len(orders), (), generator=g))]
+    hue = float(torch.rand((), generator=g)) * 0.3 - 0.15
+    return v2.functional.adjust_hue(pixels_CHW[list(order)], hue)

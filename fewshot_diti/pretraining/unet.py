@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.pretraining.captions import (
@@ -22,7 +21,7 @@ from fewshot_diti.pretraining.captions import (
     write_caption,
 )
 from fewshot_diti.pretraining.loop import run_loop, step_generator
-from fewshot_diti.pretraining.renders import Renders, load_renders, split_held_out
+from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +122,7 @@ def build_unet(config: UnetConfig, vae: AutoencoderKL) -> UNet2DConditionModel:
     )
 
 
-def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
-    """A uint8 image with its channels permuted (never the identity) and its hue turned, by `seed` alone."""
-    g = torch.Generator().manual_seed(seed)
-    orders = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-    order = orders[int(torch.randint(len(orders), (), generator=g))]
-    hue = float(torch.rand((), generator=g)) * 0.3 - 0.15
-    return v2.functional.adjust_hue(pixels_CHW[list(order)], hue)
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of uint8 images, fp16 [images, c, h, w] each."""
     means, stds = [], []

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewshot_diti.pretraining.loop import run_loop, step_generator
-from fewshot_diti.pretraining.renders import load_renders, split_held_out
+from fewshot_diti.pretraining.renders import load_renders, shuffle_colours, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class VaeConfig:
         block_out_channels, layers_per_block, latent_channels: as in `diffusers.AutoencoderKL`.
         batch_size: images a step and process.
         mse_weight, gradient_weight, kl_weight: beside an L1 loss of weight 1.
+        false_colours: share of samples with shuffled colours, so that no livery is out of reach.
     """
 
     data: Path
@@ -42,7 +43,8 @@ class VaeConfig:
     ema_decay: float = 0.995
     mse_weight: float = 4.0
     gradient_weight: float = 0.5
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-7
+    false_colours: float = 0.4
     seed: int = 0
     mixed_precision: str = "bf16"
     log_every: int = 50
@@ -121,7 +123,10 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
-        images = to_batch(pixels[torch.randint(len(pixels), (config.batch_size,), generator=g)])
+        drawn = pixels[torch.randint(len(pixels), (config.batch_size,), generator=g)]
+        for i in torch.nonzero(torch.rand(config.batch_size, generator=g) < config.false_colours).flatten().tolist():
+            drawn[i] = shuffle_colours(drawn[i], int(torch.randint(2**62, (), generator=g)))
+        images = to_batch(drawn)
         noise = torch.randn(latent_shape, generator=g).to(images)
         restored, kl = module(images, noise)
         difference = restored.float() - images

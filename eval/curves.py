@@ -1,0 +1,60 @@
+"""Loss curves of the pre-training logs as one picture.
+
+python -m eval.curves --vae docs/logs/pocket-vae.jsonl --unet docs/logs/pocket-sd.jsonl --output docs/pocket-curves.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Logs to draw, one JSON object a line."""
+
+    vae: Path = Path("docs/logs/pocket-vae.jsonl")
+    unet: Path = Path("docs/logs/pocket-sd.jsonl")
+    output: Path = Path("docs/pocket-curves.png")
+
+
+def series(log: Path, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one figure; of a step logged twice (a resumed run) the later one."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    by_step = {r["step"]: r[key] for r in records if key in r}
+    return sorted(by_step), [by_step[s] for s in sorted(by_step)]
+
+
+def draw(config: Curves) -> None:
+    """Autoencoder: loss and PSNR on held-out variants; U-Net: training loss, and held-out errors by time-step."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    left.plot(*series(config.vae, "loss"), color="tab:blue")
+    left.set(title="autoencoder", xlabel="step", ylabel="loss", yscale="log")
+    psnr = left.twinx()
+    psnr.plot(*series(config.vae, "psnr_held_out"), color="tab:orange", marker="o")
+    psnr.set_ylabel("PSNR on held-out variants (dB)", color="tab:orange")
+    middle.plot(*series(config.unet, "loss"))
+    middle.set(title="U-Net", xlabel="step", ylabel="training loss (half of t below 400)")
+    keys = [k for k in json.loads(_last_with(config.unet, "held_out_error")) if k.startswith("held_out_error")]
+    for key in keys:
+        steps, values = series(config.unet, key)
+        right.plot(steps, values, marker=".", label=f"t = {key.rsplit('_', 1)[1]}")
+    right.set(title="error on held-out variants", xlabel="step", yscale="log")
+    right.legend(fontsize=7, ncols=2)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.output, dpi=120)
+
+
+def _last_with(log: Path, word: str) -> str:
+    return [line for line in log.read_text().splitlines() if word in line][-1]
+
+
+if __name__ == "__main__":
+    draw(tyro.cli(Curves))

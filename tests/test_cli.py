@@ -1,0 +1,308 @@
+"""The command line, run in-process on a tiny backbone and a tiny folder of images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_tiny_backbone
+from PIL import Image
+
+from fewshot_diti import Bank, DiTiClassifier, cli, demo
+from fewshot_diti.data import image_id
+from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.training import TrainingConfig
+
+CLASSES = ("bolt", "gear", "nut")
+TRAINING = TrainingConfig(steps=4, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
+SCORING = ScoringConfig(trials=3, weighting="uniform", calibration_images=3)
+
+
+def save_image(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def save_classes(folder: Path, count: int, seed: int = 0) -> Path:
+    for c, name in enumerate(CLASSES):
+        for i in range(count):
+            save_image(folder / name / f"{i}.png", seed + 100 * c + i)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_settings() -> Iterator[None]:
+    """Recommended settings that take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cli, demo):
+            patch.setattr(module, "recommended_training", lambda num_shots, backbone: TRAINING)
+            patch.setattr(module, "recommended_scoring", lambda backbone: SCORING)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classes(tmp_path_factory.mktemp("shots"), 3)
+
+
+@pytest.fixture(scope="module")
+def bank(shots: Path, backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank that the command trained."""
+    folder = tmp_path_factory.mktemp("trained") / "bank"
+    command = ["train", str(shots), "--output_dir", str(folder), "--concept", "machine part", "--folds", "0"]
+    assert cli.main([*command, "--backbone", str(backbone_folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures in six files: one is a copy."""
+    folder = tmp_path_factory.mktemp("test-images")
+    for i in range(5):
+        save_image(folder / f"{i}.png", 1000 + i)
+    save_image(folder / "deep" / "copy.png", 1001)
+    return folder
+
+
+def train_command(folder: Path, backbone: Path, output: Path, *more: str) -> list[str]:
+    return ["train", str(folder), "--output_dir", str(output), "--concept", "part", "--backbone", str(backbone), *more]
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {
+        "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --seed",
+        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --seed",
+        "score": "--bank --output --backbone",
+    }
+    for command, options in expected.items():
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, "--help"])
+        assert exit_.value.code == 0
+        shown = re.findall(r"^[│ ]+(?:-h, )?(--\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert shown == ["--help", *options.split()]
+
+
+def test_train_accepts_dashes_draws_shots_and_cross_validates(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = train_command(shots, backbone_folder, tmp_path / "my bank", "--shots", "2", "--folds", "5", "--seed", "3")
+    assert cli.main([word.replace("output_dir", "output-dir") for word in command]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"accuracy on your shots: ([\d.]+) % \((\d) of 6; 95 % interval ([\d.]+) to ([\d.]+) %\)", out)
+    assert found and "in 2 folds" in out and "3 classes, 2 shots each: bolt, gear, nut" in out
+    assert f"fewshot-diti score --bank '{tmp_path / 'my bank'}' IMAGE_OR_DIR" in out
+    assert "pocket" not in out
+    trained = Bank.load(tmp_path / "my bank")
+    assert trained.labels == CLASSES and {token.num_shots for token in trained.tokens} == {2}
+    assert trained.tokens[0].prompt == "a photo of a hta bolt, a type of part."
+
+
+def test_train_says_that_one_shot_cannot_be_cross_validated(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--shots", "1")) == 0
+    assert "a class has one shot" in capsys.readouterr().out
+
+
+def test_train_shows_the_validation_loss_of_each_class(
+    backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_classes(tmp_path / "data" / "train", 2)
+    save_image(tmp_path / "data" / "val" / "gear" / "a.png", 77)
+    assert cli.main(train_command(tmp_path / "data", backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    out = capsys.readouterr().out
+    classifier = DiTiClassifier.from_pretrained(tmp_path / "bank")
+    expected = classifier.errors([tmp_path / "data" / "val" / "gear" / "a.png"])[0, 1].mean()
+    row = next(line for line in out.splitlines() if line.startswith("│ gear"))
+    assert [cell.strip() for cell in row.split("│")][2:4] == ["1", f"{expected:.5f}"]
+
+
+def test_train_takes_a_manifest(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
+    lines = [f"{path},{path.parent.name}" for path in sorted(shots.glob("*/[01].png"))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines]))
+    command = train_command(Path(), backbone_folder, tmp_path / "bank", "--folds", "0")
+    command[1] = f"manifest:{tmp_path / 'table.csv'}"
+    assert cli.main(command) == 0
+    assert Bank.load(tmp_path / "bank").labels == CLASSES
+
+
+def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "LARGE_UNET", 0)
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    # 4 steps x 3 classes, forward and backward, then 3 calibration images x 3 classes x 3 trials
+    assert "about 63 evaluations" in capsys.readouterr().out
+
+
+def test_train_names_the_class_that_failed_and_saves_the_others(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = DiTiClassifier._class_shots
+
+    def poisoned(self: DiTiClassifier, label: str, *rest: object) -> object:
+        made = original(self, label, *rest)  # type: ignore[arg-type]
+        return replace(made, mean=made.mean * np.nan) if label == "gear" else made
+
+    monkeypatch.setattr(DiTiClassifier, "_class_shots", poisoned)
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
+    assert capsys.readouterr().err.startswith("error: The loss of 'gear'")
+    assert Bank.load(tmp_path / "bank").labels == ("bolt", "nut")
+
+
+def test_score_says_what_the_classifier_says(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    # the named file comes first and once, although the folder holds it too
+    command = ["score", "--bank", str(bank), str(tests / "3.png"), str(tests), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 0
+    records = read_lines(tmp_path / "out.jsonl")
+    names = ["3.png", "0.png", "1.png", "2.png", "4.png", "deep/copy.png"]
+    assert [r["path"] for r in records] == [str(tests / name) for name in names]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
+    paths = [r["path"] for r in records]
+    classifier = DiTiClassifier.from_pretrained(bank)
+    assert [r["label"] for r in records] == classifier.predict(paths).tolist()
+    assert [r["image_id"] for r in records] == [image_id(path) for path in paths]
+    for record, scores, probabilities in zip(
+        records, classifier.scores(paths).tolist(), classifier.predict_proba(paths).tolist(), strict=True
+    ):
+        assert record["scores"] == dict(zip(CLASSES, scores, strict=True))
+        assert record["margin"] == sorted(scores)[1] - sorted(scores)[0]
+        assert record["probabilities"] == dict(zip(CLASSES, probabilities, strict=True))
+        assert list(record["probabilities"].values()) == sorted(probabilities, reverse=True)
+    assert {**records[2], "path": ""} == {**records[5], "path": ""}
+    out = capsys.readouterr().out
+    assert records[0]["label"] in out and "margin" in out
+
+
+def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tests / "0.png").read_bytes()[:200])
+    command = ["score", "--bank", str(bank), str(broken), str(tests / "1.png"), "--output", str(tmp_path / "o.jsonl")]
+    assert cli.main(command) == 1
+    assert [r["path"] for r in read_lines(tmp_path / "o.jsonl")] == [str(tests / "1.png")]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not scored: ") and str(broken) in last
+
+
+def test_two_processes_score_as_one_and_no_image_twice(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "one.jsonl")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "fewshot_diti", "score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "two.jsonl")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("margin: second") == 1
+    one, two = read_lines(tmp_path / "one.jsonl"), read_lines(tmp_path / "two.jsonl")
+    parts = [read_lines(tmp_path / f"two.part-0000{rank}-of-00002.jsonl") for rank in (0, 1)]
+    assert all(parts) and sorted(map(str, parts[0] + parts[1])) == sorted(map(str, two))
+    assert not {r["image_id"] for r in parts[0]} & {r["image_id"] for r in parts[1]}
+    for a, b in zip(one, two, strict=True):
+        assert (a["path"], a["image_id"]) == (b["path"], b["image_id"])
+        assert a["label"] == b["label"] or a["margin"] <= 1e-4
+        assert max(abs(a["scores"][name] - b["scores"][name]) for name in CLASSES) <= 1e-5
+
+
+def test_errors_of_the_user_are_one_line_and_status_2(
+    bank: Path, shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    save_image(tmp_path / "single" / "bolt" / "0.png", 0)
+    other = save_tiny_backbone(tmp_path / "other", seed=1)
+    picture = str(shots / "bolt" / "0.png")
+    capsys.readouterr()
+    expected = {
+        "holds no class sub-folder with images": train_command(tmp_path / "empty", backbone_folder, tmp_path / "bank"),
+        "There is no folder": train_command(tmp_path / "nowhere", backbone_folder, tmp_path / "bank"),
+        "holds one class, 'bolt'": train_command(tmp_path / "single", backbone_folder, tmp_path / "bank"),
+        "but 'bolt' has 3": train_command(shots, backbone_folder, tmp_path / "bank", "--shots", "9"),
+        "has no splits": train_command(shots, backbone_folder, tmp_path / "bank", "--split", "train"),
+        "The bank was trained on backbone": ["score", "--bank", str(bank), "--backbone", str(other), picture],
+        "so no complete bank": ["score", "--bank", str(tmp_path), picture],
+        "holds no images": ["score", "--bank", str(bank), str(tmp_path / "empty")],
+        "no image file or folder": ["score", "--bank", str(bank), str(tmp_path / "no.png")],
+    }
+    for text, command in expected.items():
+        assert cli.main(command) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and text in captured.err
+    assert not (tmp_path / "bank").exists()
+
+
+def test_settings_out_of_range_are_refused_with_what_is_allowed(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = ["train", "DIR", "--output_dir", "B", "--concept", "part"]
+    expected = {
+        "shots=0": [*part, "--shots", "0"],
+        "folds=1": [*part, "--folds", "1"],
+        "concept is empty": [*part[:-1], " "],
+        "test_images=241": ["demo", "--test_images", "241"],
+        "No images": ["score", "--bank", str(bank)],
+    }
+    for text, command in expected.items():
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(command)
+        assert exit_.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_other_exceptions_keep_their_traceback(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", str(shots), "--output_dir", "B", "--concept", "part"])
+
+
+def test_demo_compares_three_methods_and_writes_bank_and_picture(
+    backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["demo", "--output_dir", str(tmp_path), "--shots", "2", "--test_images", "24", "--trials", "2"]
+    assert cli.main([*command, "--zero_shot_trials", "1", "--backbone", str(backbone_folder)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "12 classes, 2 shots each; 24 test images",
+        "class tokens  ",
+        "zero-shot backbone",
+        "nearest neighbour",
+    ):
+        assert text in out
+    assert len(Bank.load(tmp_path / "bank")) == 12 and str(tmp_path / "bank") in out
+    picture = Image.open(tmp_path / "predictions.png")
+    assert min(picture.size) > 500 and str(tmp_path / "predictions.png") in out
+
+
+def test_balanced_rows_are_equal_over_classes_and_liveries_and_depend_on_the_seed_alone() -> None:
+    labels = np.repeat(np.arange(4), 10)
+    seen = np.arange(40) % 10 < 3
+    for count in (4, 8, 20, 24, 40):
+        rows = demo.balanced_rows(labels, seen, count, seed=1)
+        assert rows == demo.balanced_rows(labels, seen, count, seed=1)
+        assert len(set(rows)) == count and set(np.bincount(labels[rows])) == {count // 4}
+        if count <= 24:
+            assert seen[rows].sum() == count // 2
+    assert demo.balanced_rows(labels, seen, 20, seed=1) != demo.balanced_rows(labels, seen, 20, seed=2)
+    with pytest.raises(ValueError, match="there are 40"):
+        demo.balanced_rows(labels, seen, 41, seed=0)

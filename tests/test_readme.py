@@ -1,0 +1,58 @@
+"""The README's Python runs as printed, and its shell blocks name commands, files and flags that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewshot_diti.data.sources import load_bundled
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_bundled("train")
+    for name in ("737-300", "ATR-72"):
+        folder = tmp_path / "my-images" / name
+        folder.mkdir(parents=True)
+        rows = [i for i in range(len(data)) if data.class_names[data.labels[i]] == name][:2]
+        for row in rows:
+            shutil.copy(data.names[row], folder)
+    other = next(i for i in range(len(data)) if data.class_names[data.labels[i]] == "747-8")
+    shutil.copy(data.names[other], tmp_path / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"new_shots": [tmp_path / "new.jpg"]}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
+    assert sorted(scope["classifier"].classes_) == ["737-300", "A321", "ATR-72"]  # type: ignore[attr-defined]
+    assert (tmp_path / "my-bank" / "manifest.json").is_file()
+
+
+def test_the_first_two_shell_blocks_make_their_own_environment() -> None:
+    for block in blocks("sh")[:2]:
+        assert block.startswith("python3 -m venv .venv && .venv/bin/pip install ")
+        assert len(block.strip().splitlines()) == 1
+
+
+def test_shell_blocks_name_flags_and_recipes_that_exist() -> None:
+    for line in "\n".join(blocks("sh")[2:]).splitlines():
+        words = shlex.split(line)
+        if words[0].endswith("fewshot-diti"):
+            command = [sys.executable, "-m", "fewshot_diti", words[1], "--help"]
+        else:
+            assert words[:2] == ["accelerate", "launch"]
+            command = [sys.executable, str(ROOT / words[2]), "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for flag in (w for w in words if w.startswith("--")):
+            assert flag in text, f"{flag} of {line!r} is not among the options"

