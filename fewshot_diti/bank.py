@@ -181,8 +181,8 @@ class Bank:
         write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": files}))
         for name in contents:
             _pending(folder, name, files[name]).replace(folder / name)
-            for left_over in folder.glob(_pending(folder, name, {"sha256": "?" * _HEX}).name):
-                left_over.unlink()
+        for left_over in folder.glob("." + "[0-9a-f]" * _HEX + ".*"):
+            left_over.unlink()
         write_atomically(folder / _CARD, self._model_card().encode())
 
     @classmethod

@@ -90,7 +90,7 @@ def test_image_sizes_are_multiples_of_what_the_levels_divide(backbone: Backbone)
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_counts(backbone: Backbone) -> None:
     assert backbone.tokenize(["a" * 62]).shape == (1, 64)
-    with pytest.raises(ValueError, match="has 65 tokens, backbone .* reads 64"):
+    with pytest.raises(ValueError, match=r"has 65 tokens, backbone .* reads 64"):
         backbone.tokenize(["short", "a" * 63])
 
 

@@ -72,7 +72,7 @@ def test_a_damaged_file_is_named(bank: Bank, tmp_path: Path, name: str, damage: 
 def test_a_damaged_manifest_is_named(bank: Bank, tmp_path: Path, manifest: str) -> None:
     bank.save(tmp_path)
     (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match="manifest.json is no bank's manifest"):
+    with pytest.raises(ValueError, match=r"manifest\.json is no bank's manifest"):
         Bank.load(tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_a_bank_of_a_later_format_asks_for_an_upgrade(bank: Bank, tmp_path: Path
     bank.save(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match="bank format 2; .* reads 1"):
+    with pytest.raises(ValueError, match=r"bank format 2; .* reads 1"):
         Bank.load(tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
         # the next save clears up
         bank.save(folder)
         assert_same(Bank.load(folder), bank)
-        assert not [p.name for p in folder.iterdir() if p.name.startswith(".") and "classifier" not in p.name]
+        assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
         if finished:
             break
     assert finished

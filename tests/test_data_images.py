@@ -109,7 +109,7 @@ def test_a_file_cut_short_is_an_error_that_names_it(tmp_path):
         open_image(tmp_path / "cut.jpg")
 
 
-@given(pictures, st.integers(1, 9), st.integers(1, 9), st.sampled_from(["crop", "squash"]))
+@given(pictures, st.integers(1, 9), st.integers(1, 9), st.sampled_from(["crop", "squash", "pad"]))
 @settings(max_examples=50, deadline=None)
 def test_pixels_have_the_asked_shape_and_lie_in_minus_one_to_one(picture, height, width, resize):
     pixels = ImageGeometry(size=(height, width), resize=resize).pixels(picture)
@@ -126,13 +126,16 @@ def test_an_image_of_the_right_size_keeps_its_values(picture):
     assert np.array_equal(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), picture)
 
 
-def test_crop_keeps_the_centre_and_the_aspect_and_squash_keeps_everything():
+def test_crop_keeps_the_centre_and_the_aspect_squash_everything_and_pad_both():
     picture = np.zeros((8, 24, 3), np.uint8)
     picture[:, 8:16] = 255
     assert ImageGeometry(size=(8, 8)).pixels(picture).min() == 1
     squashed = ImageGeometry(size=(8, 8), resize="squash").pixels(picture)
     assert squashed[:, :, 0].max() == -1
     assert squashed[:, :, 4].min() > 0.5
+    padded = ImageGeometry(size=(8, 12), resize="pad").pixels(255 - picture)
+    assert padded.shape == (3, 8, 12)
+    assert padded[:, [0, 1, 6, 7]].max() == -1 and padded[:, 2:6, 0].min() == 1
 
 
 def test_the_banner_is_cut_from_the_bottom_before_the_resize():

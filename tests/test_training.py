@@ -198,7 +198,7 @@ def test_the_loss_is_the_class_error_plus_the_weighted_error_of_the_generic_prom
 
 
 def test_prior_images_keep_the_generic_prompt_where_it_was(backbone64: Backbone) -> None:
-    """With a large prior weight the error of the generic prompt on prior images rises less than without prior images."""
+    """Their error under the generic prompt is smaller than that of a class token trained without them."""
     shots, (_, prior) = random_shots(backbone64, "A320", num_shots=1), random_prior(backbone64)
     config = replace(CONFIG, steps=40, lr_unet=1e-2, lr_text_encoder=1e-2, shots_per_step=2)
 
