@@ -2,8 +2,8 @@
 
     python -m eval.fidelity --data DIR --backbone pocket
 
-The probe is a logistic regression on latents of the pre-training renders, tested on renders it has not seen; then it judges
-samples of every variant's prompt.
+The probe is a logistic regression on latents of the pre-training renders, tested on renders it has not seen; it then
+judges samples of every variant's prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def main(config: Fidelity) -> None:
             size=backbone.image_size,
             steps=config.steps,
             guidance_scale=config.guidance_scale,
-            batch_size=16,
         )
         shares[variant] = float((probe.predict(samples.flatten(1).numpy()) == variant).mean())
         print(f"{variant:20s} {100 * shares[variant]:5.1f} %")

@@ -95,7 +95,7 @@ def run_loop(
     log_every: int,
     validate_every: int,
     save_seconds: float,
-) -> nn.Module:
+) -> None:
     """Trains `module` for `steps`, going on from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
@@ -103,8 +103,7 @@ def run_loop(
         validate: figures of the averaged weights, logged as they are.
         save_seconds: a checkpoint is written when this much time has passed.
 
-    Returns:
-        The module with its averaged weights.
+    The module is left with its averaged weights.
     """
     bare = accelerator.unwrap_model(module)
     ema = Ema(bare, ema_decay)
@@ -147,4 +146,3 @@ def run_loop(
             save_checkpoint(checkpoint, bare, optimizer, ema, done)
             saved = time.monotonic()
     ema.copy_to(bare)
-    return bare

@@ -32,6 +32,8 @@ class UnetConfig:
         vae: folder of the autoencoder (`train_vae` writes it); it decides image and latent sizes.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
         false_colours: share of samples with shuffled colours, captioned so; shape without livery.
+        prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
+            the network unharmed.
         small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
     """
 
@@ -48,6 +50,7 @@ class UnetConfig:
     vocab_size: int = 1024
     max_length: int = 40
     false_colours: float = 0.2
+    prediction_type: str = "v_prediction"
     small_t: float = 0.5
     steps: int = 10_000
     batch_size: int = 32
@@ -73,9 +76,10 @@ class _TextToNoise(nn.Module):
         return self.unet(noisy, timesteps, text).sample
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction_type: str) -> DDIMScheduler:
     """Stable Diffusion's own noise schedule."""
     return DDIMScheduler(
+        prediction_type=prediction_type,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -187,7 +191,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     tokenizer = train_tokenizer([*corpus, GENERIC_CAPTION, FALSE_COLOURS_CAPTION], config.vocab_size, config.max_length)
     torch.manual_seed(config.seed)
     unet, text_encoder = build_unet(config, vae), build_text_encoder(config, tokenizer)
-    scheduler = build_scheduler()
+    scheduler = build_scheduler(config.prediction_type)
     abar = scheduler.alphas_cumprod
     num_t = scheduler.config.num_train_timesteps
     module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -203,9 +207,14 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
 
     def errors(module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
         a = abar[timesteps][:, None, None, None]
-        noisy = (a.sqrt() * latents + (1 - a).sqrt() * noise).to(accelerator.device, memory_format=torch.channels_last)
-        predicted = module(noisy, timesteps.to(accelerator.device), tokenize(captions))
-        return F.mse_loss(predicted.float(), noise.to(accelerator.device), reduction="none").mean((1, 2, 3))
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+        target = noise if config.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        predicted = module(
+            noisy.to(accelerator.device, memory_format=torch.channels_last),
+            timesteps.to(accelerator.device),
+            tokenize(captions),
+        )
+        return F.mse_loss(predicted.float(), target.to(accelerator.device), reduction="none").mean((1, 2, 3))
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
@@ -223,7 +232,9 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             captions = [GENERIC_CAPTION] * len(held_out_latents)
             with torch.no_grad(), accelerator.autocast():
                 e = errors(module, held_out_latents, held_out_noise, timesteps, captions)
-            figures[f"held_out_error_{t}"] = float(e.mean())
+            # in eps whatever the network predicts (Salimans and Ho, appendix D), so that runs compare
+            factor = 1.0 if config.prediction_type == "epsilon" else float(abar[t])
+            figures[f"held_out_error_{t}"] = factor * float(e.mean())
         if accelerator.is_main_process:
             pipeline().save_pretrained(config.output_dir / "pipeline")
         return figures

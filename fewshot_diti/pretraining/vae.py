@@ -24,6 +24,9 @@ class VaeConfig:
         size: (height, width) of the images in pixels.
         block_out_channels, layers_per_block, latent_channels: as in `diffusers.AutoencoderKL`.
         batch_size: images a step and process.
+        crop: (height, width) of the random crops that all but the last steps train on: smaller steps, but more of them,
+            and steps are what an autoencoder of few steps lacks.
+        full_share: share of the steps, the last ones, that see whole images.
         mse_weight, gradient_weight, kl_weight: beside an L1 loss of weight 1.
         false_colours: share of samples with shuffled colours, so that no livery is out of reach.
     """
@@ -36,8 +39,10 @@ class VaeConfig:
     layers_per_block: int = 1
     latent_channels: int = 32
     norm_num_groups: int = 8
-    steps: int = 3000
+    steps: int = 12_000
     batch_size: int = 8
+    crop: tuple[int, int] = (32, 64)
+    full_share: float = 0.1
     lr: float = 8e-4
     warmup: int = 100
     ema_decay: float = 0.995
@@ -112,7 +117,6 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
     torch.manual_seed(config.seed)
     vae = build_vae(config)
     factor = 2 ** (len(config.block_out_channels) - 1)
-    latent_shape = (config.batch_size, config.latent_channels, config.size[0] // factor, config.size[1] // factor)
     roundtrip: nn.Module = _Roundtrip(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(roundtrip.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     roundtrip = accelerator.prepare_model(roundtrip)
@@ -126,7 +130,14 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
         drawn = pixels[torch.randint(len(pixels), (config.batch_size,), generator=g)]
         for i in torch.nonzero(torch.rand(config.batch_size, generator=g) < config.false_colours).flatten().tolist():
             drawn[i] = shuffle_colours(drawn[i], int(torch.randint(2**62, (), generator=g)))
+        if step < (1 - config.full_share) * config.steps:
+            top, left = (
+                factor * int(torch.randint((full - part) // factor + 1, (), generator=g))
+                for full, part in zip(config.size, config.crop, strict=True)
+            )
+            drawn = drawn[..., top : top + config.crop[0], left : left + config.crop[1]]
         images = to_batch(drawn)
+        latent_shape = (len(images), config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
         noise = torch.randn(latent_shape, generator=g).to(images)
         restored, kl = module(images, noise)
         difference = restored.float() - images
@@ -138,10 +149,10 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
     def validate(module: nn.Module) -> dict[str, float]:
         images = to_batch(unseen.pixels_NCHW[::14])
         with torch.no_grad(), accelerator.autocast():
-            restored = [module.vae.decode(module.vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
+            restored = [vae.decode(vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
         return {"psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images))}
 
-    trained = run_loop(
+    run_loop(
         accelerator=accelerator,
         module=roundtrip,
         optimizer=optimizer,
@@ -156,7 +167,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
         validate_every=config.validate_every,
         save_seconds=config.save_seconds,
     )
-    vae = trained.vae.to(memory_format=torch.contiguous_format).eval()
+    vae = vae.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if accelerator.is_main_process:
         standardize_latents(vae, to_batch(pixels[::10]))
         vae.save_pretrained(config.output_dir / "vae")

@@ -1,0 +1,172 @@
+"""Pre-training at tiny size: it resumes exactly, leaves held-out variants alone, and saves what diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image as PILImage
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.pretraining.captions import GENERIC_CAPTION, train_tokenizer, write_caption
+from fewshot_diti.pretraining.renders import airline_name, load_renders, split_held_out
+from fewshot_diti.pretraining.unet import UnetConfig, train_unet
+from fewshot_diti.pretraining.vae import VaeConfig, build_vae, standardize_latents, train_vae
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("renders")
+    rng = np.random.default_rng(0)
+    rows = {
+        "image": [PILImage.fromarray(rng.integers(0, 255, (32, 64, 3), np.uint8)) for _ in range(12)],
+        "variant": ["A1", "A2", "B1"] * 4,
+        "manufacturer": ["A", "A", "B"] * 4,
+        "airline": ["Delta", "default", "200-d-icwd"] * 4,
+    }
+    features = Features(
+        {"image": Image(), "variant": Value("string")} | dict.fromkeys(("manufacturer", "airline"), Value("string"))
+    )
+    Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
+    (folder / "held_out.json").write_text('["B1"]')
+    return folder
+
+
+def vae_config(data: Path, output_dir: Path) -> VaeConfig:
+    return VaeConfig(
+        data=data,
+        held_out=data / "held_out.json",
+        output_dir=output_dir,
+        size=(16, 32),
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        steps=6,
+        batch_size=2,
+        crop=(8, 16),
+        full_share=0.5,
+        warmup=2,
+        mixed_precision="no",
+        log_every=2,
+        validate_every=3,
+        save_seconds=0.0,
+    )
+
+
+def test_held_out_variants_are_not_trained_on(data: Path) -> None:
+    seen, unseen = split_held_out(load_renders(data, (16, 32)), data / "held_out.json")
+    assert set(seen.variants) == {"A1", "A2"}
+    assert set(unseen.variants) == {"B1"}
+    assert seen.airlines[:2] == ("Delta", "")
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ("Delta", "Delta"),
+        ("default", ""),
+        ("200-d-icwd", ""),
+        ("2000-Loganair", "Loganair"),
+        ("N815PA", ""),
+        ("9H-AFR", ""),
+        ("Blue1", "Blue1"),
+    ],
+)
+def test_airlines_are_named_and_registrations_are_not(raw: str, name: str) -> None:
+    assert airline_name(raw) == name
+
+
+def test_about_one_caption_in_ten_names_the_variant() -> None:
+    rng = random.Random(0)
+    captions = [
+        write_caption(rng, airline="Delta", sky="a grey sky", manufacturer="Boeing", variant="717") for _ in range(4000)
+    ]
+    assert 0.08 < sum("717" in c for c in captions) / len(captions) < 0.13
+    assert 0.2 < captions.count(GENERIC_CAPTION) / len(captions) < 0.3
+
+
+def test_the_tokenizer_reads_any_text_and_ends_with_the_largest_id() -> None:
+    tokenizer = train_tokenizer(["a photo of a Delta aircraft"] * 3, 600, 24)
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    ids = tokenizer("a ❄ über-hta 737").input_ids
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "a❄über-hta737"
+
+
+def test_standardized_latents_restore_the_same_images(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(vae_config(data, tmp_path)).eval()
+    images = torch.randn(6, 3, 16, 32)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        standardize_latents(vae, images)
+        latents = vae.encode(images).latent_dist.mean
+        after = vae.decode(latents).sample
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_vae(vae_config(data, tmp_path / "whole"))
+    from fewshot_diti.pretraining import loop
+
+    save, calls = loop.save_checkpoint, []
+
+    def save_then_die(*args: object) -> None:
+        save(*args)  # type: ignore[arg-type]
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_vae(vae_config(data, tmp_path / "killed"))
+    monkeypatch.undo()
+    train_vae(vae_config(data, tmp_path / "killed"))
+    one, other = (AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
+    vae = replace(vae_config(data, tmp_path / "vae"), block_out_channels=(8, 8))
+    train_vae(vae)
+    config = UnetConfig(
+        data=data,
+        held_out=data / "held_out.json",
+        vae=tmp_path / "vae" / "vae",
+        output_dir=tmp_path / "sd",
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        head_size=8,
+        text_width=16,
+        text_layers=1,
+        vocab_size=600,
+        prediction_type=prediction_type,
+        steps=2,
+        batch_size=2,
+        warmup=1,
+        mixed_precision="no",
+        log_every=1,
+        validate_every=2,
+    )
+    train_unet(config)
+    backbone = Backbone.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32, device="cpu")
+    assert backbone.image_size == (16, 32)
+    assert backbone.prediction_type == prediction_type
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32)
+    image = pipe("a Delta aircraft", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 16, 32, 3)
+    records = [json.loads(line) for line in (tmp_path / "sd" / "log.jsonl").read_text().splitlines()]
+    assert "held_out_error_50" in records[-1]
