@@ -126,7 +126,7 @@ def predictions_picture(
         axis.text(
             0.5,
             1.04,
-            f"{'✓' if right else '✗'} {guess}, {100 * p:.0f} %",
+            f"{'✓' if right else '✗'} predicted {guess}, {100 * p:.0f} %",
             transform=axis.transAxes,
             horizontalalignment="center",
             verticalalignment="bottom",
