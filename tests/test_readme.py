@@ -46,7 +46,7 @@ def test_the_first_two_shell_blocks_make_their_own_environment() -> None:
 
 
 def test_shell_blocks_name_flags_and_recipes_that_exist() -> None:
-    for line in "\n".join(blocks("sh")[2:]).splitlines():
+    for line in "".join(blocks("sh")[2:]).splitlines():
         words = shlex.split(line)
         if words[0].endswith("fewshot-diti"):
             command = [sys.executable, "-m", "fewshot_diti", words[1], "--help"]

@@ -345,7 +345,7 @@ def test_two_processes_make_the_class_tokens_and_prior_images_of_one(
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     two = load_file(out)
     torch.testing.assert_close(two["prior"], prior, rtol=0, atol=1e-5)
