@@ -92,7 +92,7 @@ def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConf
     if backbone != POCKET:
         return replace(published_training(num_shots), lr_schedule="cosine")
     return TrainingConfig(
-        steps=interpolate_steps(num_shots, (60, 80, 100, 130, 160)),
+        steps=interpolate_steps(num_shots, (60, 70, 80, 90, 100)),
         rank=8,
         blocks="all",
         lr_unet=1e-3,

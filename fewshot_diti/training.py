@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
@@ -116,40 +116,36 @@ class ClassShots:
 
 
 class RowAdamW:
-    """AdamW on chosen rows of a matrix (Loshchilov and Hutter, alg. 2): absent rows keep moments, steps and values.
+    """torch's AdamW on chosen rows of a matrix: absent rows keep moments, steps and values.
 
     Clipping is by the norm of each row's gradient.
+
+    Args:
+        rows_CP: changed in place.
+        lr: (width, learning rate) of the consecutive pieces of a row.
     """
 
     def __init__(
-        self,
-        rows_CP: Tensor,
-        lr_P: Tensor,
-        *,
-        weight_decay: float,
-        max_grad_norm: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, rows_CP: Tensor, lr: Sequence[tuple[int, float]], *, weight_decay: float, max_grad_norm: float
     ) -> None:
-        self.rows, self.lr = rows_CP, lr_P.to(rows_CP)
-        self.weight_decay, self.max_grad_norm, self.betas, self.eps = weight_decay, max_grad_norm, betas, eps
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(rows_CP), torch.zeros_like(rows_CP)
-        self.steps = torch.zeros(len(rows_CP), dtype=torch.long)
+        self.widths, self.lr = [w for w, _ in lr], [x for _, x in lr]
+        self.max_grad_norm = max_grad_norm
+        self.pieces = [[nn.Parameter(piece) for piece in row.split(self.widths)] for row in rows_CP]
+        groups = [{"params": list(ps), "lr": x} for ps, x in zip(zip(*self.pieces, strict=True), self.lr, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
-    def step(self, index_G: Tensor, grad_GP: Tensor, lr_scale_G: Tensor) -> None:
-        """One step of the rows `index_G` with learning rate `lr * lr_scale`."""
+    def step(self, classes: Sequence[int], grad_GP: Tensor, lr_scale: float) -> None:
+        """One step of the rows `classes` with learning rate `lr * lr_scale`."""
         norm = grad_GP.norm(dim=1, keepdim=True)
-        grad = grad_GP * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        self.steps[index_G.cpu()] += 1
-        count = self.steps[index_G.cpu()].to(grad)[:, None]
-        beta1, beta2 = self.betas
-        lr = self.lr * lr_scale_G.to(grad)[:, None]
-        exp_avg = self.exp_avg[index_G].lerp(grad, 1 - beta1)
-        exp_avg_sq = self.exp_avg_sq[index_G].lerp(grad.square(), 1 - beta2)
-        denominator = (exp_avg_sq / (1 - beta2**count)).sqrt() + self.eps
-        rows = self.rows[index_G] * (1 - lr * self.weight_decay) - lr * (exp_avg / (1 - beta1**count)) / denominator
-        self.exp_avg[index_G], self.exp_avg_sq[index_G], self.rows[index_G] = exp_avg, exp_avg_sq, rows
+        clipped = grad_GP * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        for c, row in zip(classes, clipped, strict=True):
+            for p, piece in zip(self.pieces[c], row.split(self.widths), strict=True):
+                p.grad = piece
+        for group, lr in zip(self.optimizer.param_groups, self.lr, strict=True):
+            group["lr"] = lr * lr_scale
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -249,21 +245,21 @@ def train_class_tokens(
     for c in mine:
         generator = torch_generator(config.seed, "initial", labels[c])
         rows[c] = layout.initial_row(generator).to(rows)
-    lr = {("unet", p): config.lr_unet for p in "AB"} | {("text_encoder", p): config.lr_text_encoder for p in "AB"}
-    optimizer = RowAdamW(rows, layout.fill(lr), weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+    in_unet = Layout(tuple(t for t in layout.targets if t.network == "unet"), config.rank).num_parameters
+    lr = [(in_unet, config.lr_unet), (layout.num_parameters - in_unet, config.lr_text_encoder)]
+    optimizer = RowAdamW(rows, lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     streams = {c: _ClassStream(classes[c], torch_generator(config.seed, "training", labels[c])) for c in mine}
     ids = {c: backbone.tokenize([classes[c].prompt, *prompts]) for c in mine}
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
     losses = torch.zeros(len(classes), device=device, dtype=torch.float64)
-    failed_at = torch.zeros(len(classes), device=device, dtype=torch.long)
+    failed_at = [0] * len(classes)
     tail = max(1, config.steps // 10)
     if config.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
     for step in range(config.steps):
-        stopped = failed_at.tolist()
-        alive = [c for c in mine if not stopped[c]]
+        alive = [c for c in mine if not failed_at[c]]
         for batch in (alive[i : i + width] for i in range(0, len(alive), width)):
             drawn = [streams[c].draw(config, prior_latents) for c in batch]
             latents, noise, timesteps = (torch.cat(parts).to(device) for parts in zip(*drawn, strict=True))
@@ -280,10 +276,12 @@ def train_class_tokens(
                     config.prior_weight,
                 )
                 (grad,) = torch.autograd.grad(loss_G.sum(), active)
-            finite = loss_G.detach().isfinite() & grad.isfinite().all(1)
-            failed_at[index[~finite]] = step + 1
-            scale = torch.full((int(finite.sum()),), lr_scale(config, step))
-            optimizer.step(index[finite], grad[finite], scale)
+            finite = (loss_G.detach().isfinite() & grad.norm(dim=1).isfinite()).tolist()
+            for c, fine in zip(batch, finite, strict=True):
+                if not fine:
+                    failed_at[c] = step + 1
+            kept = grad if all(finite) else grad[finite]
+            optimizer.step([c for c, fine in zip(batch, finite, strict=True) if fine], kept, lr_scale(config, step))
             if step >= config.steps - tail:
                 losses[index] += loss_G.detach().double() / tail
         bar.update()
@@ -293,6 +291,7 @@ def train_class_tokens(
     if config.gradient_checkpointing:
         backbone.unet.disable_gradient_checkpointing()
     if state.num_processes > 1:
-        rows, losses, failed_at = (reduce(x, "sum") for x in (rows, losses, failed_at))
-    failed = {labels[c]: int(step) for c, step in enumerate(failed_at) if step}
+        rows, losses, steps = (reduce(x, "sum") for x in (rows, losses, torch.tensor(failed_at, device=device)))
+        failed_at = steps.tolist()
+    failed = {labels[c]: step for c, step in enumerate(failed_at) if step}
     return Trained(layout, rows.cpu(), losses.cpu(), failed)
