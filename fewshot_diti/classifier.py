@@ -303,6 +303,7 @@ class DiTiClassifier:
             return
         held_out = self._held_out_errors(groups, grid, config.folds) if config.folds else None
         weights = timesteps.trial_weights(self._weights(config.weighting, groups, grid, held_out), grid)
+        weights = weights / weights.mean()  # a temperature then means the same under every weighting
         self.calibration_ = replace(self.calibration_, weights=tuple(weights.tolist()))
         if held_out is not None:
             errors, truth = held_out
