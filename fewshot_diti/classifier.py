@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from fewshot_diti import timesteps
-from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import POCKET, Backbone
-from fewshot_diti.bank import Bank, ClassToken, read_files
-from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature
+from fewshot_diti.bank import Bank, read_files
+from fewshot_diti.calibration import Calibration, calibrate
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
-from fewshot_diti.prior import prior_latents
+from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
-from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
+from fewshot_diti.recommended import ScoringConfig, recommended_scoring
 from fewshot_diti.scoring import Scorer, error_tensor
-from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
+from fewshot_diti.training import Label, TrainingConfig
 
 _SETTINGS = "classifier.json"
-
-
-class TrainingError(RuntimeError):
-    """Some class tokens could not be trained; the classifier holds the others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What turns errors into labels and probabilities, all of it from the shots.
-
-    Attributes:
-        timesteps: of the trials [S].
-        weights: of the trials [S].
-        temperature: of the softmax over -score.
-        accuracy: cross-validated on the shots, None where no folds were asked for.
-    """
-
-    timesteps: tuple[int, ...]
-    weights: tuple[float, ...]
-    temperature: float
-    accuracy: float | None = None
 
 
 class DiTiClassifier:
@@ -95,9 +72,17 @@ class DiTiClassifier:
         self._errors: dict[str, Tensor] = {}
         self._scorer: Scorer | None = None
 
-    def class_prompt(self, label: Label) -> str:
-        """The prompt of a class token."""
-        return self.prompt_template.replace("{}", str(label))
+    @property
+    def learner(self) -> Learner:
+        """What trains banks with this classifier's settings."""
+        return Learner(
+            backbone=self.backbone,
+            geometry=self.geometry,
+            prompt_template=self.prompt_template,
+            generic_prompt=self.generic_prompt,
+            training=self.training,
+            scoring=self.scoring,
+        )
 
     def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
         """Learns one class token a label from the shots.
@@ -118,8 +103,10 @@ class DiTiClassifier:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
         self._set_bank(None)
         failed = self._learn(groups)
-        self._calibrate({x: g for x, g in groups.items() if x not in failed})
-        return self._finish(failed)
+        learned = {x: g for x, g in groups.items() if x not in failed}
+        self.calibration_ = calibrate(self.learner, self._fitted(), learned)
+        raise_failed(failed)
+        return self
 
     def partial_fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
@@ -135,7 +122,8 @@ class DiTiClassifier:
             raise ValueError(f"Classes {known} are in the bank already; remove them first, or leave them out.")
         if type(next(iter(groups))) is not type(self.bank_.labels[0]):
             raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
-        return self._finish(self._learn(groups))
+        raise_failed(self._learn(groups))
+        return self
 
     bank_: Bank | None = None
     calibration_: Calibration
@@ -172,7 +160,7 @@ class DiTiClassifier:
         ids = [image_id(x) for x in images]
         new = {i: x for i, x in zip(ids, images, strict=True) if i not in self._errors}
         if new:
-            latents = self._encode(list(new.values()))
+            latents = self.learner.encode(list(new.values()))
             tensor = error_tensor(scorer, latents, list(new), self.calibration_.timesteps)
             self._errors |= dict(zip(new, tensor, strict=True))
         return torch.stack([self._errors[i] for i in ids])
@@ -227,163 +215,15 @@ class DiTiClassifier:
 
     def _ready(self) -> Scorer:
         if self._scorer is None:
-            self._scorer = self._make_scorer(self._fitted())
+            self._scorer = self.learner.scorer(self._fitted())
         return self._scorer
-
-    def _make_scorer(self, bank: Bank) -> Scorer:
-        return Scorer(self.backbone, bank, seed=self.scoring.seed, batch_size=self.scoring.batch_size)
-
-    def _finish(self, failed: dict[Label, int]) -> DiTiClassifier:
-        if failed:
-            names = ", ".join(f"{x!r} (step {s})" for x, s in failed.items())
-            raise TrainingError(
-                f"The loss of {names} was not finite; the other classes are trained and kept. Lower the learning rate, "
-                "or load the backbone in float32, and add them again."
-            )
-        return self
-
-    def _encode(self, images: Sequence[ImageSource]) -> Tensor:
-        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
-        return torch.cat([self.backbone.encode_images(self.geometry.pixels(x)[None])[0] for x in images])
-
-    def _training_for(self, num_shots: int) -> TrainingConfig:
-        return self.training or recommended_training(num_shots, self.backbone.name)
-
-    def _train_bank(self, groups: dict[Label, list[ImageSource]], desc: str) -> tuple[Bank, dict[Label, int]]:
-        """A bank of the groups' classes, sorted, without those that failed."""
-        config = self._training_for(max(len(g) for g in groups.values()))
-        prior = None
-        if config.prior_weight > 0:
-            prompt = self.generic_prompt
-            prior = prompt, prior_latents(self.backbone, prompt, config.prior_images, self.geometry.size)
-        shots = [self._class_shots(label, groups[label], config) for label in sorted(groups)]
-        trained = train_class_tokens(self.backbone, shots, config, prior=prior, desc=desc)
-        kept = [i for i, s in enumerate(shots) if s.label not in trained.failed]
-        tokens = tuple(
-            ClassToken(
-                label=shots[i].label,
-                prompt=shots[i].prompt,
-                num_shots=len(shots[i].mean),
-                unet_scale=self.scoring.unet_scale,
-                text_encoder_scale=self.scoring.text_encoder_scale,
-            )
-            for i in kept
-        )
-        bank = Bank(
-            tokens=tokens,
-            layout=trained.layout,
-            rows=trained.rows[kept],
-            backbone_name=self.backbone.name,
-            backbone_hash=self.backbone.hash,
-            geometry=self.geometry,
-        )
-        return bank, trained.failed
-
-    def _class_shots(self, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
-        copies = [colour_variants(self.geometry.pixels(x), image_id(x), config) for x in images]
-        mean, std = self.backbone.encode_images(torch.cat(copies))
-        shape = (len(images), config.colour_variants, *mean.shape[1:])
-        return ClassShots(label=label, prompt=self.class_prompt(label), mean=mean.view(shape), std=std.view(shape))
 
     def _learn(self, groups: dict[Label, list[ImageSource]]) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
-        new, failed = self._train_bank(groups, "class tokens")
+        new, failed = self.learner.train(groups)
         bank = new if self.bank_ is None else self.bank_.merge(new)
         self._set_bank(bank.select(sorted(bank.labels)))
         return failed
-
-    def _calibrate(self, groups: dict[Label, list[ImageSource]]) -> None:
-        """Weights and temperature from the shots alone."""
-        config = self._scoring_for(groups)
-        grid = timesteps.even_grid(config.trials, *config.timesteps)
-        self.calibration_ = Calibration(
-            timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
-        )
-        if len(groups) < 2:
-            return
-        held_out = self._held_out_errors(groups, grid, config.folds) if config.folds else None
-        weights = timesteps.trial_weights(self._weights(config.weighting, groups, grid, held_out), grid)
-        weights = weights / weights.mean()  # a temperature then means the same under every weighting
-        self.calibration_ = replace(self.calibration_, weights=tuple(weights.tolist()))
-        if held_out is not None:
-            errors, truth = held_out
-            scores = timesteps.score(errors, weights)
-            accuracy = float((scores.argmin(1) == truth).double().mean())
-            temperature = config.temperature or fit_temperature(scores, truth)
-            self.calibration_ = replace(self.calibration_, temperature=temperature, accuracy=accuracy)
-
-    def _scoring_for(self, groups: dict[Label, list[ImageSource]]) -> ScoringConfig:
-        """The scoring asked for, or without what must be fitted on held-out shots where none can be held out."""
-        config = self.scoring
-        single = sorted(x for x, shots in groups.items() if len(shots) < 2)
-        if not config.folds or not single:
-            return config
-        default = recommended_scoring(self.backbone.name)
-        auto = timesteps.parse_weighting(config.weighting).name == "auto"
-        config = replace(
-            config,
-            folds=0,
-            weighting=default.weighting if auto else config.weighting,
-            temperature=config.temperature or default.temperature,
-        )
-        warnings.warn(
-            f"Classes {single} have one shot, so none can be held out: folds={self.scoring.folds} is ignored, the "
-            f"weighting is {config.weighting!r}, the temperature {config.temperature}.",
-            stacklevel=4,
-        )
-        return config
-
-    def _weights(
-        self, name: str, groups: dict[Label, list[ImageSource]], grid: Tensor, held_out: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Weights [T] of a weighting by name."""
-        weighting = timesteps.parse_weighting(name)
-        abar, parameters = self.backbone.alphas_cumprod, weighting.parameters
-        if weighting.name == "uniform":
-            return timesteps.uniform(abar)
-        if weighting.name == "window":
-            return timesteps.window(abar, int(parameters[0]), int(parameters[1]))
-        if weighting.name == "pdae":
-            return timesteps.pdae(abar, *parameters)
-        if weighting.name == "auto":
-            assert held_out is not None, "ScoringConfig asks for folds"
-            candidates = candidate_windows(self.backbone.num_train_timesteps)
-            return timesteps.window(abar, *choose_window(*held_out, grid, candidates))
-        some = _spread_over_classes(groups, self.scoring.calibration_images)
-        latents = self._encode([x for _, x in some])
-        if weighting.name == "spread":
-            if held_out is not None:
-                return timesteps.spread(held_out[0], grid, len(abar))
-            scorer = self._ready()
-            errors = error_tensor(scorer, latents, [image_id(x) for _, x in some], grid.tolist(), desc="weights")
-            return timesteps.spread(errors, grid, len(abar))
-        order = sorted(groups)
-        truth = torch.tensor([order.index(label) for label, _ in some])
-        if weighting.name == "tif":
-            return timesteps.tif(abar, *(parameters or (timesteps.attribute_distance(latents, truth),)))
-        return timesteps.tif_released(*(parameters or (timesteps.attribute_distance_released(latents, truth),)))
-
-    def _held_out_errors(
-        self, groups: dict[Label, list[ImageSource]], grid: Tensor, folds: int
-    ) -> tuple[Tensor, Tensor]:
-        """Errors [N, C, S] of shots under class tokens trained without them, and their classes [N].
-
-        Every class has two shots or more. Costs one training of the bank on the other shots a fold (no more folds than
-        the largest class has shots), and C x S evaluations a shot.
-        """
-        order = sorted(groups)
-        folds = min(folds, max(len(shots) for shots in groups.values()))
-        errors, truth = [], []
-        for fold in range(folds):
-            kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
-            held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
-            bank, failed = self._train_bank(kept, f"fold {fold + 1} of {folds}")
-            self._finish(failed)
-            images = [s for _, s in held]
-            scorer = self._make_scorer(bank)
-            errors.append(error_tensor(scorer, self._encode(images), [image_id(s) for s in images], grid.tolist()))
-            truth += [order.index(x) for x, _ in held]
-        return torch.cat(errors), torch.tensor(truth)
 
 
 def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
@@ -413,13 +253,6 @@ def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[Im
     if not len(images):
         raise ValueError("No images were passed.")
     return False, list(images)
-
-
-def _spread_over_classes(groups: dict[Label, list[ImageSource]], count: int) -> list[tuple[Label, ImageSource]]:
-    """Up to `count` shots, one of every class, then the second of every class, and so on; always one of every class."""
-    turns = [(i, x) for x in sorted(groups) for i in range(len(groups[x]))]
-    chosen = sorted(turns, key=lambda turn: turn[0])[: max(count, len(groups))]
-    return [(x, groups[x][i]) for i, x in chosen]
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

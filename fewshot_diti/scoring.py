@@ -107,7 +107,7 @@ def error_tensor(
     """
     classes, trials = range(len(scorer.bank.tokens)), range(len(timesteps_S))
     rows = []
-    disable = None if process_state().is_main_process else True
+    disable = None if process_state().is_main_process and len(latents_Nchw) > 1 else True
     for latents, image_id in zip(tqdm(latents_Nchw, desc=desc, unit="image", disable=disable), image_ids, strict=True):
         rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
     return torch.stack(rows) if rows else torch.empty(0, len(classes), len(trials))

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score
 
 from fewshot_diti import Backbone, Bank, DiTiClassifier, ScoringConfig, TrainingConfig, TrainingError
 from fewshot_diti.data.images import ImageGeometry, ImageSource
+from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.training import ClassShots, Label
 
 TRAINING = TrainingConfig(
@@ -201,19 +202,21 @@ def test_every_weighting_runs(
 
 @pytest.mark.parametrize("weighting", ["auto", "spread", "uniform"])
 def test_folds_hold_every_shot_out_once_though_there_are_fewer_shots_than_folds(
-    backbone: Backbone, pictures: dict[str, list[Path]], weighting: str
+    backbone: Backbone, pictures: dict[str, list[Path]], weighting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [*pictures["a320"][:3], *pictures["dc-9"][:2]]
     labels = ["a320"] * 3 + ["dc-9"] * 2
     scoring = replace(SCORING, weighting=weighting, temperature=None, folds=5)
     seen: list[tuple[str, list[int]]] = []
 
-    class Recorded(DiTiClassifier):
-        def _train_bank(self, groups: dict, desc: str) -> tuple:
-            seen.append((desc, [len(groups[x]) for x in sorted(groups)]))
-            return super()._train_bank(groups, desc)
+    train = Learner.train
 
-    classifier = Recorded(backbone, training=replace(TRAINING, steps=1), scoring=scoring).fit(images, labels)
+    def recorded(self: Learner, groups: Groups, *, desc: str = "class tokens") -> object:
+        seen.append((desc, [len(groups[x]) for x in sorted(groups)]))
+        return train(self, groups, desc=desc)
+
+    monkeypatch.setattr(Learner, "train", recorded)
+    classifier = make(backbone, training=replace(TRAINING, steps=1), scoring=scoring).fit(images, labels)
     assert seen == [
         ("class tokens", [3, 2]),
         ("fold 1 of 3", [2, 1]),
@@ -238,20 +241,25 @@ def test_one_shot_falls_back_to_what_is_recommended_and_says_so(
     assert classifier.calibration_.temperature > 0
 
 
-class Poisoned(DiTiClassifier):
-    """Its shots of the DC-9 are infinite."""
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shots of the DC-9 are infinite."""
+    class_shots = Learner.class_shots
 
-    def _class_shots(self, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
-        shots = super()._class_shots(label, images, config)
+    def infinite(self: Learner, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
+        shots = class_shots(self, label, images, config)
         return replace(shots, mean=shots.mean + float("inf")) if label == "dc-9" else shots
+
+    monkeypatch.setattr(Learner, "class_shots", infinite)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "spread"])
+@pytest.mark.usefixtures("poisoned")
 def test_a_class_that_fails_is_named_and_the_others_are_kept(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path, weighting: str
 ) -> None:
     scoring = replace(SCORING, weighting=weighting)
-    classifier = Poisoned(backbone, training=TRAINING, scoring=scoring)
+    classifier = make(backbone, training=TRAINING, scoring=scoring)
     with pytest.raises(TrainingError, match=r"The loss of 'dc-9' \(step 1\) was not finite"):
         classifier.fit(*shots_of(pictures, ["a320", "dc-9", "tu-154"]))
     alone = make(backbone, scoring=scoring).fit(*shots_of(pictures, ["a320", "tu-154"]))
@@ -264,8 +272,9 @@ def test_a_class_that_fails_is_named_and_the_others_are_kept(
     assert classifier.classes_.tolist() == ["747", "a320", "tu-154"]
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_the_failure_is_named_where_a_single_class_is_left(backbone: Backbone, pictures: dict[str, list[Path]]) -> None:
-    classifier = Poisoned(backbone, training=TRAINING, scoring=replace(SCORING, weighting="spread"))
+    classifier = make(backbone, training=TRAINING, scoring=replace(SCORING, weighting="spread"))
     with pytest.raises(TrainingError, match="'dc-9'"):
         classifier.fit(*shots_of(pictures, ["a320", "dc-9"]))
     assert classifier.classes_.tolist() == ["a320"]
@@ -282,9 +291,9 @@ def test_prior_images_of_the_generic_prompt_are_made_once(
 
 
 def test_prompts_name_class_and_concept(backbone: Backbone) -> None:
-    assert make(backbone).class_prompt("A320") == "a photo of a hta A320, a type of aircraft."
+    assert make(backbone).learner.class_prompt("A320") == "a photo of a hta A320, a type of aircraft."
     assert make(backbone, concept="car").generic_prompt == "a photo of a car"
-    assert make(backbone, prompt_template="a picture of {}.").class_prompt(3) == "a picture of 3."
+    assert make(backbone, prompt_template="a picture of {}.").learner.class_prompt(3) == "a picture of 3."
 
 
 def test_a_bank_remembers_its_geometry(backbone: Backbone, pictures: dict[str, list[Path]], tmp_path: Path) -> None:

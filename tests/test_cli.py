@@ -14,8 +14,11 @@ import pytest
 from conftest import save_tiny_backbone
 from PIL import Image
 
-from fewshot_diti import Bank, DiTiClassifier, cli, demo
+from fewshot_diti import Bank, DiTiClassifier, cli
+from fewshot_diti.commands import cost, demo
+from fewshot_diti.commands import score as score_command
 from fewshot_diti.data import image_id
+from fewshot_diti.learning import Learner
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.training import TrainingConfig
 
@@ -145,7 +148,7 @@ def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "LARGE_UNET", 0)
+    monkeypatch.setattr(cost, "LARGE_UNET", 0)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
     # 4 steps x 3 classes, forward and backward, then 3 calibration images x 3 classes x 3 trials
     assert "about 63 evaluations" in capsys.readouterr().out
@@ -158,13 +161,13 @@ def test_train_names_the_class_that_failed_and_saves_the_others(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = DiTiClassifier._class_shots
+    original = Learner.class_shots
 
-    def poisoned(self: DiTiClassifier, label: str, *rest: object) -> object:
+    def poisoned(self: Learner, label: str, *rest: object) -> object:
         made = original(self, label, *rest)  # type: ignore[arg-type]
         return replace(made, mean=made.mean * np.nan) if label == "gear" else made
 
-    monkeypatch.setattr(DiTiClassifier, "_class_shots", poisoned)
+    monkeypatch.setattr(Learner, "class_shots", poisoned)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
     assert capsys.readouterr().err.startswith("error: The loss of 'gear'")
     assert Bank.load(tmp_path / "bank").labels == ("bolt", "nut")
@@ -180,7 +183,6 @@ def test_score_says_what_the_classifier_says(
     records = read_lines(tmp_path / "out.jsonl")
     names = ["3.png", "0.png", "1.png", "2.png", "4.png", "deep/copy.png"]
     assert [r["path"] for r in records] == [str(tests / name) for name in names]
-    assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
     paths = [r["path"] for r in records]
     classifier = DiTiClassifier.from_pretrained(bank)
     assert [r["label"] for r in records] == classifier.predict(paths).tolist()
@@ -195,6 +197,26 @@ def test_score_says_what_the_classifier_says(
     assert {**records[2], "path": ""} == {**records[5], "path": ""}
     out = capsys.readouterr().out
     assert records[0]["label"] in out and "margin" in out
+
+
+def test_score_goes_on_where_it_was_cut_short(
+    bank: Path, tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 0
+    whole = read_lines(tmp_path / "out.jsonl")
+    part = tmp_path / "out.jsonl.parts" / "part-00000.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text(lines[0] + lines[1] + lines[2][:40])
+    (tmp_path / "out.jsonl").unlink()
+    scored: list[str] = []
+    prediction = score_command._prediction
+    monkeypatch.setattr(
+        score_command, "_prediction", lambda classifier, path: scored.append(path) or prediction(classifier, path)
+    )
+    assert cli.main(command) == 0
+    assert len(scored) == len(lines) - 2
+    assert read_lines(tmp_path / "out.jsonl") == whole
 
 
 def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
@@ -220,9 +242,9 @@ def test_two_processes_score_as_one_and_no_image_twice(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("margin: second") == 1
     one, two = read_lines(tmp_path / "one.jsonl"), read_lines(tmp_path / "two.jsonl")
-    parts = [read_lines(tmp_path / f"two.part-0000{rank}-of-00002.jsonl") for rank in (0, 1)]
-    assert all(parts) and sorted(map(str, parts[0] + parts[1])) == sorted(map(str, two))
-    assert not {r["image_id"] for r in parts[0]} & {r["image_id"] for r in parts[1]}
+    parts = [read_lines(tmp_path / "two.jsonl.parts" / f"part-0000{rank}.jsonl") for rank in (0, 1)]
+    ids = [r["image_id"] for part in parts for r in part]
+    assert all(parts) and sorted(ids) == sorted({r["image_id"] for r in two})
     for a, b in zip(one, two, strict=True):
         assert (a["path"], a["image_id"]) == (b["path"], b["image_id"])
         assert a["label"] == b["label"] or a["margin"] <= 1e-4

@@ -45,7 +45,7 @@ def vae_config(data: Path, output_dir: Path) -> VaeConfig:
         held_out=data / "held_out.json",
         output_dir=output_dir,
         size=(16, 32),
-        block_out_channels=(8, 8),
+        block_out_channels=(16, 16),
         latent_channels=4,
         norm_num_groups=4,
         steps=6,

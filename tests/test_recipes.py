@@ -144,7 +144,7 @@ def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, 
     shutil.copytree(folder, tmp_path / "out")
     part = tmp_path / "out" / "predictions" / "part-00000.jsonl"
     lines = part_lines(folder)
-    of_another_bank = {**json.loads(lines[1]), "bank": "0" * 16, "prediction": "no class"}
+    of_another_bank = {**json.loads(lines[1]), "made_by": "another bank", "prediction": "no class"}
     marked = json.dumps({**json.loads(lines[0]), "mark": "scored by the first run"})
     part.write_text("\n".join([marked, json.dumps(of_another_bank), *lines[2:-1], lines[-1][:40]]))
     again = run_recipe(monkeypatch, "aircraft_1shot", tmp_path / "out", *flags)

