@@ -100,6 +100,23 @@ def test_the_tokenizer_reads_any_text_and_ends_with_the_largest_id() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "a❄über-hta737"
 
 
+def test_an_untrained_autoencoder_is_a_linear_map(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(vae_config(data, tmp_path)).eval()
+    one, other = torch.rand(2, 4, 3, 16, 32) * 2 - 1
+    with torch.no_grad():
+        codes = [vae.encode(x).latent_dist.mean for x in (one, other, (one + other) / 2)]
+        images = [vae.decode(z).sample for z in (codes[0], codes[1], (codes[0] + codes[1]) / 2)]
+    for a, b, middle in (codes, images):
+        assert a.std() > 0.05  # it is not silent
+        assert ((a + b) / 2 - middle).std() < 0.02 * a.std()
+
+
+def test_too_few_channels_for_a_linear_start_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"8 channels in 4 groups cannot carry 4 signals"):
+        build_vae(replace(vae_config(data, tmp_path), block_out_channels=(8, 8)))
+
+
 def test_standardized_latents_restore_the_same_images(data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = build_vae(vae_config(data, tmp_path)).eval()
@@ -140,15 +157,14 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
-    vae = replace(vae_config(data, tmp_path / "vae"), block_out_channels=(8, 8))
-    train_vae(vae)
+    train_vae(vae_config(data, tmp_path / "vae"))
     config = UnetConfig(
         data=data,
         held_out=data / "held_out.json",
         vae=tmp_path / "vae" / "vae",
         output_dir=tmp_path / "sd",
-        block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
+        block_out_channels=(16, 8, 16, 16),
+        norm_num_groups=2,
         head_size=8,
         text_width=16,
         text_layers=1,

@@ -12,10 +12,9 @@ two nonlinear outputs (GroupNorm, SiLU, convolution) are set so that they pass s
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -53,34 +52,6 @@ def linear_start(vae: AutoencoderKL) -> None:
     for conv in (vae.quant_conv, vae.post_quant_conv):
         nn.init.eye_(conv.weight.flatten(1))
         nn.init.zeros_(conv.bias)
-
-
-@torch.no_grad()
-def quiet_start(unet: UNet2DConditionModel) -> None:
-    """Initialises a U-Net to predict zero, with its input at hand: every branch is silent, the skip path orthogonal.
-
-    The noisy latent reaches the last convolution linearly, whose weights are zero.
-
-    Raises:
-        ValueError: the last level has too few channels a group for the latent channels.
-    """
-    linear = [unet.conv_in]
-    for module in unet.modules():
-        branch = None
-        if isinstance(module, ResnetBlock2D):
-            branch = module.conv2
-            linear += [] if module.conv_shortcut is None else [module.conv_shortcut]
-        elif isinstance(module, Transformer2DModel):
-            branch = module.proj_out
-        if branch is not None:
-            nn.init.zeros_(branch.weight)
-            nn.init.zeros_(branch.bias)
-    for conv in linear:
-        nn.init.orthogonal_(conv.weight.flatten(1))
-        nn.init.zeros_(conv.bias)
-    last = unet.up_blocks[-1].resnets[-1].conv_shortcut  # reads the skip from conv_in
-    _pass_signals(last, unet.conv_norm_out, unet.conv_out, unet.config.out_channels)
-    nn.init.zeros_(unet.conv_out.weight)
 
 
 def _pass_signals(before: nn.Conv2d, norm: nn.GroupNorm, out: nn.Conv2d, signals: int) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import hash_weights
 from fewshot_diti.files import write_atomically
 from fewshot_diti.pretraining.captions import (
@@ -56,7 +57,7 @@ class UnetConfig:
     false_colours: float = 0.2
     prediction_type: str = "v_prediction"
     small_t: float = 0.2
-    steps: int = 10_000
+    steps: int = 5_000
     batch_size: int = 32
     lr: float = 1e-3
     warmup: int = 200
@@ -76,8 +77,9 @@ class _TextToNoise(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        text = self.text_encoder(input_ids).last_hidden_state
-        return self.unet(noisy, timesteps, text).sample
+        with attention_for_training(noisy.device):
+            text = self.text_encoder(input_ids).last_hidden_state
+            return self.unet(noisy, timesteps, text).sample
 
 
 def build_scheduler(prediction_type: str) -> DDIMScheduler:
@@ -138,8 +140,8 @@ def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Acceler
     for batch in pixels_NCHW.split(64):
         with accelerator.autocast():
             posterior = vae.encode(batch.to(accelerator.device).float() / 127.5 - 1).latent_dist
-        means.append((posterior.mean * vae.config.scaling_factor).half().cpu())
-        stds.append((posterior.std * vae.config.scaling_factor).half().cpu())
+        means.append((posterior.mean * vae.config.scaling_factor).half().cpu().contiguous())
+        stds.append((posterior.std * vae.config.scaling_factor).half().cpu().contiguous())
     return torch.cat(means), torch.cat(stds)
 
 
