@@ -2,15 +2,16 @@
 
     python -m eval.timesteps --shots 1 2 4 8 16 --seeds 1 2 3 --output_dir results/timesteps
 
-Class tokens are trained and scored once for each (shots, seed); every row reads the same errors. What is on
-disk already is not computed again.
+Class tokens are trained and scored once for each (shots, seed); every row reads the same errors. What is on disk
+already is not computed again.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -18,23 +19,27 @@ import numpy as np
 import torch
 import tyro
 from safetensors.torch import load_file, save
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from fewshot_diti import Backbone, timesteps
-from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.data.shots import check_disjoint, sample_shots, seen_attribute
-from fewshot_diti.data.sources import load_images
+from fewshot_diti.commands.demo import balanced_rows, zero_shot_bank
+from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots, seen_attribute
 from fewshot_diti.files import write_atomically
-from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.recommended import recommended_scoring
+from fewshot_diti.reports import bootstrap_interval
 from fewshot_diti.scoring import Scorer, error_tensor
-from fewshot_diti.training import Label, TrainingConfig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SMALL_T, LARGE_T = 300, 500
+FEATURE_T = 60  # of the U-Net's own features: as in the reference figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,157 +47,164 @@ class Grid:
     """What to run.
 
     Attributes:
-        data: as `load_images` reads it, with splits train and test.
-        trials: S, evenly over all t.
-        folds: of cross-validation on the shots, for `auto`; 0 leaves that row out. k = 1 has none.
-        training: steps and so on; None takes the recommended ones.
+        data: as `load_images` reads it, with splits train and test and an attribute airline.
+        trials: S, evenly over all time-steps.
+        folds: of cross-validation on the shots, for `auto`; 0 leaves that row out. One shot has none.
+        test_images: balanced over classes and liveries; the same for every seed of one number of shots.
     """
 
     data: str = "bundled"
     backbone: str = "pocket"
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
-    trials: int = 24
-    folds: int = 0
-    test_images: int = 240
+    trials: int = 16
+    folds: int = 2
+    test_images: int = 120
     output_dir: Path = Path("results/timesteps")
-    training: TrainingConfig | None = None
+
+
+def draw(grid: Grid, num_shots: int, seed: int) -> tuple[ImageSet, ImageSet, np.ndarray]:
+    """Shots, test images, and which of these wear a livery that the shots of their class show."""
+    train, test = load_images(grid.data, "train"), load_images(grid.data, "test")
+    shots = train.subset(sample_shots(train, num_shots, seed).rows(train))
+    check_disjoint(shots, test)
+    seen = seen_attribute(shots, test)
+    rows = balanced_rows(test.labels, seen, min(grid.test_images, len(test)), seed)
+    return shots, test.subset(rows), seen[rows]
+
+
+@torch.no_grad()
+def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> np.ndarray:
+    """Features [N, d] of the frozen U-Net's third down block at a small t, without noise, averaged over the latent."""
+    kept: list[Tensor] = []
+    handle = backbone.unet.down_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out[0].float()))
+    text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
+    for latents in latents_Nchw.split(48):
+        t = torch.full((len(latents),), FEATURE_T)
+        backbone.errors(latents, torch.zeros_like(latents), t, text.expand(len(latents), -1, -1))
+    handle.remove()
+    return torch.cat(kept).mean((2, 3)).numpy()
 
 
 def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Tensor]:
-    """Errors on the test images and on the shots, latents, classes, and which test liveries were seen."""
+    """Errors of class tokens, of bare prompts and of held-out shots, and what the other rows need."""
     folder = grid.output_dir / f"{num_shots}-{seed}"
     path = folder / "errors.safetensors"
     if path.is_file():
         return load_file(path)
-    train, test = load_images(grid.data, "train"), load_images(grid.data, "test")
-    test = test.subset(range(0, len(test), max(1, len(test) // grid.test_images)))
-    shots = train.subset(sample_shots(train, num_shots, seed).rows(train))
-    check_disjoint(shots, test)
-    folds = grid.folds if num_shots > 1 else 0
-    classifier = DiTiClassifier(
-        backbone,
-        training=grid.training,
-        scoring=ScoringConfig(
-            trials=grid.trials, weighting="uniform", unet_scale=1.0, text_encoder_scale=1.0, seed=seed
-        ),
+    shots, test, seen = draw(grid, num_shots, seed)
+    everything = (0, backbone.num_train_timesteps)
+    scoring = replace(
+        recommended_scoring(backbone.name), trials=grid.trials, timesteps=everything, weighting="uniform", seed=seed
     )
-    images = [shots.image(i) for i in range(len(shots))]
-    classifier.fit(images, [shots.class_names[c] for c in shots.labels])
-    order = [classifier.classes_.tolist().index(n) for n in test.class_names]
+    classifier = DiTiClassifier(backbone, scoring=scoring)
+    images, test_images = ([part.image(i) for i in range(len(part))] for part in (shots, test))
+    names = [shots.class_names[c] for c in shots.labels]
+    classifier.fit(images, names)
+    order = classifier.classes_.tolist()
+    times = torch.tensor(classifier.calibration_.timesteps)
+    shot_latents, test_latents = map(classifier.learner.encode, (images, test_images))
+    some = [i for c in range(len(order)) for i in np.flatnonzero(shots.labels == c)[:2]]
+    bare = Scorer(backbone, zero_shot_bank(backbone, order, classifier.geometry), seed=seed)
     tensors = {
-        "test_errors": classifier.errors([test.image(i) for i in range(len(test))]),
-        "shot_errors": classifier.errors(images[:: max(1, len(images) // 48)]),
-        "test_labels": torch.tensor([order[c] for c in test.labels]),
-        "shot_labels": torch.tensor([order[c] for c in shots.labels]),
-        "seen": torch.from_numpy(seen_attribute(shots, test)),
-        "timesteps": torch.tensor(classifier.calibration_.timesteps),
-        "shot_latents": classifier.learner.encode(images),
-        "test_latents": classifier.learner.encode([test.image(i) for i in range(len(test))]),
+        "test_errors": classifier.errors(test_images),
+        "zero_shot_errors": error_tensor(bare, test_latents, test.ids, times.tolist(), desc="zero-shot"),
+        "shot_errors": classifier.errors([images[i] for i in some]),
+        "test_labels": torch.tensor([order.index(test.class_names[c]) for c in test.labels]),
+        "shot_labels": torch.tensor([order.index(name) for name in names]),
+        "seen": torch.from_numpy(seen),
+        "timesteps": times,
+        "shot_latents": shot_latents,
+        "test_latents": test_latents,
+        "shot_features": torch.from_numpy(unet_features(backbone, shot_latents)),
+        "test_features": torch.from_numpy(unet_features(backbone, test_latents)),
     }
-    if folds:
-        groups: dict[Label, list] = defaultdict(list)
-        for image, c in zip(images, shots.labels, strict=True):
-            groups[shots.class_names[c]].append(image)
-        held_out, truth = classifier.learner.held_out_errors(groups, tensors["timesteps"], folds)
+    if grid.folds and num_shots > 1:
+        groups = {name: [x for x, n in zip(images, names, strict=True) if n == name] for name in order}
+        held_out, truth = classifier.learner.held_out_errors(groups, times, grid.folds)
         tensors |= {"held_out_errors": held_out, "held_out_labels": truth}
     classifier.save_pretrained(folder / "bank")
+    record = {
+        "num_shots": num_shots,
+        "seed": seed,
+        "airlines": list(test.attributes["airline"]),
+        "backbone_hash": backbone.hash,
+        "grid": asdict(grid),
+    }
+    write_atomically(folder / "run.json", (json.dumps(record, default=str) + "\n").encode())
     write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}))
-    airlines = [test.attributes["airline"][i] for i in range(len(test))]
-    record = {"num_shots": num_shots, "seed": seed, "airlines": airlines, "backbone_hash": backbone.hash}
-    write_atomically(folder / "run.json", (json.dumps(record | {"grid": asdict(grid)}, default=str) + "\n").encode())
     return tensors
 
 
-def run_zero_shot(grid: Grid, backbone: Backbone, reference: dict[str, Tensor]) -> Tensor:
-    """Errors of the class names alone, without any LoRA, on the same test images and trials."""
-    path = grid.output_dir / "zero-shot.safetensors"
-    if not path.is_file():
-        test = load_images(grid.data, "test")
-        test = test.subset(range(0, len(test), max(1, len(test) // grid.test_images)))
-        some = Bank.load(grid.output_dir / f"{grid.shots[0]}-{grid.seeds[0]}" / "bank")
-        tokens = tuple(
-            ClassToken(label=x, prompt=f"a photo of a {x}, a type of aircraft.", num_shots=0) for x in some.labels
-        )
-        bank = Bank(**(vars(some) | {"tokens": tokens, "rows": torch.zeros_like(some.rows)}))
-        errors = error_tensor(
-            Scorer(backbone, bank),
-            reference["test_latents"],
-            test.ids,
-            reference["timesteps"].tolist(),
-            desc="zero-shot",
-        )
-        write_atomically(path, save({"errors": errors}))
-    return load_file(path)["errors"]
-
-
-def predictions(run: dict[str, Tensor], zero_shot: Tensor, abar: Tensor) -> dict[str, Tensor]:
+def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
     """Predicted class of every test image under each row of the table."""
-    t, errors = run["timesteps"], run["test_errors"]
+    t, errors, big_t = run["timesteps"], run["test_errors"], len(abar)
 
     def predict(weights_T: Tensor, errors: Tensor = errors) -> Tensor:
         return timesteps.score(errors, timesteps.trial_weights(weights_T, t)).argmin(1)
 
-    big_t = len(abar)
+    spread = timesteps.spread(run["shot_errors"], t, big_t)
+    window = partial(timesteps.window, abar)
     d = timesteps.attribute_distance(run["shot_latents"], run["shot_labels"])
+    distances = torch.cdist(run["test_latents"].flatten(1), run["shot_latents"].flatten(1))
     rows = {
-        "zero-shot pocket": predict(timesteps.uniform(abar), zero_shot),
-        "nearest neighbour in latents": run["shot_labels"][
-            torch.cdist(run["test_latents"].flatten(1), run["shot_latents"].flatten(1)).argmin(1)
-        ],
-        f"small t (below {SMALL_T})": predict(timesteps.window(abar, 0, SMALL_T)),
-        f"large t (from {LARGE_T})": predict(timesteps.window(abar, LARGE_T, big_t)),
-        "all t, uniform": predict(timesteps.uniform(abar)),
-        "all t, spread weights": predict(timesteps.spread(run["shot_errors"], t, big_t)),
-        "tif weights": predict(timesteps.tif(abar, d)),
-        "pdae weights": predict(timesteps.pdae(abar)),
+        "zero-shot pocket": predict(timesteps.uniform(abar), run["zero_shot_errors"]),
+        "nearest neighbour in latents": run["shot_labels"][distances.argmin(1)],
+        "U-Net features, logistic regression": logistic_regression(run),
+        f"small t (below {SMALL_T})": predict(spread * window(0, SMALL_T)),
+        f"large t (from {LARGE_T})": predict(spread * window(LARGE_T, big_t)),
+        "all t": predict(spread),
+        "all t, uniform weights": predict(timesteps.uniform(abar)),
+        "tif": predict(timesteps.tif(abar, d)),
+        "pdae": predict(timesteps.pdae(abar)),
     }
     if "held_out_errors" in run:
-        window = choose_window(run["held_out_errors"], run["held_out_labels"], t, candidate_windows(big_t))
-        rows["auto window"] = predict(timesteps.window(abar, *window))
+        chosen = choose_window(run["held_out_errors"], run["held_out_labels"], t, candidate_windows(big_t))
+        rows["auto"] = predict(window(*chosen))
     return rows
 
 
-def bootstrap_interval(correct_N: np.ndarray, groups: list[str], samples: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean under resampling of whole groups (liveries), seeded."""
-    names = sorted(set(groups))
-    index = np.array([names.index(g) for g in groups])
-    hits, sizes = np.bincount(index, correct_N, len(names)), np.bincount(index, minlength=len(names))
-    draws = np.random.default_rng(0).integers(len(names), size=(samples, len(names)))
-    low, high = np.quantile(hits[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+def logistic_regression(run: dict[str, Tensor]) -> Tensor:
+    """On the U-Net's features; its strength by cross-validation on the shots where each class has two or more."""
+    labels = run["shot_labels"].numpy()
+    fewest = int(np.bincount(labels).min())
+    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 2, 6)}, cv=min(4, fewest))
+    pipeline = make_pipeline(StandardScaler(), model if fewest > 1 else LogisticRegression(max_iter=1000))
+    pipeline.fit(run["shot_features"].numpy(), labels)
+    return torch.from_numpy(pipeline.predict(run["test_features"].numpy()))
 
 
 def report(grid: Grid, backbone: Backbone) -> str:
-    """Runs what is missing; returns the table in Markdown and writes table and plot."""
-    abar = backbone.alphas_cumprod
-    accuracy: dict[str, dict[int, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
-    pooled: dict[tuple[str, int], list[tuple[np.ndarray, list[str]]]] = defaultdict(list)
+    """Runs what is missing; writes table and plot to `output_dir`, and returns the table in Markdown.
+
+    A cell: mean accuracy over seeds in %, its 95 % interval by bootstrap over liveries (a livery's images of all seeds
+    together), and in parentheses the means on liveries seen and unseen.
+    """
+    hits: dict[str, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    liveries: dict[int, list[str]] = defaultdict(list)
+    seen: dict[int, list[np.ndarray]] = defaultdict(list)
     for num_shots in grid.shots:
         for seed in grid.seeds:
             run = run_one(grid, backbone, num_shots, seed)
-            airlines = json.loads((grid.output_dir / f"{num_shots}-{seed}" / "run.json").read_text())["airlines"]
-            seen = run["seen"].numpy()
-            for name, predicted in predictions(run, run_zero_shot(grid, backbone, run), abar).items():
-                hit = (predicted == run["test_labels"]).double().numpy()
-                parts = [100 * float(hit[m].mean()) if m.any() else float("nan") for m in (seen | True, seen, ~seen)]
-                accuracy[name][num_shots].append((parts[0], parts[1], parts[2]))
-                pooled[name, num_shots].append((hit, airlines))
+            record = json.loads((grid.output_dir / f"{num_shots}-{seed}" / "run.json").read_text())
+            liveries[num_shots] += record["airlines"]
+            seen[num_shots].append(run["seen"].numpy().astype(bool))
+            for name, predicted in predictions(run, backbone.alphas_cumprod).items():
+                hits[name][num_shots].append((predicted == run["test_labels"]).double().numpy())
+
+    def cell(name: str, num_shots: int) -> str:
+        if not hits[name][num_shots]:
+            return ""
+        hit, mask = np.concatenate(hits[name][num_shots]), np.concatenate(seen[num_shots])
+        low, high = bootstrap_interval(hit, liveries[num_shots])
+        parts = " / ".join(f"{100 * hit[m].mean():.1f}" for m in (mask, ~mask))
+        return f"{100 * hit.mean():.1f} [{100 * low:.0f}, {100 * high:.0f}] ({parts})"
+
     lines = ["| | " + " | ".join(f"{k} shots" for k in grid.shots) + " |", "|---" * (len(grid.shots) + 1) + "|"]
-    for name, by_shots in accuracy.items():
-        cells = []
-        for k in grid.shots:
-            if not by_shots[k]:
-                cells.append("")
-                continue
-            mean = np.nanmean(np.array(by_shots[k]), 0)
-            hits = np.concatenate([h for h, _ in pooled[name, k]])
-            low, high = bootstrap_interval(hits, [a for _, airlines in pooled[name, k] for a in airlines])
-            cells.append(f"{mean[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({mean[1]:.1f} / {mean[2]:.1f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [f"| {name} | " + " | ".join(cell(name, k) for k in grid.shots) + " |" for name in hits]
     table = "\n".join(lines) + "\n"
     write_atomically(grid.output_dir / "table.md", table.encode())
-    plot(grid, {n: {k: [x[0] for x in v] for k, v in by.items()} for n, by in accuracy.items()})
+    plot(grid, {name: {k: [100 * h.mean() for h in v] for k, v in by.items()} for name, by in hits.items()})
     return table
 
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def attention_for_training(device: torch.device) -> AbstractContextManager[None]:
     """A context for forwards that will be differentiated.
 
-    On a CPU, plain matrix products: on short sequences the backward of torch's fused kernel took a quarter of a training
-    step of the pocket, and without it a step takes 0.8 of the time. Elsewhere torch's own choice.
+    On a CPU, plain matrix products: on short sequences the backward of torch's fused kernel took a quarter of a step of
+    the pocket's pre-training, and without it a step takes 0.8 of the time. Elsewhere torch's own choice.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

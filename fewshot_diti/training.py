@@ -17,6 +17,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
 from fewshot_diti.processes import process_state
@@ -266,7 +267,7 @@ def train_class_tokens(
             index = torch.tensor(batch, device=device)
             active = rows[index].requires_grad_()
             # backward stays inside: with gradient checkpointing it runs the adapted forward again
-            with adapted(backbone.networks, layout, active.to(backbone.dtype)):
+            with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(device):
                 loss_G = class_losses(
                     backbone,
                     torch.stack([ids[c] for c in batch]),
