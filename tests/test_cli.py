@@ -17,6 +17,7 @@ from PIL import Image
 from fewshot_diti import Bank, DiTiClassifier, cli
 from fewshot_diti.commands import cost, demo
 from fewshot_diti.commands import score as score_command
+from fewshot_diti.commands import train as train_module
 from fewshot_diti.data import image_id
 from fewshot_diti.learning import Learner
 from fewshot_diti.recommended import ScoringConfig
@@ -45,7 +46,7 @@ def save_classes(folder: Path, count: int, seed: int = 0) -> Path:
 def small_settings() -> Iterator[None]:
     """Recommended settings that take a second."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cli, demo):
+        for module in (train_module, demo):
             patch.setattr(module, "recommended_training", lambda num_shots, backbone: TRAINING)
             patch.setattr(module, "recommended_scoring", lambda backbone: SCORING)
         yield
@@ -86,8 +87,8 @@ def read_lines(file: Path) -> list[dict]:
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --seed",
-        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --seed",
-        "score": "--bank --output --backbone",
+        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --dtype --seed",
+        "score": "--bank --output --backbone --dtype",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:
