@@ -15,7 +15,6 @@ import tyro
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from fewshot_diti.backbone import SD2_BASE as SD2_BASE
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.bank import bank_fingerprint
 from fewshot_diti.calibration import Calibration

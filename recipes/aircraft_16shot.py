@@ -20,8 +20,9 @@ the copyright banner, 20 pixel rows, is cut; which 16 images are the shots is dr
 from dataclasses import replace
 from pathlib import Path
 
+from fewshot_diti.backbone import SD2_BASE
 from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
-from fewshot_diti.experiment import SD2_BASE, Experiment, main
+from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
 SAMPLES_PER_BATCH = 16  # of 512 pixels, with gradients

@@ -19,39 +19,33 @@ squares (published: cropped to 1 : 2.5 before). No class name is in the prompt: 
 from dataclasses import replace
 from pathlib import Path
 
-from fewshot_diti.experiment import SD2_BASE, Experiment, main
-from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
+import veri
+
+from fewshot_diti.experiment import Experiment, main
+from fewshot_diti.recommended import published_training
 
 STEPS = (200, 250, 400, 700, 1000)  # at 1, 2, 4, 8, 16 shots
-STAGES = ((32, 50), (128, 20), (256, 5), (500, 1))  # (trials so far, classes kept)
 
 
 def published(num_shots: int = 16) -> Experiment:
     """As in the paper."""
-    return Experiment(
-        data=Path("data/DukeMTMC-reID"),
-        output_dir=Path(f"runs/duke_{num_shots}shot"),
-        backbone=SD2_BASE,
-        dataset="duke",
-        num_shots=num_shots,
-        prompt_template="a photo of person hta captured by surveillance camera.",
-        generic_prompt="a photo of a person captured by surveillance camera.",
-        resize="pad",
-        training=replace(published_training(num_shots, STEPS), samples_per_batch=16),
-        # the weighting that the published numbers were computed with, d being measured on all shots
-        scoring=ScoringConfig(trials=500, weighting="tif_released", calibration_images=10_000, batch_size=32),
-        stages=STAGES,
-    )
+    training = replace(published_training(num_shots, STEPS), samples_per_batch=16)
+    return replace(_of_persons(veri.published(num_shots)), training=training)
 
 
 def recommended(num_shots: int = 16) -> Experiment:
     """With the settings that this package uses where the user names none."""
+    return _of_persons(veri.recommended(num_shots))
+
+
+def _of_persons(cars: Experiment) -> Experiment:
     return replace(
-        published(num_shots),
-        output_dir=Path(f"runs/duke_{num_shots}shot_recommended"),
-        training=replace(recommended_training(num_shots, SD2_BASE), samples_per_batch=16),
-        scoring=replace(recommended_scoring(SD2_BASE), batch_size=32),
-        stages=(),
+        cars,
+        data=Path("data/DukeMTMC-reID"),
+        output_dir=Path(str(cars.output_dir).replace("veri", "duke")),
+        dataset="duke",
+        prompt_template="a photo of person hta captured by surveillance camera.",
+        generic_prompt="a photo of a person captured by surveillance camera.",
     )
 
 

@@ -20,7 +20,8 @@ without a seed and cannot be had again.
 from dataclasses import replace
 from pathlib import Path
 
-from fewshot_diti.experiment import SD2_BASE, Experiment, main
+from fewshot_diti.backbone import SD2_BASE
+from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
 STEPS = (150, 200, 500, 700, 800)  # at 1, 2, 4, 8, 16 shots

@@ -19,7 +19,8 @@ squares. No class name is in the prompt: the vehicles differ in their LoRA alone
 from dataclasses import replace
 from pathlib import Path
 
-from fewshot_diti.experiment import SD2_BASE, Experiment, main
+from fewshot_diti.backbone import SD2_BASE
+from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
 STEPS = (150, 200, 400, 500, 1000)  # at 1, 2, 4, 8, 16 shots

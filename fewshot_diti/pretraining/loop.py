@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,33 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every pre-training run sets.
+
+    Attributes:
+        output_dir: gets the checkpoint, the log and the trained model.
+        batch_size: images a step and process.
+        lr: peak of the learning rate, after a linear warm-up of `warmup` steps; then a cosine to zero.
+        ema_decay: of the averaged weights, which are what is validated and saved.
+        mixed_precision: as accelerate has it.
+        log_every, validate_every: in steps.
+        save_seconds: a checkpoint is written when this much time has passed.
+    """
+
+    output_dir: Path
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    ema_decay: float
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    log_every: int = 50
+    validate_every: int = 500
+    save_seconds: float = 240.0
 
 
 def cosine_lr(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -81,47 +109,39 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
 
 
 def run_loop(
-    *,
     accelerator: Accelerator,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    *,
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
     validate: Callable[[nn.Module], dict[str, float]],
-    steps: int,
-    lr: float,
-    warmup: int,
-    ema_decay: float,
-    output_dir: Path,
-    log_every: int,
-    validate_every: int,
-    save_seconds: float,
 ) -> None:
-    """Trains `module` for `steps`, going on from `output_dir/checkpoint.safetensors` where it exists.
+    """Trains `module`, going on from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
         loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
         validate: figures of the averaged weights, logged as they are.
-        save_seconds: a checkpoint is written when this much time has passed.
 
     The module is left with its averaged weights.
     """
     bare = accelerator.unwrap_model(module)
-    ema = Ema(bare, ema_decay)
-    checkpoint = output_dir / "checkpoint.safetensors"
+    ema = Ema(bare, config.ema_decay)
+    checkpoint = config.output_dir / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, bare, optimizer, ema)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     sums: dict[str, float] = {}
     began = saved = time.monotonic()
 
     def log(record: dict[str, float]) -> None:
         if accelerator.is_main_process:
-            with open(output_dir / "log.jsonl", "a") as f:
+            with open(config.output_dir / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             accelerator.print(" ".join(f"{k} {v:.5g}" for k, v in record.items()), flush=True)
 
-    for step in range(start, steps):
+    for step in range(start, config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps=steps, warmup=warmup, peak=lr)
+            group["lr"] = cosine_lr(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
         losses = loss_fn(module, step)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(module.parameters(), 1.0)
@@ -131,18 +151,18 @@ def run_loop(
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
         done = step + 1
-        if done % log_every == 0:
+        if done % config.log_every == 0:
             rate = (done - start) / (time.monotonic() - began)
-            log({"step": done, **{k: v / log_every for k, v in sums.items()}, "steps_per_second": rate})
+            log({"step": done, **{k: v / config.log_every for k, v in sums.items()}, "steps_per_second": rate})
             sums = {}
-        if done % validate_every == 0 or done == steps:
+        if done % config.validate_every == 0 or done == config.steps:
             kept = {n: p.detach().clone() for n, p in bare.named_parameters()}
             ema.copy_to(bare)
             log({"step": done, **validate(bare)})
             with torch.no_grad():
                 for name, p in bare.named_parameters():
                     p.copy_(kept[name])
-        if accelerator.is_main_process and (time.monotonic() - saved > save_seconds or done == steps):
+        if accelerator.is_main_process and (time.monotonic() - saved > config.save_seconds or done == config.steps):
             save_checkpoint(checkpoint, bare, optimizer, ema, done)
             saved = time.monotonic()
     ema.copy_to(bare)

@@ -25,12 +25,12 @@ from fewshot_diti.pretraining.captions import (
     train_tokenizer,
     write_caption,
 )
-from fewshot_diti.pretraining.loop import run_loop, step_generator
+from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
 from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnetConfig:
+class UnetConfig(LoopConfig):
     """Everything that decides a U-Net run.
 
     Attributes:
@@ -45,7 +45,6 @@ class UnetConfig:
     data: Path
     held_out: Path
     vae: Path
-    output_dir: Path
     block_out_channels: tuple[int, ...] = (128, 192, 256, 128)
     layers_per_block: int = 1
     norm_num_groups: int = 16
@@ -62,11 +61,6 @@ class UnetConfig:
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.998
-    seed: int = 0
-    mixed_precision: str = "bf16"
-    log_every: int = 50
-    validate_every: int = 500
-    save_seconds: float = 300.0
 
 
 class _TextToNoise(nn.Module):
@@ -286,19 +280,5 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
 
-    run_loop(
-        accelerator=accelerator,
-        module=module,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        validate=validate,
-        steps=config.steps,
-        lr=config.lr,
-        warmup=config.warmup,
-        ema_decay=config.ema_decay,
-        output_dir=config.output_dir,
-        log_every=config.log_every,
-        validate_every=config.validate_every,
-        save_seconds=config.save_seconds,
-    )
+    run_loop(accelerator, module, optimizer, config, loss_fn=loss_fn, validate=validate)
     return pipeline()

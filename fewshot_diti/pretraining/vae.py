@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewshot_diti.pretraining.linear_start import linear_start
-from fewshot_diti.pretraining.loop import run_loop, step_generator
+from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
 from fewshot_diti.pretraining.renders import load_renders, shuffle_colours, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeConfig:
+class VaeConfig(LoopConfig):
     """Everything that decides an autoencoder run.
 
     Attributes:
@@ -24,7 +24,6 @@ class VaeConfig:
         held_out: JSON list of variants that are never trained on.
         size: (height, width) of the images in pixels.
         block_out_channels, layers_per_block, latent_channels: as in `diffusers.AutoencoderKL`.
-        batch_size: images a step and process.
         crop: (height, width) of the random crops that all but the last steps train on: smaller steps, but more of them,
             and steps are what an autoencoder of few steps lacks.
         full_share: share of the steps, the last ones, that see whole images.
@@ -34,7 +33,6 @@ class VaeConfig:
 
     data: Path
     held_out: Path
-    output_dir: Path
     size: tuple[int, int] = (64, 128)
     block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
     layers_per_block: int = 1
@@ -51,11 +49,6 @@ class VaeConfig:
     gradient_weight: float = 0.5
     kl_weight: float = 1e-7
     false_colours: float = 0.4
-    seed: int = 0
-    mixed_precision: str = "bf16"
-    log_every: int = 50
-    validate_every: int = 500
-    save_seconds: float = 240.0
 
 
 class _Roundtrip(nn.Module):
@@ -155,21 +148,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
             restored = [vae.decode(vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
         return {"psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images))}
 
-    run_loop(
-        accelerator=accelerator,
-        module=roundtrip,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        validate=validate,
-        steps=config.steps,
-        lr=config.lr,
-        warmup=config.warmup,
-        ema_decay=config.ema_decay,
-        output_dir=config.output_dir,
-        log_every=config.log_every,
-        validate_every=config.validate_every,
-        save_seconds=config.save_seconds,
-    )
+    run_loop(accelerator, roundtrip, optimizer, config, loss_fn=loss_fn, validate=validate)
     vae = vae.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if accelerator.is_main_process:
         standardize_latents(vae, to_batch(pixels[::10]))
