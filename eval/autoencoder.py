@@ -53,8 +53,10 @@ def main(config: Config) -> None:
     print(f"{-10 * np.log10(error[inside].mean()):.2f} dB inside the masks")
     if config.output:
         sheet = ((torch.cat(pairs)[:16] + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        rows_of_four = [np.concatenate(list(sheet[i : i + 4]), 1) for i in range(0, len(sheet), 4)]
-        Image.fromarray(np.concatenate(rows_of_four)).resize((width * 8, height * 2 * 8), 0).save(config.output)
+        columns = min(4, len(sheet))
+        starts = range(0, len(sheet) // columns * columns, columns)
+        picture = Image.fromarray(np.concatenate([np.concatenate(list(sheet[i : i + columns]), 1) for i in starts]))
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(config.output)
 
 
 if __name__ == "__main__":

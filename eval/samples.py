@@ -56,7 +56,7 @@ def sheet(config: Samples) -> Image.Image:
             guidance_scale=config.guidance_scale,
         )
         with torch.no_grad():
-            images = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
+            images = backbone.vae.decode(latents.to(backbone.device) / backbone.vae.config.scaling_factor).sample.cpu()
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         top = row * (2 * height + text)
         draw.text((2, top + 1), prompt, fill="black")

@@ -39,7 +39,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SMALL_T, LARGE_T = 300, 500
-FEATURE_T = 60  # of the U-Net's own features: as in the reference figures
+FEATURE_T = 60  # of the U-Net's own features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Grid:
         data: as `load_images` reads it, with splits train and test and an attribute airline.
         trials: S, evenly over all time-steps.
         folds: of cross-validation on the shots, for `auto`; 0 leaves that row out. One shot has none.
-        test_images: balanced over classes and liveries; the same for every seed of one number of shots.
+        test_images: balanced over classes and over liveries seen and unseen; which ones, the seed draws.
     """
 
     data: str = "bundled"
@@ -77,10 +77,10 @@ def draw(grid: Grid, num_shots: int, seed: int) -> tuple[ImageSet, ImageSet, np.
 def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> np.ndarray:
     """Features [N, d] of the frozen U-Net's third down block at a small t, without noise, averaged over the latent."""
     kept: list[Tensor] = []
-    handle = backbone.unet.down_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out[0].float()))
+    handle = backbone.unet.down_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out[0].float().cpu()))
     text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
-    for latents in latents_Nchw.split(48):
-        t = torch.full((len(latents),), FEATURE_T)
+    for latents in latents_Nchw.to(backbone.device).split(48):
+        t = torch.full((len(latents),), FEATURE_T, device=backbone.device)
         backbone.errors(latents, torch.zeros_like(latents), t, text.expand(len(latents), -1, -1))
     handle.remove()
     return torch.cat(kept).mean((2, 3)).numpy()
@@ -90,7 +90,9 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
     """Errors of class tokens, of bare prompts and of held-out shots, and what the other rows need."""
     folder = grid.output_dir / f"{num_shots}-{seed}"
     path = folder / "errors.safetensors"
-    if path.is_file():
+    settings = {k: str(v) for k, v in asdict(grid).items() if k not in ("shots", "seeds", "output_dir")}
+    made_by = settings | {"backbone_hash": backbone.hash}
+    if path.is_file() and json.loads((folder / "run.json").read_text())["made_by"] == made_by:
         return load_file(path)
     shots, test, seen = draw(grid, num_shots, seed)
     everything = (0, backbone.num_train_timesteps)
@@ -124,20 +126,18 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
         held_out, truth = classifier.learner.held_out_errors(groups, times, grid.folds)
         tensors |= {"held_out_errors": held_out, "held_out_labels": truth}
     classifier.save_pretrained(folder / "bank")
-    record = {
-        "num_shots": num_shots,
-        "seed": seed,
-        "airlines": list(test.attributes["airline"]),
-        "backbone_hash": backbone.hash,
-        "grid": asdict(grid),
-    }
-    write_atomically(folder / "run.json", (json.dumps(record, default=str) + "\n").encode())
+    path.unlink(missing_ok=True)  # of other settings; run.json must not vouch for it
+    record = {"made_by": made_by, "airlines": list(test.attributes["airline"])}
+    write_atomically(folder / "run.json", (json.dumps(record) + "\n").encode())
     write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}))
     return tensors
 
 
 def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
-    """Predicted class of every test image under each row of the table."""
+    """Predicted class of every test image under each row of the table.
+
+    Windows, and `auto` among them, weigh their time-steps equally unless the row says otherwise.
+    """
     t, errors, big_t = run["timesteps"], run["test_errors"], len(abar)
 
     def predict(weights_T: Tensor, errors: Tensor = errors) -> Tensor:
@@ -151,10 +151,11 @@ def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
         "zero-shot pocket": predict(timesteps.uniform(abar), run["zero_shot_errors"]),
         "nearest neighbour in latents": run["shot_labels"][distances.argmin(1)],
         "U-Net features, logistic regression": logistic_regression(run),
-        f"small t (below {SMALL_T})": predict(spread * window(0, SMALL_T)),
-        f"large t (from {LARGE_T})": predict(spread * window(LARGE_T, big_t)),
-        "all t": predict(spread),
-        "all t, uniform weights": predict(timesteps.uniform(abar)),
+        f"small t (below {SMALL_T})": predict(window(0, SMALL_T)),
+        f"large t (from {LARGE_T})": predict(window(LARGE_T, big_t)),
+        "all t": predict(timesteps.uniform(abar)),
+        "small t, spread weights": predict(spread * window(0, SMALL_T)),
+        "all t, spread weights": predict(spread),
         "tif": predict(timesteps.tif(abar, d)),
         "pdae": predict(timesteps.pdae(abar)),
     }

@@ -55,6 +55,9 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
 
     Where a class has one shot nothing can be held out: `auto` and a temperature of None fall back to what the package
     recommends for the backbone, with a warning.
+
+    Raises:
+        TrainingError: a class's loss was not finite in a fold.
     """
     config = _possible_scoring(learner, groups)
     grid = weightings.even_grid(config.trials, *config.timesteps)
@@ -158,26 +161,43 @@ def choose_window(
     return lo, lo - negative_width
 
 
-def _possible_scoring(learner: Learner, groups: Groups) -> ScoringConfig:
-    """The scoring asked for, or without what must be fitted on held-out shots where none can be held out."""
-    config = learner.scoring
-    single = sorted(x for x, shots in groups.items() if len(shots) < 2)
-    if not config.folds or not single:
-        return config
-    default = recommended_scoring(learner.backbone.name)
+def without_folds(config: ScoringConfig, backbone: str) -> ScoringConfig:
+    """The scoring without what must be fitted on held-out shots; what the package recommends stands in for that."""
+    default = recommended_scoring(backbone)
     auto = weightings.parse_weighting(config.weighting).name == "auto"
-    possible = replace(
+    return replace(
         config,
         folds=0,
         weighting=default.weighting if auto else config.weighting,
         temperature=config.temperature or default.temperature,
     )
+
+
+def _possible_scoring(learner: Learner, groups: Groups) -> ScoringConfig:
+    """The scoring asked for, or without folds where a class has nothing to hold out."""
+    config = learner.scoring
+    single = sorted(x for x, shots in groups.items() if len(shots) < 2)
+    if not config.folds or not single:
+        return config
+    possible = without_folds(config, learner.backbone.name)
     warnings.warn(
         f"Classes {single} have one shot, so none can be held out: folds={config.folds} is ignored, the weighting is "
         f"{possible.weighting!r}, the temperature {possible.temperature}.",
         stacklevel=4,
     )
     return possible
+
+
+def fixed_weights(name: str, alphas_cumprod: Tensor) -> Tensor | None:
+    """Weights [T] of a weighting that needs no shots, None of another; ValueError for one outside the schedule."""
+    weighting = weightings.parse_weighting(name)
+    if weighting.name == "uniform":
+        return weightings.uniform(alphas_cumprod)
+    if weighting.name == "window":
+        return weightings.window(alphas_cumprod, int(weighting.parameters[0]), int(weighting.parameters[1]))
+    if weighting.name == "pdae":
+        return weightings.pdae(alphas_cumprod, *weighting.parameters)
+    return None
 
 
 def _weights(
@@ -191,12 +211,9 @@ def _weights(
     """Weights [T] of the configured weighting."""
     weighting = weightings.parse_weighting(config.weighting)
     abar, parameters = learner.backbone.alphas_cumprod, weighting.parameters
-    if weighting.name == "uniform":
-        return weightings.uniform(abar)
-    if weighting.name == "window":
-        return weightings.window(abar, int(parameters[0]), int(parameters[1]))
-    if weighting.name == "pdae":
-        return weightings.pdae(abar, *parameters)
+    fixed = fixed_weights(config.weighting, abar)
+    if fixed is not None:
+        return fixed
     if weighting.name == "auto":
         assert held_out is not None, "ScoringConfig asks for folds"
         return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))

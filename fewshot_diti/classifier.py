@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 from fewshot_diti import timesteps
 from fewshot_diti.backbone import POCKET, Backbone
 from fewshot_diti.bank import Bank, read_files
-from fewshot_diti.calibration import Calibration, calibrate
+from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, without_folds
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
-from fewshot_diti.learning import Learner, raise_failed
+from fewshot_diti.learning import Learner, TrainingError, raise_failed
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring
 from fewshot_diti.scoring import Scorer, error_tensor
@@ -69,6 +71,7 @@ class DiTiClassifier:
                 f"Scoring at timesteps={self.scoring.timesteps} exceeds the {self.backbone.num_train_timesteps} "
                 f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
             )
+        fixed_weights(self.scoring.weighting, self.backbone.alphas_cumprod)  # refuses a window beyond the schedule
         self._errors: dict[str, Tensor] = {}
         self._scorer: Scorer | None = None
 
@@ -102,9 +105,16 @@ class DiTiClassifier:
         if len(groups) < 2:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
         self._set_bank(None)
-        failed = self._learn(groups)
+        learner = self.learner
+        failed = self._learn(groups, learner)
         learned = {x: g for x, g in groups.items() if x not in failed}
-        self.calibration_ = calibrate(self.learner, self._fitted(), learned)
+        if learned:
+            try:
+                self.calibration_ = calibrate(learner, self._fitted(), learned)
+            except TrainingError:  # of a fold: the class tokens themselves are fine
+                learner = replace(learner, scoring=without_folds(self.scoring, self.backbone.name))
+                self.calibration_ = calibrate(learner, self._fitted(), learned)
+                raise
         raise_failed(failed)
         return self
 
@@ -119,10 +129,19 @@ class DiTiClassifier:
         groups = _group(images, labels)
         known = [x for x in groups if x in self.bank_.labels]
         if known:
-            raise ValueError(f"Classes {known} are in the bank already; remove them first, or leave them out.")
+            raise ValueError(f"Classes {known} are in the bank already; call remove first, or leave them out.")
         if type(next(iter(groups))) is not type(self.bank_.labels[0]):
             raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
-        raise_failed(self._learn(groups))
+        raise_failed(self._learn(groups, self.learner))
+        return self
+
+    def remove(self, labels: Sequence[Label]) -> DiTiClassifier:
+        """Takes classes out of the bank; the others, and the calibration, stay as they are to the bit.
+
+        Raises:
+            ValueError: a class is not in the bank.
+        """
+        self._set_bank(self._fitted().remove(labels))
         return self
 
     bank_: Bank | None = None
@@ -146,8 +165,12 @@ class DiTiClassifier:
         return p[0] if one else p
 
     def score(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> float:
-        """Accuracy, 0 to 1."""
-        return float(np.mean(self.predict(list(images)) == np.asarray(labels)))
+        """Accuracy, 0 to 1.
+
+        Raises:
+            ValueError: not one label an image, or labels of another type than the classes.
+        """
+        return float(accuracy_score(list(labels), self.predict(list(images))))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
         """Scores [N, C], float64; the smallest wins."""
@@ -207,7 +230,7 @@ class DiTiClassifier:
 
     def _fitted(self) -> Bank:
         if self.bank_ is None:
-            raise ValueError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
+            raise NotFittedError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
         return self.bank_
 
     def _set_bank(self, bank: Bank | None) -> None:
@@ -218,9 +241,11 @@ class DiTiClassifier:
             self._scorer = self.learner.scorer(self._fitted())
         return self._scorer
 
-    def _learn(self, groups: dict[Label, list[ImageSource]]) -> dict[Label, int]:
+    def _learn(self, groups: dict[Label, list[ImageSource]], learner: Learner) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
-        new, failed = self.learner.train(groups)
+        new, failed = learner.train(groups)
+        if not len(new):
+            raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
         self._set_bank(bank.select(sorted(bank.labels)))
         return failed
@@ -241,7 +266,8 @@ def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label
         if i not in label_of:
             groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
         if label_of.setdefault(i, label) != label:
-            raise ValueError(f"One picture (image id {i}) is given as {label_of[i]!r} and as {label!r}; keep one.")
+            which = f"{image}" if isinstance(image, str | Path) else f"image id {i}"
+            raise ValueError(f"One picture ({which}) is given as {label_of[i]!r} and as {label!r}; keep one.")
     return groups
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train(command, console)
             return 0
         return score(command, console)
+    except torch.OutOfMemoryError as error:
+        print("error: out of GPU memory; lower --batch_size.", str(error).split(".")[0], file=sys.stderr)
+        return 2
     except (ValueError, OSError, TrainingError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -19,10 +19,11 @@ from fewshot_diti.backbone import load_backbone
 from fewshot_diti.bank import bank_fingerprint
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
 from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
-from fewshot_diti.data.shots import check_disjoint, sample_shots
+from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots
 from fewshot_diti.data.sources import load_bundled, load_fgvc
 from fewshot_diti.elimination import (
     Elimination,
@@ -49,10 +50,11 @@ _LOADERS: dict[str, Callable[[Path, str], ImageSet]] = {
     "duke": load_duke,
     "bundled": lambda folder, split: load_bundled(split),
 }
-_SETTINGS, _SHOTS, _BANK, _PREDICTIONS, _RESULTS = (
+_SETTINGS, _SHOTS, _BANK, _INCOMPLETE, _PREDICTIONS, _RESULTS = (
     "experiment.json",
     "shots.json",
     "bank",
+    "bank_incomplete",
     "predictions",
     "results.json",
 )
@@ -175,13 +177,13 @@ def run(experiment: Experiment) -> Result:
     pool, test = (_LOADERS[experiment.dataset](experiment.data, split) for split in ("train", "test"))
     if experiment.max_test_images is not None:
         test = _first_of_each_class(test, experiment.max_test_images)
-    _claim(experiment)
     shots = sample_shots(pool, experiment.num_shots, experiment.seed)
-    if state.is_main_process:
-        shots.save(experiment.output_dir / _SHOTS)
+    _claim(experiment, shots)
     shots_set = pool.subset(shots.rows(pool))
     check_disjoint(shots_set, test)
-    classifier = _class_tokens(experiment, shots_set)
+    num_classes = len(pool.class_names)
+    to_score = len(test) * count_evaluations(experiment.schedule(num_classes), num_classes)
+    classifier = _class_tokens(experiment, shots_set, to_score)
     predictions = _predict(experiment, classifier, test)
     truth = [test.class_names[label] for label in test.labels]
     predicted = [predictions[image] for image in test.ids]
@@ -208,22 +210,34 @@ def run(experiment: Experiment) -> Result:
     return result
 
 
-def _claim(experiment: Experiment) -> None:
-    """Marks the output folder as this experiment's; raises ValueError where it is another's."""
-    path = experiment.output_dir / _SETTINGS
-    mine = json.loads(_json(_settings(asdict(experiment))))
+def _claim(experiment: Experiment, shots: Shots) -> None:
+    """Marks the output folder as this experiment's; raises ValueError where it holds something else."""
+    folder, mine = experiment.output_dir, json.loads(_json(_settings(asdict(experiment))))
+    path, way_out = folder / _SETTINGS, "pass another --output_dir, or remove that folder."
     if path.is_file():
-        theirs = json.loads(path.read_text())
-        different = [key for key in mine if mine[key] != theirs.get(key)]
+        theirs = _flat(json.loads(path.read_text()))
+        different = [key for key, value in _flat(mine).items() if theirs.get(key) != value]
         if different:
-            changes = ", ".join(f"{key} {theirs.get(key)} there and {mine[key]} here" for key in different)
-            raise ValueError(
-                f"{experiment.output_dir} holds another experiment ({changes}); pass another --output_dir, or remove "
-                "that folder."
-            )
-    process_state().wait_for_everyone()
-    if process_state().is_main_process:
+            changes = ", ".join(f"{key} {theirs.get(key)} there and {_flat(mine)[key]} here" for key in different)
+            raise ValueError(f"{folder} holds another experiment ({changes}); {way_out}")
+        if (folder / _SHOTS).is_file() and Shots.load(folder / _SHOTS) != shots:
+            raise ValueError(f"{folder} holds an experiment on other shots, so the data have changed; {way_out}")
+    elif (folder / _BANK).exists():
+        raise ValueError(f"{folder} holds a bank that no experiment made; {way_out}")
+    state = process_state()
+    state.wait_for_everyone()
+    if state.is_main_process:
         write_atomically(path, _json(mine))
+        shots.save(folder / _SHOTS)
+    state.wait_for_everyone()
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names, as the command line has them."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _settings(fields: dict[str, Any]) -> dict[str, Any]:
@@ -246,12 +260,17 @@ def _first_of_each_class(data: ImageSet, count: int) -> ImageSet:
     return data.subset(sorted(rows))
 
 
-def _class_tokens(experiment: Experiment, shots_set: ImageSet) -> DiTiClassifier:
-    """The bank that an earlier run left, or a new one trained on the shots."""
+def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int) -> DiTiClassifier:
+    """The bank that an earlier run left, or a new one trained on the shots; `evaluations` of scoring will follow.
+
+    Where a class failed, the others are saved in a folder of their own, which no later run takes for the bank.
+    """
     folder = experiment.output_dir / _BANK
     backbone = load_backbone(experiment.backbone)
     if (folder / "classifier.json").is_file():  # written last
-        return DiTiClassifier.from_pretrained(folder, backbone)
+        classifier = DiTiClassifier.from_pretrained(folder, backbone)
+        classifier.scoring = experiment.scoring  # may share batches in another way
+        return classifier
     classifier = DiTiClassifier(
         backbone,
         prompt_template=experiment.prompt_template,
@@ -260,11 +279,15 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet) -> DiTiClassifier
         scoring=experiment.scoring,
         geometry=ImageGeometry(size=backbone.image_size, resize=experiment.resize, banner_rows=experiment.banner_rows),
     )
-    classifier.fit(shots_set.names, [shots_set.class_names[label] for label in shots_set.labels])
-    process_state().wait_for_everyone()
-    if process_state().is_main_process:
-        classifier.save_pretrained(folder)
-    process_state().wait_for_everyone()
+    trained = training_evaluations(experiment.training, experiment.scoring, len(shots_set), len(shots_set.class_names))
+    announce_time(backbone, classifier.geometry.size, trained + evaluations, print)
+    try:
+        classifier.fit(shots_set.names, [shots_set.class_names[label] for label in shots_set.labels])
+    except TrainingError:
+        if classifier.bank_ is not None:
+            classifier.save_pretrained(experiment.output_dir / _INCOMPLETE)
+        raise
+    classifier.save_pretrained(folder)
     return classifier
 
 

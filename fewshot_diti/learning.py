@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -43,6 +43,7 @@ class Learner:
         prompt_template: prompt of a class token, `{}` standing for the class.
         generic_prompt: prompt of the prior images.
         training: None takes what the package recommends for the number of shots.
+        encoded: latents of shots and their colour variants, kept so that folds do not encode them again.
     """
 
     backbone: Backbone
@@ -51,6 +52,7 @@ class Learner:
     generic_prompt: str
     training: TrainingConfig | None
     scoring: ScoringConfig
+    encoded: dict[tuple[str, TrainingConfig], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def class_prompt(self, label: Label) -> str:
         """The prompt of a class token."""
@@ -66,10 +68,17 @@ class Learner:
 
     def class_shots(self, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
         """The latents of one class's shots and of their colour variants, with the prompt."""
-        copies = [colour_variants(self.geometry.pixels(x), image_id(x), config) for x in images]
-        mean, std = self.backbone.encode_images(torch.cat(copies))
-        shape = (len(images), config.colour_variants, *mean.shape[1:])
-        return ClassShots(label=label, prompt=self.class_prompt(label), mean=mean.view(shape), std=std.view(shape))
+        pairs = [self._encode_variants(x, replace(config, steps=1)) for x in images]
+        mean, std = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return ClassShots(label=label, prompt=self.class_prompt(label), mean=mean, std=std)
+
+    def _encode_variants(self, image: ImageSource, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [K, c, h, w] of a shot's colour variants."""
+        key = image_id(image), config
+        if key not in self.encoded:
+            copies = colour_variants(self.geometry.pixels(image), key[0], config)
+            self.encoded[key] = self.backbone.encode_images(copies)
+        return self.encoded[key]
 
     def train(self, groups: Groups, *, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
         """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step."""

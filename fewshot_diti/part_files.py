@@ -41,25 +41,31 @@ def spread_over_processes(
     for image in tqdm(mine, desc="images", unit="image", disable=None if state.is_main_process else True):
         new[image] = predict(image, images[image])
         if folder is not None:
-            line = json.dumps({"image_id": image, **new[image], "made_by": made_by}, ensure_ascii=False)
+            line = json.dumps({"image_id": image, **new[image], "made_by": made_by})
             with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
                 part.write(line + "\n")
     known = done | dict(gather_object(list(new.items())))
     return {image: known[image] for image in images}
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a part file; a line without its end was cut off."""
-    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What a part file holds; a line that was cut off is passed over."""
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict) and "image_id" in record]
 
 
 def _drop_unusable_lines(folder: Path, made_by: str) -> None:
     """Removes lines that were cut off or that something else made."""
     for path in sorted(folder.glob("part-*.jsonl")):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["made_by"] == made_by]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        kept = [record for record in _records(path) if record.get("made_by") == made_by]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    records = [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in _whole_lines(path)]
+    records = [record for path in sorted(folder.glob("part-*.jsonl")) for record in _records(path)]
     return {r["image_id"]: {k: v for k, v in r.items() if k not in ("image_id", "made_by")} for r in records}

@@ -25,7 +25,8 @@ class ScoringConfig:
         calibration_images: shots on which `spread` and d of `tif` are estimated, spread over the classes.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
         unet_scale, text_encoder_scale: LoRA scale at scoring.
-        batch_size: evaluations in one forward.
+        batch_size: evaluations in one forward; decides memory and speed, never the result beyond rounding.
+        seed: of the noise.
 
     Raises:
         ValueError: a value is out of its range.
@@ -84,7 +85,11 @@ def published_blocks(num_shots: int) -> str:
 
 def published_training(num_shots: int, steps: tuple[int, ...] = (60, 100, 200, 700, 1000)) -> TrainingConfig:
     """As in the paper (TiF, CVPR 2024): 1 shot and 1 prior image a step, constant learning rate, rank 16, all t."""
-    return TrainingConfig(steps=interpolate_steps(num_shots, steps), blocks=published_blocks(num_shots))
+    return TrainingConfig(
+        steps=interpolate_steps(num_shots, steps),
+        blocks=published_blocks(num_shots),
+        samples_per_batch=16,  # with gradients, at 512 pixels, on a GPU with 80 GB
+    )
 
 
 def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConfig:
@@ -110,5 +115,5 @@ def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConf
 def recommended_scoring(backbone: str = POCKET) -> ScoringConfig:
     """The scoring that this package uses where the user names none."""
     if backbone != POCKET:
-        return ScoringConfig(trials=50, weighting="pdae")
+        return ScoringConfig(trials=50, weighting="pdae", batch_size=32)
     return ScoringConfig(timesteps=(0, 900), weighting="spread", unet_scale=1.0, text_encoder_scale=1.0)

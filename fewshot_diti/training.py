@@ -43,7 +43,10 @@ class TrainingConfig:
         brightness, contrast, saturation, hue: strength of the jitter, as in `torchvision.transforms.v2.ColorJitter`.
         permute_channels: whether a jittered copy may also have its colour channels permuted.
         flip: whether a copy may be mirrored; off, since aircraft noses point one way.
+        weight_decay, max_grad_norm: of AdamW, and of each class's gradient over both networks.
         samples_per_batch: samples of one forward; decides how many classes share it, never the result.
+        gradient_checkpointing: trades a second forward for the memory of the U-Net's activations.
+        seed: of every class's own random stream.
 
     Raises:
         ValueError: a value is out of its range.
@@ -267,7 +270,7 @@ def train_class_tokens(
             index = torch.tensor(batch, device=device)
             active = rows[index].requires_grad_()
             # backward stays inside: with gradient checkpointing it runs the adapted forward again
-            with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(device):
+            with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(latents):
                 loss_G = class_losses(
                     backbone,
                     torch.stack([ids[c] for c in batch]),

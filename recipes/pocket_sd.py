@@ -22,4 +22,7 @@ def pocket_sd() -> UnetConfig:
 
 
 if __name__ == "__main__":
-    train_unet(tyro.cli(UnetConfig, default=pocket_sd()))
+    try:
+        train_unet(tyro.cli(UnetConfig, default=pocket_sd()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -19,4 +19,7 @@ def pocket_vae() -> VaeConfig:
 
 
 if __name__ == "__main__":
-    train_vae(tyro.cli(VaeConfig, default=pocket_vae()))
+    try:
+        train_vae(tyro.cli(VaeConfig, default=pocket_vae()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -14,8 +14,8 @@ import pytest
 from conftest import save_tiny_backbone
 from PIL import Image
 
-from fewshot_diti import Bank, DiTiClassifier, cli
-from fewshot_diti.commands import cost, demo
+from fewshot_diti import Bank, DiTiClassifier, cli, cost
+from fewshot_diti.commands import demo
 from fewshot_diti.commands import score as score_command
 from fewshot_diti.commands import train as train_module
 from fewshot_diti.data import image_id
@@ -87,8 +87,8 @@ def read_lines(file: Path) -> list[dict]:
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --seed",
-        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --dtype --seed",
-        "score": "--bank --output --backbone --dtype",
+        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --dtype --batch_size --seed",
+        "score": "--bank --output --backbone --dtype --batch_size",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:

@@ -152,10 +152,8 @@ def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, 
     assert sorted(part_lines(tmp_path / "out")) == sorted([marked, *lines[1:]])
 
 
-def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path):
-    flags, folder, _ = finished
-    shutil.copytree(folder, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "predictions")
+def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path, monkeypatch):
+    flags, _, results = finished
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -169,8 +167,11 @@ def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path
     assert finished_process.stdout.count("accuracy") == 1
     parts = [part_lines(tmp_path / "out", part) for part in (0, 1)]
     assert [len(part) for part in parts] == [3, 3]
-    one = {line["image_id"]: line for line in map(json.loads, part_lines(folder))}
     two = {line["image_id"]: line for line in map(json.loads, parts[0] + parts[1])}
+    shutil.rmtree(tmp_path / "out" / "predictions")
+    alone = run_recipe(monkeypatch, "aircraft_1shot", tmp_path / "out", *flags)
+    assert {k: alone[k] for k in ("images", "classes")} == {k: results[k] for k in ("images", "classes")}
+    one = {line["image_id"]: line for line in map(json.loads, part_lines(tmp_path / "out"))}
     assert one.keys() == two.keys()
     for image, line in one.items():
         assert line["prediction"] == two[image]["prediction"]

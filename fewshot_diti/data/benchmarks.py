@@ -46,7 +46,11 @@ def load_isic2019(folder: str | Path, split: str) -> ImageSet:
     )
     of_class: dict[str, list[str]] = {name: [] for name in ISIC2019_CLASSES.values()}
     with table.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        missing = [c for c in ("image", *ISIC2019_CLASSES) if c not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{table} lacks the columns {missing}; get it again from the challenge.")
+        for row in reader:
             classes = [name for code, name in ISIC2019_CLASSES.items() if float(row[code] or 0) == 1]
             if len(classes) != 1:
                 raise ValueError(f"{table}: image {row['image']} has the classes {classes}; it must have exactly one.")

@@ -143,8 +143,9 @@ class ImageGeometry:
         """
         picture = open_image(image)
         if picture.height <= self.banner_rows:
+            which = f"Image {image}" if isinstance(image, str | Path) else "The image"
             raise ValueError(
-                f"The image is {picture.height} pixels high, no more than banner_rows={self.banner_rows}; lower it."
+                f"{which} is {picture.height} pixels high, no more than banner_rows={self.banner_rows}; lower it."
             )
         picture = picture.crop((0, 0, picture.width, picture.height - self.banner_rows))
         height, width = self.size

@@ -49,12 +49,12 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
             "Unpack fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/), pass its folder."
         )
     lists = {
-        key: dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        key: _read_fgvc_list(path)
         for key in get_args(FgvcLevel)
         if (path := root / f"images_{key}_{split}.txt").is_file()
     }
     images = list(lists[level])
-    attributes = {key: tuple(by_image[image].strip() for image in images) for key, by_image in lists.items()}
+    attributes = {key: tuple(by_image.get(image, "") for image in images) for key, by_image in lists.items()}
     if (root / "attributes.csv").is_file():
         rows = {row["image"]: row for row in _read_csv(root / "attributes.csv")}
         for key in dict.fromkeys(key for row in rows.values() for key in row if key not in ("image", *lists)):
@@ -63,6 +63,9 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         attributes["airline"] = tuple(normalize_airline(name) for name in attributes["airline"])
     plural = {"variant": "variants", "family": "families", "manufacturer": "manufacturers"}[level]
     known = [line.strip() for line in (root / f"{plural}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = sorted(set(attributes[level]) - set(known))
+    if unknown:
+        raise ValueError(f"images_{level}_{split}.txt of {root} names {unknown}, which {plural}.txt does not list.")
     paths = [root / "images" / f"{image}.jpg" for image in images]
     return ImageSet(
         images=paths,
@@ -120,7 +123,12 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
     else:
         text = file.read_text(encoding="utf-8-sig")
         lines = [line for line in text.splitlines() if line.strip()]
-        parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
+        try:
+            parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {error}; {error.doc[:80]!r}.") from error
+        if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
+            raise ValueError(f"{file} must hold a list of objects, each with path and label.")
         rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in parsed]
     for number, row in enumerate(rows, start=1):
         if not row.get("path") or not row.get("label"):
@@ -260,6 +268,18 @@ def _check_split(name: str, split: str | None, splits: Sequence[str]) -> None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
     if split and not splits:
         raise ValueError(f"{name} has no splits, so there is no {split!r}; leave the split out.")
+
+
+def _read_fgvc_list(path: Path) -> dict[str, str]:
+    """Image -> class of one of the official lists; raises ValueError naming a line without a class."""
+    classes = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        image, _, name = line.strip().partition(" ")
+        if image and not name:
+            raise ValueError(f"Line {number} of {path} is {line!r}; it must hold an image and its class.")
+        if image:
+            classes[image] = name.strip()
+    return classes
 
 
 def _read_csv(file: Path) -> list[dict[str, str]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from fewshot_diti.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class LoopConfig:
         batch_size: images a step and process.
         lr: peak of the learning rate, after a linear warm-up of `warmup` steps; then a cosine to zero.
         ema_decay: of the averaged weights, which are what is validated and saved.
-        mixed_precision: as accelerate has it.
+        mixed_precision: "bf16" or "no".
         log_every, validate_every: in steps.
         save_seconds: a checkpoint is written when this much time has passed.
     """
@@ -38,7 +41,7 @@ class LoopConfig:
     warmup: int
     ema_decay: float
     seed: int = 0
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["bf16", "no"] = "bf16"
     log_every: int = 50
     validate_every: int = 500
     save_seconds: float = 240.0
@@ -76,7 +79,9 @@ class Ema:
             p.copy_(self.shadow[name])
 
 
-def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> None:
+def save_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, made_from: str
+) -> None:
     """Writes weights, optimizer moments and average in one safetensors file, replaced atomically."""
     tensors: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
@@ -85,23 +90,31 @@ def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
             if p in optimizer.state:
                 tensors[f"{key}.{name}"] = optimizer.state[p][key]
         tensors[f"ema.{name}"] = ema.shadow[name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
+    metadata = {"step": str(step), "made_from": made_from}
+    write_atomically(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
 
 
-def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> int:
-    """Restores what `save_checkpoint` wrote; returns the step to go on from, 0 without a file."""
+def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, made_from: str) -> int:
+    """Restores what `save_checkpoint` wrote; returns the step to go on from, 0 without a file.
+
+    Raises:
+        ValueError: the checkpoint was made from other data or another model.
+    """
     if not path.exists():
         return 0
+    fused = optimizer.defaults.get("fused", False)
     with safe_open(path, "pt") as f, torch.no_grad():
+        if f.metadata().get("made_from") != made_from:
+            raise ValueError(
+                f"{path} was made from other data or another model ({f.metadata().get('made_from')}; now {made_from}); "
+                "pass another --output_dir, or remove that file."
+            )
         step = int(f.metadata()["step"])
         for name, p in module.named_parameters():
             p.copy_(f.get_tensor(f"model.{name}"))
             ema.shadow[name].copy_(f.get_tensor(f"ema.{name}"))
             optimizer.state[p] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=p.device if fused else "cpu"),
                 "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p),
                 "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p),
             }
@@ -114,23 +127,28 @@ def run_loop(
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     *,
+    made_from: str,
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
     validate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
     """Trains `module`, going on from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
+        made_from: what identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
         loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
         validate: figures of the averaged weights, logged as they are.
 
     The module is left with its averaged weights.
     """
     bare = accelerator.unwrap_model(module)
+    shapes = repr([(name, tuple(p.shape)) for name, p in bare.named_parameters()])
+    made_from = f"{made_from}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
     ema = Ema(bare, config.ema_decay)
     checkpoint = config.output_dir / "checkpoint.safetensors"
-    start = load_checkpoint(checkpoint, bare, optimizer, ema)
+    start = load_checkpoint(checkpoint, bare, optimizer, ema, made_from)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     sums: dict[str, float] = {}
+    summed = 0
     began = saved = time.monotonic()
 
     def log(record: dict[str, float]) -> None:
@@ -150,11 +168,12 @@ def run_loop(
         ema.update(bare, step)
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
+        summed += 1
         done = step + 1
         if done % config.log_every == 0:
             rate = (done - start) / (time.monotonic() - began)
-            log({"step": done, **{k: v / config.log_every for k, v in sums.items()}, "steps_per_second": rate})
-            sums = {}
+            log({"step": done, **{k: v / summed for k, v in sums.items()}, "steps_per_second": rate})
+            sums, summed = {}, 0
         if done % config.validate_every == 0 or done == config.steps:
             kept = {n: p.detach().clone() for n, p in bare.named_parameters()}
             ema.copy_to(bare)
@@ -163,6 +182,6 @@ def run_loop(
                 for name, p in bare.named_parameters():
                     p.copy_(kept[name])
         if accelerator.is_main_process and (time.monotonic() - saved > config.save_seconds or done == config.steps):
-            save_checkpoint(checkpoint, bare, optimizer, ema, done)
+            save_checkpoint(checkpoint, bare, optimizer, ema, done, made_from)
             saved = time.monotonic()
     ema.copy_to(bare)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,13 @@ class Renders:
 
     def __len__(self) -> int:
         return len(self.variants)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex characters that change with any pixel or word."""
+        digest = hashlib.sha256(self.pixels_NCHW.numpy().tobytes())
+        digest.update(repr((self.variants, self.manufacturers, self.airlines)).encode())
+        return digest.hexdigest()[:16]
 
     def subset(self, rows: Sequence[int]) -> Renders:
         """The images at the given positions, in that order."""

@@ -71,7 +71,7 @@ class _TextToNoise(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        with attention_for_training(noisy.device):
+        with attention_for_training(noisy):
             text = self.text_encoder(input_ids).last_hidden_state
             return self.unet(noisy, timesteps, text).sample
 
@@ -144,12 +144,12 @@ def cached_latents(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """`encode_latents` of every render as it is ("true") and in shuffled colours ("false"), kept in a file.
 
-    A file that another autoencoder made is replaced.
+    A file made by another autoencoder or of other images is replaced.
     """
-    made_by = hash_weights(vae)
+    made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint}
     if cache.exists():
         with safe_open(cache, "pt") as f:
-            if f.metadata() == {"vae": made_by, "images": str(len(renders))}:
+            if f.metadata() == made_from:
                 return {kind: (f.get_tensor(f"{kind}.mean"), f.get_tensor(f"{kind}.std")) for kind in ("true", "false")}
     shuffled = torch.stack([shuffle_colours(p, i) for i, p in enumerate(renders.pixels_NCHW)])
     latents = {
@@ -160,7 +160,7 @@ def cached_latents(
         tensors = {
             f"{kind}.{name}": x for kind, pair in latents.items() for name, x in zip(("mean", "std"), pair, strict=True)
         }
-        write_atomically(cache, save(tensors, {"vae": made_by, "images": str(len(renders))}))
+        write_atomically(cache, save(tensors, made_from))
     return latents
 
 
@@ -280,5 +280,6 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
 
-    run_loop(accelerator, module, optimizer, config, loss_fn=loss_fn, validate=validate)
+    made_from = f"images {seen.fingerprint}, autoencoder {hash_weights(vae)}, {config.prediction_type}"
+    run_loop(accelerator, module, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
     return pipeline()

@@ -148,7 +148,8 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
             restored = [vae.decode(vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
         return {"psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images))}
 
-    run_loop(accelerator, roundtrip, optimizer, config, loss_fn=loss_fn, validate=validate)
+    made_from = f"images {seen.fingerprint}"
+    run_loop(accelerator, roundtrip, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
     vae = vae.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if accelerator.is_main_process:
         standardize_latents(vae, to_batch(pixels[::10]))

@@ -1,0 +1,57 @@
+"""What a run will cost, told before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.processes import process_state
+from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.training import TrainingConfig
+
+LARGE_UNET = 200_000_000  # parameters; beyond it a CPU needs hours, and the user should know before
+_PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
+
+
+def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_shots: int, num_classes: int) -> int:
+    """Evaluations of training, cross-validation and time-step weights; backward passes count as two.
+
+    Args:
+        num_shots: of all classes together.
+    """
+    priors = training.prior_weight > 0
+    samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
+    scored = num_shots if scoring.folds else max(scoring.calibration_images, num_classes)
+    return (
+        3 * samples * (1 + scoring.folds)
+        + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)
+        + scored * num_classes * scoring.trials
+    )
+
+
+def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, say: Callable[[str], object]) -> None:
+    """Before a large backbone starts on a CPU: measures one evaluation and says how long all will take.
+
+    Args:
+        size: (height, width) of the images in pixels.
+        evaluations: of all processes, which share them.
+        say: gets the sentence, on the main process.
+    """
+    if backbone.device.type != "cpu" or backbone.unet.num_parameters() <= LARGE_UNET or not evaluations:
+        return
+    shape = (1, backbone.latent_channels, *(s // backbone.vae_scale_factor for s in size))
+    with torch.no_grad():
+        text = backbone.encode_text(backbone.tokenize([""]))
+        start = time.perf_counter()
+        backbone.errors(torch.zeros(shape), torch.zeros(shape), torch.tensor([0]), text)
+    seconds = time.perf_counter() - start
+    state = process_state()
+    if state.is_main_process:
+        say(
+            f"This backbone has {backbone.unet.num_parameters() / 1e6:.0f} million parameters and runs on the CPU: "
+            f"{seconds:.2g} s an evaluation, about {evaluations} evaluations, "
+            f"{seconds * evaluations / 3600 / state.num_processes:.1f} hours in all. A GPU is faster."
+        )
