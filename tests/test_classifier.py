@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +99,17 @@ def test_neither_file_names_nor_order_nor_neighbours_change_an_error_by_a_bit(
     for i, path in enumerate(tests):
         fitted._errors.clear()
         assert torch.equal(fitted.errors([path])[0], expected[i])
+
+
+def test_a_removed_class_is_gone_and_the_others_score_as_before(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
+) -> None:
+    classifier = make(backbone).fit(*shots_of(pictures, ["tu-154", "a320", "dc-9"]))
+    before = classifier.errors(tests)
+    assert classifier.remove(["dc-9"]).classes_.tolist() == ["a320", "tu-154"]
+    torch.testing.assert_close(classifier.errors(tests), before[:, [0, 2]], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="dc-9"):
+        classifier.remove(["dc-9"])
 
 
 @pytest.mark.parametrize("labels", [("b", "a"), (7, -3), (True, False), (np.int64(7), np.int64(9))])
@@ -242,16 +253,44 @@ def test_one_shot_falls_back_to_what_is_recommended_and_says_so(
     assert classifier.calibration_.temperature > 0
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shots of the DC-9 are infinite."""
+def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[Label, int], bool]) -> None:
+    """Makes the shots infinite where `is_bad` (label, number of shots) says so."""
     class_shots = Learner.class_shots
 
     def infinite(self: Learner, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
         shots = class_shots(self, label, images, config)
-        return replace(shots, mean=shots.mean + float("inf")) if label == "dc-9" else shots
+        return replace(shots, mean=shots.mean + float("inf")) if is_bad(label, len(images)) else shots
 
     monkeypatch.setattr(Learner, "class_shots", infinite)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shots of the DC-9 are infinite."""
+    poison(monkeypatch, lambda label, _: label == "dc-9")
+
+
+def test_where_all_classes_fail_there_is_no_bank(
+    backbone: Backbone, pictures: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda *_: True)
+    classifier = make(backbone)
+    with pytest.raises(TrainingError, match=r"'a320' \(step 1\), 'dc-9' \(step 1\)"):
+        classifier.fit(*shots_of(pictures, ["a320", "dc-9"]))
+    assert classifier.bank_ is None
+
+
+def test_a_class_that_fails_in_a_fold_is_named_and_the_class_tokens_are_kept(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda label, count: label == "dc-9" and count < 3)
+    scoring = replace(SCORING, weighting="auto", temperature=None, folds=3)
+    classifier = make(backbone, training=replace(TRAINING, steps=1), scoring=scoring)
+    with pytest.raises(TrainingError, match="'dc-9'"):
+        classifier.fit(*shots_of(pictures, ["a320", "dc-9"], 3))
+    assert classifier.classes_.tolist() == ["a320", "dc-9"]
+    assert classifier.calibration_.accuracy is None
+    assert set(classifier.predict(tests)) <= {"a320", "dc-9"}
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "spread"])
@@ -321,7 +360,7 @@ def test_errors_say_what_is_wrong(
         new.fit([a, b], ["x", 1])
     with pytest.raises(ValueError, match=r"all str, all int or all bool, got \['float'\]"):
         new.fit([a, b], [1.0, 2.0])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"One picture \(image id \w+\) is given as 'x' and as 'y'"):
+    with pytest.raises(ValueError, match=r"One picture \(.+\) is given as 'x' and as 'y'"):
         new.fit([a, b, Image.open(a)], ["x", "y", "y"])
     with pytest.raises(FileNotFoundError, match="no image file"):
         new.fit([a, tmp_path / "nothing.png"], ["x", "y"])
@@ -337,6 +376,11 @@ def test_errors_say_what_is_wrong(
         make(backbone, geometry=ImageGeometry(size=(20, 20)))
     with pytest.raises(ValueError, match=r"timesteps=\(0, 2000\) exceeds the 1000 time-steps"):
         make(backbone, scoring=replace(SCORING, timesteps=(0, 2000)))
+    with pytest.raises(ValueError, match=r"window\(0, 1200\) is empty or outside the schedule"):
+        make(backbone, scoring=replace(SCORING, weighting="window(0, 1200)"))
+    assert not hasattr(new, "classes_")
+    with pytest.raises(ValueError):
+        fitted.score([a, b], ["a320"])
 
 
 @pytest.mark.parametrize(

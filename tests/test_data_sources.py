@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -169,15 +170,6 @@ def test_a_subset_keeps_order_names_and_known_ids_without_decoding_again(sources
     assert part.class_names == data.class_names
 
 
-def test_concatenation_matches_classes_by_name(sources):
-    train = load_images(f"fgvc:{sources}/fgvc-aircraft-2013b", "train")
-    both = train.concatenate(load_images(f"folder:{sources}/folder", "test"))
-    assert [both.class_names[label] for label in both.labels] == [CLASSES[n] for n in (0, 1, 2, 0)] + [
-        both.names[row].split("/")[-2] for row in (4, 5)
-    ]
-    assert both.attributes["airline"][4:] == ("", "")
-
-
 def test_columns_of_other_lengths_and_labels_without_a_class_are_refused():
     with pytest.raises(ValueError, match="other lengths"):
         ImageSet(images=[picture(0)], labels=np.array([0]), class_names=("a",), names=())
@@ -203,3 +195,24 @@ def test_the_bundled_images_are_twelve_variants_half_of_the_test_in_seen_liverie
     assert list(train.attributes) == ["variant", "manufacturer", "family", "airline", "split"]
     assert open_image(train.images[0]).size == (256, 128)
     assert len(set(train.ids) | set(test.ids)) == 12 * 44
+
+
+def test_manifests_and_lists_that_cannot_be_read_name_the_file_and_what_is_wrong(tmp_path, sources):
+    manifest = tmp_path / "m.json"
+    manifest.write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"m\.json must hold a list of objects"):
+        load_images(f"manifest:{manifest}")
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"path": "a.png", "label": "x"}\n{"path": \n')
+    with pytest.raises(ValueError, match=r"m\.jsonl is no JSONL: .*path"):
+        load_images(f"manifest:{manifest}")
+    tree = tmp_path / "fgvc"
+    shutil.copytree(sources / "fgvc-aircraft-2013b", tree)
+    file = next(tree.rglob("images_variant_train.txt"))
+    lines = file.read_text()
+    file.write_text(lines + "0000009 no such variant\n")
+    with pytest.raises(ValueError, match=r"names \['no such variant'\], which variants\.txt does not list"):
+        load_images(f"fgvc:{tree}", "train")
+    file.write_text(lines + "0000009\n")
+    with pytest.raises(ValueError, match=r"Line \d+ of .*images_variant_train\.txt is '0000009'"):
+        load_images(f"fgvc:{tree}", "train")

@@ -155,6 +155,16 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    config = vae_config(data, tmp_path / "vae")
+    train_vae(config)
+    other = tmp_path / "held_out.json"
+    other.write_text('["A1"]')
+    for changed in (replace(config, held_out=other), replace(config, latent_channels=3)):
+        with pytest.raises(ValueError, match="was made from other data or another model"):
+            train_vae(changed)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
     train_vae(vae_config(data, tmp_path / "vae"))

@@ -74,22 +74,6 @@ class ImageSet:
             chosen.__dict__["ids"] = tuple(self.ids[row] for row in rows)
         return chosen
 
-    def concatenate(self, other: ImageSet) -> ImageSet:
-        """These images, then the other's; classes are matched by name, and an attribute that one side lacks is ""."""
-        class_names = tuple(dict.fromkeys(self.class_names + other.class_names))
-        labels = [class_names.index(part.class_names[label]) for part in (self, other) for label in part.labels]
-        attributes = {
-            key: self.attributes.get(key, ("",) * len(self)) + other.attributes.get(key, ("",) * len(other))
-            for key in dict.fromkeys([*self.attributes, *other.attributes])
-        }
-        return ImageSet(
-            images=[*self.images, *other.images],
-            labels=np.array(labels, dtype=np.int64),
-            class_names=class_names,
-            names=self.names + other.names,
-            attributes=attributes,
-        )
-
 
 def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
     """(int64 labels, class names in order) of label texts and further known classes; whole numbers sort by value."""
