@@ -47,7 +47,7 @@ def draw(config: Curves) -> None:
         steps, values = series(config.unet, key)
         right.plot(steps, values, marker=".", label=f"t = {key.rsplit('_', 1)[1]}")
     right.set(title="error on held-out variants", xlabel="step", yscale="log")
-    right.legend(fontsize=7, ncols=2)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     config.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.output, dpi=120)
 
