@@ -97,7 +97,7 @@ def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConf
     if backbone != POCKET:
         return replace(published_training(num_shots), lr_schedule="cosine")
     return TrainingConfig(
-        steps=interpolate_steps(num_shots, (60, 70, 80, 90, 100)),
+        steps=interpolate_steps(num_shots, (80, 110, 150, 200, 240)),
         rank=8,
         blocks="all",
         lr_unet=1e-3,
