@@ -97,11 +97,11 @@ def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConf
     if backbone != POCKET:
         return replace(published_training(num_shots), lr_schedule="cosine")
     return TrainingConfig(
-        steps=interpolate_steps(num_shots, (80, 110, 150, 200, 240)),
+        steps=interpolate_steps(num_shots, (60, 80, 100, 130, 160)),
         rank=8,
         blocks="all",
-        lr_unet=1e-3,
-        lr_text_encoder=1e-3,
+        lr_unet=3e-3,
+        lr_text_encoder=3e-3,
         lr_schedule="cosine",
         shots_per_step=4,
         prior_weight=0.0,
