@@ -161,8 +161,12 @@ class DiTiClassifier:
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C], or [C] for one image: softmax of -score / temperature."""
         one, many = _as_list(images)
-        p = (-self.scores(many) / self.calibration_.temperature).softmax(1).numpy()
+        p = self.probabilities(self.scores(many))
         return p[0] if one else p
+
+    def probabilities(self, scores_NC: Tensor) -> np.ndarray:
+        """Probabilities [N, C] of scores [N, C]."""
+        return (-scores_NC / self.calibration_.temperature).softmax(1).numpy()
 
     def score(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> float:
         """Accuracy, 0 to 1.

@@ -212,13 +212,13 @@ def run(experiment: Experiment) -> Result:
 
 def _claim(experiment: Experiment, shots: Shots) -> None:
     """Marks the output folder as this experiment's; raises ValueError where it holds something else."""
-    folder, mine = experiment.output_dir, json.loads(_json(_settings(asdict(experiment))))
+    folder, settings = experiment.output_dir, json.loads(_json(_settings(asdict(experiment))))
     path, way_out = folder / _SETTINGS, "pass another --output_dir, or remove that folder."
     if path.is_file():
-        theirs = _flat(json.loads(path.read_text()))
-        different = [key for key, value in _flat(mine).items() if theirs.get(key) != value]
+        theirs, mine = _flat(json.loads(path.read_text())), _flat(settings)
+        different = [key for key, value in mine.items() if theirs.get(key) != value]
         if different:
-            changes = ", ".join(f"{key} {theirs.get(key)} there and {_flat(mine)[key]} here" for key in different)
+            changes = ", ".join(f"{key} {theirs.get(key)} there and {mine[key]} here" for key in different)
             raise ValueError(f"{folder} holds another experiment ({changes}); {way_out}")
         if (folder / _SHOTS).is_file() and Shots.load(folder / _SHOTS) != shots:
             raise ValueError(f"{folder} holds an experiment on other shots, so the data have changed; {way_out}")
@@ -227,7 +227,7 @@ def _claim(experiment: Experiment, shots: Shots) -> None:
     state = process_state()
     state.wait_for_everyone()
     if state.is_main_process:
-        write_atomically(path, _json(mine))
+        write_atomically(path, _json(settings))
         shots.save(folder / _SHOTS)
     state.wait_for_everyone()
 

@@ -25,8 +25,6 @@ from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
-SAMPLES_PER_BATCH = 16  # of 512 pixels, with gradients
-
 
 def published(num_shots: int = 16) -> Experiment:
     """As in the paper."""
@@ -39,7 +37,7 @@ def published(num_shots: int = 16) -> Experiment:
         prompt_template="a photo of a hta {}, a type of aircraft.",
         generic_prompt="a photo of an aircraft",
         banner_rows=20,
-        training=replace(published_training(num_shots), samples_per_batch=SAMPLES_PER_BATCH),
+        training=published_training(num_shots),
         scoring=ScoringConfig(
             trials=PUBLISHED_TRIALS,
             weighting="tif_released",  # what the published numbers were computed with
@@ -55,8 +53,8 @@ def recommended(num_shots: int = 16) -> Experiment:
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/aircraft_{num_shots}shot_recommended"),
-        training=replace(recommended_training(num_shots, SD2_BASE), samples_per_batch=SAMPLES_PER_BATCH),
-        scoring=replace(recommended_scoring(SD2_BASE), batch_size=32),
+        training=recommended_training(num_shots, SD2_BASE),
+        scoring=recommended_scoring(SD2_BASE),
         stages=(),
     )
 

@@ -29,7 +29,7 @@ STEPS = (200, 250, 400, 700, 1000)  # at 1, 2, 4, 8, 16 shots
 
 def published(num_shots: int = 16) -> Experiment:
     """As in the paper."""
-    training = replace(published_training(num_shots, STEPS), samples_per_batch=16)
+    training = published_training(num_shots, STEPS)
     return replace(_of_persons(veri.published(num_shots)), training=training)
 
 

@@ -39,7 +39,7 @@ def published(num_shots: int = 16) -> Experiment:
         prompt_template="a high quality dermoscopic image of hta {}.",
         generic_prompt="a high quality dermoscopic image.",
         max_test_images=600,
-        training=replace(published_training(num_shots, STEPS), rank=8, samples_per_batch=16),
+        training=replace(published_training(num_shots, STEPS), rank=8),
         # the weighting that the published numbers were computed with, d being measured on all shots
         scoring=ScoringConfig(trials=500, weighting="tif_released", calibration_images=10_000, batch_size=32),
         stages=STAGES,
@@ -51,8 +51,8 @@ def recommended(num_shots: int = 16) -> Experiment:
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/isic2019_{num_shots}shot_recommended"),
-        training=replace(recommended_training(num_shots, SD2_BASE), samples_per_batch=16),
-        scoring=replace(recommended_scoring(SD2_BASE), batch_size=32),
+        training=recommended_training(num_shots, SD2_BASE),
+        scoring=recommended_scoring(SD2_BASE),
         stages=(),
     )
 

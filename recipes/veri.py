@@ -38,7 +38,7 @@ def published(num_shots: int = 16) -> Experiment:
         prompt_template="a photo of car hta captured by surveillance camera.",
         generic_prompt="a photo of a car captured by surveillance camera.",
         resize="pad",
-        training=replace(published_training(num_shots, STEPS), samples_per_batch=16),
+        training=published_training(num_shots, STEPS),
         # the weighting that the published numbers were computed with, d being measured on all shots
         scoring=ScoringConfig(trials=500, weighting="tif_released", calibration_images=10_000, batch_size=32),
         stages=STAGES,
@@ -50,8 +50,8 @@ def recommended(num_shots: int = 16) -> Experiment:
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/veri_{num_shots}shot_recommended"),
-        training=replace(recommended_training(num_shots, SD2_BASE), samples_per_batch=16),
-        scoring=replace(recommended_scoring(SD2_BASE), batch_size=32),
+        training=recommended_training(num_shots, SD2_BASE),
+        scoring=recommended_scoring(SD2_BASE),
         stages=(),
     )
 

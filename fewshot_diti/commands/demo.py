@@ -11,7 +11,6 @@ from time import perf_counter
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, ClassToken
@@ -130,7 +129,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"The backbone without class tokens, {config.zero_shot_trials} trials ...")
     start = perf_counter()
-    test_latents = _encode(backbone, classifier.geometry, test)
+    test_latents = classifier.learner.encode([test.image(row) for row in range(len(test))])
     scorer = Scorer(backbone, zero_shot_bank(backbone, names, classifier.geometry), seed=config.seed)
     grid = even_grid(config.zero_shot_trials, *classifier.scoring.timesteps).tolist()
     errors = error_tensor(scorer, test_latents, test.ids, grid)
@@ -141,7 +140,8 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     )
     console.out(f"{zero_shot.seconds:.0f} s. The nearest shot in VAE latents ...")
     start = perf_counter()
-    distances = torch.cdist(test_latents.flatten(1), _encode(backbone, classifier.geometry, shots).flatten(1))
+    shot_latents = classifier.learner.encode([shots.image(row) for row in range(len(shots))])
+    distances = torch.cdist(test_latents.flatten(1), shot_latents.flatten(1))
     nearest = MethodResult(
         name="nearest neighbour",
         correct=shots.labels[distances.argmin(1).numpy()] == test.labels,
@@ -203,9 +203,3 @@ def zero_shot_bank(backbone: Backbone, class_names: Sequence[str], geometry: Ima
         backbone_hash=backbone.hash,
         geometry=geometry,
     )
-
-
-def _encode(backbone: Backbone, geometry: ImageGeometry, images: ImageSet) -> Tensor:
-    """Latent means [N, c, h, w]."""
-    pixels = [geometry.pixels(images.image(row)) for row in range(len(images))]
-    return backbone.encode_images(torch.stack(pixels))[0]

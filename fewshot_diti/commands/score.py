@@ -134,10 +134,9 @@ def _list_images(named: Sequence[str]) -> list[str]:
 def _prediction(classifier: DiTiClassifier, path: str) -> dict[str, Any]:
     """Label, probabilities of the best classes, margin and scores of an image; the label keeps its type."""
     labels = classifier.classes_.tolist()
-    row = classifier.scores([path])[0]
-    probabilities = classifier.predict_proba(path).tolist()
-    order = row.argsort(stable=True).tolist()
-    values = row.tolist()
+    scores = classifier.scores([path])
+    probabilities, values = classifier.probabilities(scores)[0].tolist(), scores[0].tolist()
+    order = scores[0].argsort(stable=True).tolist()
     return {
         "label": labels[order[0]],
         "probabilities": {str(labels[c]): probabilities[c] for c in order[:_TOP]},

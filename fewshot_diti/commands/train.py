@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -139,16 +140,13 @@ def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
         return load_folder(root, split), load_folder(root, val_split) if val_split else None
     fgvc = config.data.startswith("fgvc:")
     split = config.split or ("train" if fgvc or config.data == "bundled" else None)
-    val_split = config.val_split or ("val" if fgvc and split == "train" and _has_val(config.data) else None)
-    return load_images(config.data, split), load_images(config.data, val_split) if val_split else None
-
-
-def _has_val(spec: str) -> bool:
-    try:
-        load_images(spec, "val")
-    except FileNotFoundError:
-        return False
-    return True
+    val = None
+    if config.val_split:
+        val = load_images(config.data, config.val_split)
+    elif fgvc and split == "train":
+        with suppress(FileNotFoundError):  # not every tree has the val lists
+            val = load_images(config.data, "val")
+    return load_images(config.data, split), val
 
 
 def _validation_table(classifier: DiTiClassifier, val: ImageSet) -> Table:

@@ -40,7 +40,7 @@ class Renders:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex characters that change with any pixel or word."""
-        digest = hashlib.sha256(self.pixels_NCHW.numpy().tobytes())
+        digest = hashlib.sha256(self.pixels_NCHW.numpy().data)
         digest.update(repr((self.variants, self.manufacturers, self.airlines)).encode())
         return digest.hexdigest()[:16]
 
