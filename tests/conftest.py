@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from small_classifier import COLOURS, make, shots_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fewshot_diti.backbone import Backbone
+from fewshot_diti import Backbone, DiTiClassifier
 
 torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
 
@@ -91,3 +94,27 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(backbone_folder: Path) -> Backbone:
     """The tiny backbone, fp32 on the CPU."""
     return Backbone.from_pretrained(backbone_folder, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Four pictures a class: noise of the class's colour, of various sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    out: dict[str, list[Path]] = {}
+    for label, colour in COLOURS.items():
+        for i in range(4):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (20 + i, 37, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{label} {i}.png")
+            out.setdefault(label, []).append(folder / f"{label} {i}.png")
+    return out
+
+
+@pytest.fixture(scope="session")
+def fitted(backbone: Backbone, pictures: dict[str, list[Path]]) -> DiTiClassifier:
+    return make(backbone).fit(*shots_of(pictures, ["tu-154", "a320", "dc-9"]))
+
+
+@pytest.fixture(scope="session")
+def tests(pictures: dict[str, list[Path]]) -> list[Path]:
+    return [pictures[x][3] for x in ("a320", "dc-9", "tu-154")]

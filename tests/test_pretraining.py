@@ -89,7 +89,16 @@ def test_about_one_caption_in_ten_names_the_variant() -> None:
         write_caption(rng, airline="Delta", sky="a grey sky", manufacturer="Boeing", variant="717") for _ in range(4000)
     ]
     assert 0.08 < sum("717" in c for c in captions) / len(captions) < 0.13
-    assert 0.2 < captions.count(GENERIC_CAPTION) / len(captions) < 0.3
+    assert 0.15 < captions.count(GENERIC_CAPTION) / len(captions) < 0.25
+
+
+def test_captions_of_false_colours_name_the_shape_and_no_colour() -> None:
+    rng = random.Random(0)
+    words = {"airline": "Delta", "sky": "a grey sky", "manufacturer": "Boeing", "variant": "717"}
+    captions = [write_caption(rng, **words, false_colours=True) for _ in range(4000)]
+    assert all(c.endswith("in false colours") for c in captions)
+    assert not any("Delta" in c or "sky" in c for c in captions)
+    assert 0.08 < sum("717" in c for c in captions) / len(captions) < 0.13
 
 
 def test_the_tokenizer_reads_any_text_and_ends_with_the_largest_id() -> None:
@@ -165,14 +174,12 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(data: Path, tmp_
             train_vae(changed)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    config = UnetConfig(
+def unet_config(data: Path, vae: Path, output_dir: Path, prediction_type: str) -> UnetConfig:
+    return UnetConfig(
         data=data,
         held_out=data / "held_out.json",
-        vae=tmp_path / "vae" / "vae",
-        output_dir=tmp_path / "sd",
+        vae=vae,
+        output_dir=output_dir,
         block_out_channels=(16, 8, 16, 16),
         norm_num_groups=2,
         head_size=8,
@@ -187,6 +194,12 @@ def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, predict
         log_every=1,
         validate_every=2,
     )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
+    train_vae(vae_config(data, tmp_path / "vae"))
+    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", prediction_type)
     train_unet(config)
     backbone = Backbone.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32, device="cpu")
     assert backbone.image_size == (16, 32)
@@ -196,3 +209,19 @@ def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, predict
     assert image.shape == (1, 16, 32, 3)
     records = [json.loads(line) for line in (tmp_path / "sd" / "log.jsonl").read_text().splitlines()]
     assert "held_out_error_50" in records[-1]
+
+
+def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(data: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(data, tmp_path / "vae"))
+    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "first", "v_prediction")
+    first = train_unet(config)
+    start = replace(config, start_from=tmp_path / "first" / "pipeline", output_dir=tmp_path / "second", lr=0.0)
+    second = train_unet(replace(start, block_out_channels=(8, 8, 8, 8)))  # sizes are those of the start
+    for one, other in ((first.unet, second.unet), (first.text_encoder, second.text_encoder)):
+        torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), rtol=0, atol=0)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="predicts v_prediction, not epsilon"):
+        train_unet(replace(start, prediction_type="epsilon"))
+    train_vae(replace(vae_config(data, tmp_path / "other_vae"), seed=1))
+    with pytest.raises(ValueError, match="stands on another autoencoder"):
+        train_unet(replace(start, vae=tmp_path / "other_vae" / "vae"))

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 GENERIC_CAPTION = "a photo of an aircraft"
-FALSE_COLOURS_CAPTION = "a photo of an aircraft in false colours"
 
-_P_GENERIC, _P_AIRLINE, _P_SKY, _P_MANUFACTURER, _P_VARIANT = 0.25, 0.7, 0.35, 0.3, 0.14
+_P_GENERIC, _P_AIRLINE, _P_SKY, _P_MANUFACTURER, _P_VARIANT = 0.2, 0.7, 0.35, 0.4, 0.15
+_FALSE_COLOURS = " in false colours"
 _TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "{} in flight", "a side view of {}")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -29,11 +29,17 @@ def sky_name(pixels_CHW: Tensor) -> str:
     return "a dark blue sky" if red + blue < 260 else "a light blue sky"
 
 
-def write_caption(rng: random.Random, *, airline: str, sky: str, manufacturer: str, variant: str) -> str:
-    """One caption of one image; about one in ten names the variant, a quarter name nothing."""
+def write_caption(
+    rng: random.Random, *, airline: str, sky: str, manufacturer: str, variant: str, false_colours: bool = False
+) -> str:
+    """One caption of one image; about one in eight names the variant, a fifth names nothing.
+
+    Of an image in false colours it says so, and neither airline nor sky: only the shape is left to be named.
+    """
+    suffix = _FALSE_COLOURS if false_colours else ""
     if rng.random() < _P_GENERIC:
-        return GENERIC_CAPTION
-    words = [airline] if airline and rng.random() < _P_AIRLINE else []
+        return GENERIC_CAPTION + suffix
+    words = [airline] if airline and not false_colours and rng.random() < _P_AIRLINE else []
     names_variant = rng.random() < _P_VARIANT
     if rng.random() < _P_MANUFACTURER:
         words.append(manufacturer)
@@ -47,7 +53,7 @@ def write_caption(rng: random.Random, *, airline: str, sky: str, manufacturer: s
     noun = " ".join(words).replace(" ,", ",")
     article = "an" if noun[0].lower() in "aeiou" else "a"
     caption = rng.choice(_TEMPLATES).format(f"{article} {noun}")
-    return f"{caption} in {sky}" if rng.random() < _P_SKY else caption
+    return f"{caption} in {sky}" if not false_colours and rng.random() < _P_SKY else caption + suffix
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:

@@ -140,7 +140,7 @@ def run_loop(
 
     The module is left with its averaged weights.
     """
-    bare = accelerator.unwrap_model(module)
+    bare = accelerator.unwrap_model(module, keep_torch_compile=False)
     shapes = repr([(name, tuple(p.shape)) for name, p in bare.named_parameters()])
     made_from = f"{made_from}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
     ema = Ema(bare, config.ema_decay)

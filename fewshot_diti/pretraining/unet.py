@@ -18,13 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import hash_weights
 from fewshot_diti.files import write_atomically
-from fewshot_diti.pretraining.captions import (
-    FALSE_COLOURS_CAPTION,
-    GENERIC_CAPTION,
-    sky_name,
-    train_tokenizer,
-    write_caption,
-)
+from fewshot_diti.pretraining.captions import GENERIC_CAPTION, sky_name, train_tokenizer, write_caption
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
 from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
 
@@ -35,8 +29,11 @@ class UnetConfig(LoopConfig):
 
     Attributes:
         vae: folder of the autoencoder (`train_vae` writes it); it decides image and latent sizes.
+        start_from: folder of a Stable Diffusion on the same autoencoder, whose U-Net, text encoder and tokenizer the
+            run begins with, whatever the sizes below; None begins from scratch.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
         false_colours: share of samples with shuffled colours, captioned so; shape without livery.
+        false_copies: versions of each image in shuffled colours, to draw these samples from.
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
         small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
@@ -45,6 +42,7 @@ class UnetConfig(LoopConfig):
     data: Path
     held_out: Path
     vae: Path
+    start_from: Path | None = None
     block_out_channels: tuple[int, ...] = (128, 192, 256, 128)
     layers_per_block: int = 1
     norm_num_groups: int = 16
@@ -53,7 +51,8 @@ class UnetConfig(LoopConfig):
     text_layers: int = 3
     vocab_size: int = 1024
     max_length: int = 32
-    false_colours: float = 0.2
+    false_colours: float = 0.5
+    false_copies: int = 3
     prediction_type: str = "v_prediction"
     small_t: float = 0.2
     steps: int = 5_000
@@ -126,6 +125,25 @@ def build_unet(config: UnetConfig, vae: AutoencoderKL) -> UNet2DConditionModel:
     )
 
 
+def load_start(
+    config: UnetConfig, vae: AutoencoderKL
+) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer, DDIMScheduler]:
+    """What `config.start_from` holds, in fp32.
+
+    Raises:
+        ValueError: it stands on another autoencoder, or predicts something else than `config.prediction_type`.
+    """
+    pipe = StableDiffusionPipeline.from_pretrained(config.start_from, safety_checker=None, dtype=torch.float32)
+    if hash_weights(pipe.vae) != hash_weights(vae):
+        raise ValueError(f"{config.start_from} stands on another autoencoder than {config.vae}; pass its own --vae.")
+    if pipe.scheduler.config.prediction_type != config.prediction_type:
+        raise ValueError(
+            f"{config.start_from} predicts {pipe.scheduler.config.prediction_type}, not {config.prediction_type}; "
+            "pass its --prediction_type."
+        )
+    return pipe.unet, pipe.text_encoder, pipe.tokenizer, DDIMScheduler.from_config(pipe.scheduler.config)
+
+
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of uint8 images, fp16 [images, c, h, w] each."""
@@ -140,28 +158,27 @@ def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Acceler
 
 
 def cached_latents(
-    vae: AutoencoderKL, renders: Renders, accelerator: Accelerator, cache: Path
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """`encode_latents` of every render as it is ("true") and in shuffled colours ("false"), kept in a file.
+    vae: AutoencoderKL, renders: Renders, false_copies: int, accelerator: Accelerator, cache: Path
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every render's latents, fp16 [1 + false_copies, images, c, h, w], kept in a file.
 
-    A file made by another autoencoder or of other images is replaced.
+    The first of the leading axis is the image as it is, the others have shuffled colours. A file made by another
+    autoencoder or of other images is replaced.
     """
-    made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint}
+    made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
     if cache.exists():
         with safe_open(cache, "pt") as f:
             if f.metadata() == made_from:
-                return {kind: (f.get_tensor(f"{kind}.mean"), f.get_tensor(f"{kind}.std")) for kind in ("true", "false")}
-    shuffled = torch.stack([shuffle_colours(p, i) for i, p in enumerate(renders.pixels_NCHW)])
-    latents = {
-        "true": encode_latents(vae, renders.pixels_NCHW, accelerator),
-        "false": encode_latents(vae, shuffled, accelerator),
-    }
+                return f.get_tensor("mean"), f.get_tensor("std")
+    n = len(renders)
+    versions = [encode_latents(vae, renders.pixels_NCHW, accelerator)]
+    for copy in range(false_copies):
+        shuffled = torch.stack([shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)])
+        versions.append(encode_latents(vae, shuffled, accelerator))
+    mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
     if accelerator.is_main_process:
-        tensors = {
-            f"{kind}.{name}": x for kind, pair in latents.items() for name, x in zip(("mean", "std"), pair, strict=True)
-        }
-        write_atomically(cache, save(tensors, made_from))
-    return latents
+        write_atomically(cache, save({"mean": mean, "std": std}, made_from))
+    return mean, std
 
 
 class _CaptionedLatents:
@@ -170,9 +187,10 @@ class _CaptionedLatents:
     def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
         self.renders, self.config = renders, config
         self.skies = [sky_name(p) for p in renders.pixels_NCHW]
-        self.latents = cached_latents(vae, renders, accelerator, config.output_dir / "latents.safetensors")
+        cache = config.output_dir / "latents.safetensors"
+        self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache)
 
-    def caption(self, row: int, rng: random.Random) -> str:
+    def caption(self, row: int, rng: random.Random, *, false_colours: bool) -> str:
         r = self.renders
         return write_caption(
             rng,
@@ -180,19 +198,17 @@ class _CaptionedLatents:
             sky=self.skies[row],
             manufacturer=r.manufacturers[row],
             variant=r.variants[row],
+            false_colours=false_colours,
         )
 
     def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(self.renders), (size,), generator=g)
         shuffled = torch.rand(size, generator=g) < self.config.false_colours
+        version = torch.where(shuffled, torch.randint(1, len(self.mean), (size,), generator=g), 0)
         rng = random.Random(int(torch.randint(2**62, (), generator=g)))
-        captions = [
-            FALSE_COLOURS_CAPTION if f else self.caption(row, rng)
-            for row, f in zip(rows.tolist(), shuffled.tolist(), strict=True)
-        ]
-        choice = shuffled[:, None, None, None]
-        pairs = zip(self.latents["false"], self.latents["true"], strict=True)
-        mean, std = (torch.where(choice, f[rows], t[rows]).float() for f, t in pairs)
+        pairs = zip(rows.tolist(), shuffled.tolist(), strict=True)
+        captions = [self.caption(row, rng, false_colours=f) for row, f in pairs]
+        mean, std = (x[version, rows].float() for x in (self.mean, self.std))
         return mean + std * torch.randn(mean.shape, generator=g), captions
 
 
@@ -210,12 +226,15 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     height, width = vae.config.sample_size
     seen, unseen = split_held_out(load_renders(config.data, (height, width)), config.held_out)
     data = _CaptionedLatents(seen, vae, config, accelerator)
-    rng = random.Random(config.seed)
-    corpus = [data.caption(row, rng) for row in range(len(seen)) for _ in range(3)]
-    tokenizer = train_tokenizer([*corpus, GENERIC_CAPTION, FALSE_COLOURS_CAPTION], config.vocab_size, config.max_length)
     torch.manual_seed(config.seed)
-    unet, text_encoder = build_unet(config, vae), build_text_encoder(config, tokenizer)
-    scheduler = build_scheduler(config.prediction_type)
+    if config.start_from is None:
+        rng = random.Random(config.seed)
+        corpus = [data.caption(row, rng, false_colours=f) for row in range(len(seen)) for f in (False, False, True)]
+        tokenizer = train_tokenizer([*corpus, GENERIC_CAPTION], config.vocab_size, config.max_length)
+        unet, text_encoder = build_unet(config, vae), build_text_encoder(config, tokenizer)
+        scheduler = build_scheduler(config.prediction_type)
+    else:
+        unet, text_encoder, tokenizer, scheduler = load_start(config, vae)
     abar = scheduler.alphas_cumprod
     num_t = scheduler.config.num_train_timesteps
     module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
