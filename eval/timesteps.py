@@ -2,8 +2,8 @@
 
     python -m eval.timesteps --shots 1 2 4 8 16 --seeds 1 2 3 --output_dir results/timesteps
 
-Class tokens are trained and scored once for each (shots, seed); every row reads the same errors. What is on disk
-already is not computed again.
+Class tokens are trained and scored once for each (shots, seed); every row reads the same errors. A run leaves its
+predictions as JSON and its errors as safetensors; what the same settings and backbone made is not computed again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -29,9 +32,9 @@ from fewshot_diti import Backbone, timesteps
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.demo import balanced_rows, zero_shot_bank
-from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots, seen_attribute
+from fewshot_diti.data import ImageGeometry, ImageSet, check_disjoint, load_images, sample_shots, seen_attribute
 from fewshot_diti.files import write_atomically
-from fewshot_diti.recommended import recommended_scoring
+from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import bootstrap_interval
 from fewshot_diti.scoring import Scorer, error_tensor
 
@@ -74,63 +77,87 @@ def draw(grid: Grid, num_shots: int, seed: int) -> tuple[ImageSet, ImageSet, np.
 
 
 @torch.no_grad()
-def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> np.ndarray:
-    """Features [N, d] of the frozen U-Net's third down block at a small t, without noise, averaged over the latent."""
+def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> Tensor:
+    """Features [N, d] of the frozen U-Net's second down block at a small t, without noise, with their positions.
+
+    The best of what was tried on val images of the pocket: the third block and means over positions are worse.
+    """
     kept: list[Tensor] = []
-    handle = backbone.unet.down_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out[0].float().cpu()))
+    handle = backbone.unet.down_blocks[1].register_forward_hook(lambda _, __, out: kept.append(out[0].float().cpu()))
     text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
     for latents in latents_Nchw.to(backbone.device).split(48):
         t = torch.full((len(latents),), FEATURE_T, device=backbone.device)
         backbone.errors(latents, torch.zeros_like(latents), t, text.expand(len(latents), -1, -1))
     handle.remove()
-    return torch.cat(kept).mean((2, 3)).numpy()
+    return torch.cat(kept).flatten(1)
 
 
-def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Tensor]:
-    """Errors of class tokens, of bare prompts and of held-out shots, and what the other rows need."""
-    folder = grid.output_dir / f"{num_shots}-{seed}"
-    path = folder / "errors.safetensors"
+def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str, Tensor]:
+    """Errors [classes, trials] of bare prompts by image id, for every test image; neither shots nor seed matter."""
+    path = grid.output_dir / "zero-shot.safetensors"
+    made_by = {"data": grid.data, "backbone_hash": backbone.hash, "timesteps": str(times.tolist())}
+    if path.is_file():
+        with safe_open(path, "pt") as f:
+            if f.metadata() == made_by:
+                return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, it is no dict
+    test = load_images(grid.data, "test")
+    geometry = ImageGeometry(size=backbone.image_size)
+    latents = torch.cat([backbone.encode_images(geometry.pixels(test.image(i))[None])[0] for i in range(len(test))])
+    scorer = Scorer(backbone, zero_shot_bank(backbone, sorted(test.class_names), geometry))
+    errors = dict(zip(test.ids, error_tensor(scorer, latents, test.ids, times.tolist(), desc="zero-shot"), strict=True))
+    write_atomically(path, save(errors, made_by))
+    return errors
+
+
+def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Any]:
+    """One line of JSON: the predictions of every row of the table, with labels and liveries."""
+    path = grid.output_dir / f"{num_shots}-{seed}.json"
     settings = {k: str(v) for k, v in asdict(grid).items() if k not in ("shots", "seeds", "output_dir")}
-    made_by = settings | {"backbone_hash": backbone.hash}
-    if path.is_file() and json.loads((folder / "run.json").read_text())["made_by"] == made_by:
-        return load_file(path)
+    training = recommended_training(num_shots, backbone.name)
+    made_by = settings | {"backbone_hash": backbone.hash, "training": str(training)}
+    if path.is_file():
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["made_by"] == made_by:
+            return record
     shots, test, seen = draw(grid, num_shots, seed)
     everything = (0, backbone.num_train_timesteps)
     scoring = replace(
         recommended_scoring(backbone.name), trials=grid.trials, timesteps=everything, weighting="uniform", seed=seed
     )
-    classifier = DiTiClassifier(backbone, scoring=scoring)
+    classifier = DiTiClassifier(backbone, training=replace(training, seed=seed), scoring=scoring)
     images, test_images = ([part.image(i) for i in range(len(part))] for part in (shots, test))
     names = [shots.class_names[c] for c in shots.labels]
     classifier.fit(images, names)
     order = classifier.classes_.tolist()
     times = torch.tensor(classifier.calibration_.timesteps)
+    bare = zero_shot_errors(grid, backbone, times)
     shot_latents, test_latents = map(classifier.learner.encode, (images, test_images))
     some = [i for c in range(len(order)) for i in np.flatnonzero(shots.labels == c)[:2]]
-    bare = Scorer(backbone, zero_shot_bank(backbone, order, classifier.geometry), seed=seed)
-    tensors = {
-        "test_errors": classifier.errors(test_images),
-        "zero_shot_errors": error_tensor(bare, test_latents, test.ids, times.tolist(), desc="zero-shot"),
-        "shot_errors": classifier.errors([images[i] for i in some]),
-        "test_labels": torch.tensor([order.index(test.class_names[c]) for c in test.labels]),
-        "shot_labels": torch.tensor([order.index(name) for name in names]),
-        "seen": torch.from_numpy(seen),
+    run = {
         "timesteps": times,
+        "test_errors": classifier.errors(test_images),
+        "zero_shot_errors": torch.stack([bare[i] for i in test.ids]),
+        "shot_errors": classifier.errors([images[i] for i in some]),
+        "shot_labels": torch.tensor([order.index(name) for name in names]),
         "shot_latents": shot_latents,
         "test_latents": test_latents,
-        "shot_features": torch.from_numpy(unet_features(backbone, shot_latents)),
-        "test_features": torch.from_numpy(unet_features(backbone, test_latents)),
+        "shot_features": unet_features(backbone, shot_latents),
+        "test_features": unet_features(backbone, test_latents),
     }
     if grid.folds and num_shots > 1:
         groups = {name: [x for x, n in zip(images, names, strict=True) if n == name] for name in order}
         held_out, truth = classifier.learner.held_out_errors(groups, times, grid.folds)
-        tensors |= {"held_out_errors": held_out, "held_out_labels": truth}
-    classifier.save_pretrained(folder / "bank")
-    path.unlink(missing_ok=True)  # of other settings; run.json must not vouch for it
-    record = {"made_by": made_by, "airlines": list(test.attributes["airline"])}
-    write_atomically(folder / "run.json", (json.dumps(record) + "\n").encode())
-    write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}))
-    return tensors
+        run |= {"held_out_errors": held_out, "held_out_labels": truth}
+    record = {
+        "made_by": made_by,
+        "labels": [order.index(test.class_names[c]) for c in test.labels],
+        "airlines": list(test.attributes["airline"]),
+        "seen": seen.tolist(),
+        "predictions": {name: p.tolist() for name, p in predictions(run, backbone.alphas_cumprod).items()},
+    }
+    write_atomically(path.with_suffix(".safetensors"), save({k: v.contiguous() for k, v in run.items()}))
+    write_atomically(path, (json.dumps(record) + "\n").encode())
+    return record
 
 
 def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
@@ -170,7 +197,8 @@ def logistic_regression(run: dict[str, Tensor]) -> Tensor:
     labels = run["shot_labels"].numpy()
     fewest = int(np.bincount(labels).min())
     model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 2, 6)}, cv=min(4, fewest))
-    pipeline = make_pipeline(StandardScaler(), model if fewest > 1 else LogisticRegression(max_iter=1000))
+    # as many components as images lose nothing, and make 24,000 features cheap
+    pipeline = make_pipeline(StandardScaler(), PCA(), model if fewest > 1 else LogisticRegression(max_iter=1000))
     pipeline.fit(run["shot_features"].numpy(), labels)
     return torch.from_numpy(pipeline.predict(run["test_features"].numpy()))
 
@@ -186,12 +214,11 @@ def report(grid: Grid, backbone: Backbone) -> str:
     seen: dict[int, list[np.ndarray]] = defaultdict(list)
     for num_shots in grid.shots:
         for seed in grid.seeds:
-            run = run_one(grid, backbone, num_shots, seed)
-            record = json.loads((grid.output_dir / f"{num_shots}-{seed}" / "run.json").read_text())
+            record = run_one(grid, backbone, num_shots, seed)
             liveries[num_shots] += record["airlines"]
-            seen[num_shots].append(run["seen"].numpy().astype(bool))
-            for name, predicted in predictions(run, backbone.alphas_cumprod).items():
-                hits[name][num_shots].append((predicted == run["test_labels"]).double().numpy())
+            seen[num_shots].append(np.array(record["seen"], dtype=bool))
+            for name, predicted in record["predictions"].items():
+                hits[name][num_shots].append((np.array(predicted) == np.array(record["labels"])).astype(float))
 
     def cell(name: str, num_shots: int) -> str:
         if not hits[name][num_shots]:
