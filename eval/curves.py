@@ -1,6 +1,6 @@
 """Loss curves of the pre-training logs as one picture.
 
-python -m eval.curves --vae docs/logs/pocket-vae.jsonl --unet docs/logs/pocket-sd.jsonl --output docs/pocket-curves.png
+python -m eval.curves --output docs/pocket-curves.png
 """
 
 from __future__ import annotations
@@ -18,42 +18,51 @@ from matplotlib import pyplot as plt
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Logs to draw, one JSON object a line."""
+    """Logs to draw, one JSON object a line.
+
+    Attributes:
+        unet: of runs that started from one another, in their order.
+    """
 
     vae: Path = Path("docs/logs/pocket-vae.jsonl")
-    unet: Path = Path("docs/logs/pocket-sd.jsonl")
+    unet: tuple[Path, ...] = (Path("docs/logs/pocket-sd.jsonl"), Path("docs/logs/pocket-sd-2.jsonl"))
     output: Path = Path("docs/pocket-curves.png")
 
 
-def series(log: Path, key: str) -> tuple[list[float], list[float]]:
+def read(*logs: Path) -> list[dict[str, float]]:
+    """All records; the steps of a log count on from the last of the log before."""
+    records: list[dict[str, float]] = []
+    for log in logs:
+        done = max((r["step"] for r in records), default=0)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        records += [r | {"step": r["step"] + done} for r in lines]
+    return records
+
+
+def series(records: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one figure; of a step logged twice (a resumed run) the later one."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
     by_step = {r["step"]: r[key] for r in records if key in r}
     return sorted(by_step), [by_step[s] for s in sorted(by_step)]
 
 
 def draw(config: Curves) -> None:
     """Autoencoder: loss and PSNR on held-out variants; U-Net: training loss, and held-out errors by time-step."""
+    vae, unet = read(config.vae), read(*config.unet)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    left.plot(*series(config.vae, "loss"), color="tab:blue")
+    left.plot(*series(vae, "loss"), color="tab:blue")
     left.set(title="autoencoder", xlabel="step", ylabel="loss", yscale="log")
     psnr = left.twinx()
-    psnr.plot(*series(config.vae, "psnr_held_out"), color="tab:orange", marker="o")
+    psnr.plot(*series(vae, "psnr_held_out"), color="tab:orange", marker="o")
     psnr.set_ylabel("PSNR on held-out variants (dB)", color="tab:orange")
-    middle.plot(*series(config.unet, "loss"))
+    middle.plot(*series(unet, "loss"))
     middle.set(title="U-Net", xlabel="step", ylabel="training loss (half of t below 400)")
-    keys = [k for k in json.loads(_last_with(config.unet, "held_out_error")) if k.startswith("held_out_error")]
-    for key in keys:
-        steps, values = series(config.unet, key)
+    for key in dict.fromkeys(k for record in unet for k in record if k.startswith("held_out_error")):
+        steps, values = series(unet, key)
         right.plot(steps, values, marker=".", label=f"t = {key.rsplit('_', 1)[1]}")
     right.set(title="error on held-out variants", xlabel="step", yscale="log")
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     config.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.output, dpi=120)
-
-
-def _last_with(log: Path, word: str) -> str:
-    return [line for line in log.read_text().splitlines() if word in line][-1]
 
 
 if __name__ == "__main__":

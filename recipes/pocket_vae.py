@@ -1,6 +1,14 @@
 """The pocket's autoencoder: f8, 32 latent channels, 128 x 64 pixels, trained from scratch.
 
-accelerate launch --cpu recipes/pocket_vae.py --data DIR
+    accelerate launch --cpu recipes/pocket_vae.py --data DIR
+
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last
+checkpoint.
+
+Hardware: two CPU cores with bfloat16; or a GPU, without `--cpu`.
+Time: 17 minutes for 4,500 steps.
+Expected: 33.4 dB on the held-out variants, 32.5 dB on the 12 few-shot variants (`python -m eval.autoencoder`), measured
+in November 2026.
 """
 
 from pathlib import Path
