@@ -16,6 +16,7 @@ def pocket_sd() -> UnetConfig:
     return UnetConfig(
         data=Path("pocket-train"),
         held_out=here / "held_out_variants.json",
+        kinds=here / "aircraft_kinds.json",
         vae=Path("runs/pocket-vae/vae"),
         output_dir=Path("runs/pocket-sd"),
     )

@@ -101,6 +101,16 @@ def test_captions_of_false_colours_name_the_shape_and_no_colour() -> None:
     assert 0.08 < sum("717" in c for c in captions) / len(captions) < 0.13
 
 
+def test_some_captions_say_the_kind_in_place_of_aircraft() -> None:
+    rng = random.Random(0)
+    words = {"airline": "", "sky": "a grey sky", "manufacturer": "Airbus", "variant": "A340-200"}
+    captions = [write_caption(rng, **words, kinds=["four-engine jet"]) for _ in range(4000)]
+    assert 0.3 < sum("four-engine jet" in c for c in captions) / len(captions) < 0.5
+    assert "a photo of an Airbus four-engine jet" in captions
+    assert "an Airbus A340-200, a four-engine jet in flight" in captions
+    assert not any("four-engine jet aircraft" in c for c in captions)
+
+
 def test_the_tokenizer_reads_any_text_and_ends_with_the_largest_id() -> None:
     tokenizer = train_tokenizer(["a photo of a Delta aircraft"] * 3, 600, 24)
     assert tokenizer.eos_token_id == len(tokenizer) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex as TokenizerRegex
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 GENERIC_CAPTION = "a photo of an aircraft"
 
-_P_GENERIC, _P_AIRLINE, _P_SKY, _P_MANUFACTURER, _P_VARIANT = 0.2, 0.7, 0.35, 0.4, 0.15
+_P_GENERIC, _P_AIRLINE, _P_SKY, _P_KIND, _P_MANUFACTURER, _P_VARIANT = 0.2, 0.7, 0.35, 0.5, 0.4, 0.15
 _FALSE_COLOURS = " in false colours"
 _TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "{} in flight", "a side view of {}")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -30,15 +30,24 @@ def sky_name(pixels_CHW: Tensor) -> str:
 
 
 def write_caption(
-    rng: random.Random, *, airline: str, sky: str, manufacturer: str, variant: str, false_colours: bool = False
+    rng: random.Random,
+    *,
+    airline: str,
+    sky: str,
+    manufacturer: str,
+    variant: str,
+    kinds: Sequence[str] = (),
+    false_colours: bool = False,
 ) -> str:
     """One caption of one image; about one in eight names the variant, a fifth names nothing.
 
-    Of an image in false colours it says so, and neither airline nor sky: only the shape is left to be named.
+    Some say a kind of aircraft instead of 'aircraft', which many variants share ('a four-engine jet'). Of an image in
+    false colours a caption says so, and neither airline nor sky: only the shape is left to be named.
     """
     suffix = _FALSE_COLOURS if false_colours else ""
     if rng.random() < _P_GENERIC:
         return GENERIC_CAPTION + suffix
+    noun = rng.choice(kinds) if kinds and rng.random() < _P_KIND else ""
     words = [airline] if airline and not false_colours and rng.random() < _P_AIRLINE else []
     names_variant = rng.random() < _P_VARIANT
     if rng.random() < _P_MANUFACTURER:
@@ -47,12 +56,12 @@ def write_caption(
         prefix = manufacturer + " "
         words.append(variant.removeprefix(prefix) if manufacturer in words else variant)
     if not names_variant:
-        words.append("aircraft")
-    elif rng.random() < 0.5:
-        words.append(", a type of aircraft")
-    noun = " ".join(words).replace(" ,", ",")
-    article = "an" if noun[0].lower() in "aeiou" else "a"
-    caption = rng.choice(_TEMPLATES).format(f"{article} {noun}")
+        words.append(noun or "aircraft")
+    elif noun or rng.random() < 0.5:
+        words.append(f", a {noun or 'type of aircraft'}")
+    named = " ".join(words).replace(" ,", ",")
+    article = "an" if named[0].lower() in "aeiou" else "a"
+    caption = rng.choice(_TEMPLATES).format(f"{article} {named}")
     return f"{caption} in {sky}" if not false_colours and rng.random() < _P_SKY else caption + suffix
 
 

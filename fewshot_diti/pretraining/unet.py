@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class UnetConfig(LoopConfig):
         vae: folder of the autoencoder (`train_vae` writes it); it decides image and latent sizes.
         start_from: folder of a Stable Diffusion on the same autoencoder, whose U-Net, text encoder and tokenizer the
             run begins with, whatever the sizes below; None begins from scratch.
+        kinds: JSON object that names kinds of aircraft for a variant, which captions say at times; None: they do not.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
         false_colours: share of samples with shuffled colours, captioned so; shape without livery.
         false_copies: versions of each image in shuffled colours, to draw these samples from.
@@ -43,6 +45,7 @@ class UnetConfig(LoopConfig):
     held_out: Path
     vae: Path
     start_from: Path | None = None
+    kinds: Path | None = None
     block_out_channels: tuple[int, ...] = (128, 192, 256, 128)
     layers_per_block: int = 1
     norm_num_groups: int = 16
@@ -186,6 +189,7 @@ class _CaptionedLatents:
 
     def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
         self.renders, self.config = renders, config
+        self.kinds = json.loads(config.kinds.read_text()) if config.kinds else {}
         self.skies = [sky_name(p) for p in renders.pixels_NCHW]
         cache = config.output_dir / "latents.safetensors"
         self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache)
@@ -198,6 +202,7 @@ class _CaptionedLatents:
             sky=self.skies[row],
             manufacturer=r.manufacturers[row],
             variant=r.variants[row],
+            kinds=self.kinds.get(r.variants[row], ()),
             false_colours=false_colours,
         )
 
