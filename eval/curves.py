@@ -25,7 +25,7 @@ class Curves:
     """
 
     vae: Path = Path("docs/logs/pocket-vae.jsonl")
-    unet: tuple[Path, ...] = (Path("docs/logs/pocket-sd.jsonl"), Path("docs/logs/pocket-sd-2.jsonl"))
+    unet: tuple[Path, ...] = tuple(Path(f"docs/logs/pocket-sd-{run}.jsonl") for run in (1, 2, 3))
     output: Path = Path("docs/pocket-curves.png")
 
 

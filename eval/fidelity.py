@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fewshot_diti import Backbone
 from fewshot_diti.pretraining.renders import load_renders, split_held_out
+from fewshot_diti.prompts import with_article
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def main(config: Fidelity) -> None:
     shares = {}
     for variant in sorted(set(renders.variants)):
         samples = backbone.generate_latents(
-            f"a photo of a {variant}, a type of aircraft",
+            f"a photo of {with_article(variant)}, a type of aircraft",
             range(config.samples),
             size=backbone.image_size,
             steps=config.steps,

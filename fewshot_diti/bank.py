@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors.torch import load as load_tensors
@@ -133,6 +134,7 @@ class Bank:
         Raises:
             ValueError: a class is not in the bank.
         """
+        labels = plain_labels(labels)
         position = {(type(x), x): i for i, x in enumerate(self.labels)}
         unknown = [x for x in labels if (type(x), x) not in position]
         if unknown:
@@ -146,6 +148,7 @@ class Bank:
         Raises:
             ValueError: a class is not in the bank.
         """
+        labels = plain_labels(labels)
         self.select(labels)
         gone = {(type(x), x) for x in labels}
         return self.select([x for x in self.labels if (type(x), x) not in gone])
@@ -257,6 +260,11 @@ class Bank:
             "",
         ]
         return "\n".join(lines)
+
+
+def plain_labels(labels: Iterable[Any]) -> list[Label]:
+    """Labels as Python has them, whatever numpy made of them."""
+    return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
 def bank_fingerprint(folder: str | Path) -> str:

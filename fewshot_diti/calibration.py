@@ -21,10 +21,9 @@ from torch import Tensor
 
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.bank import Bank
-from fewshot_diti.data.images import ImageSource, image_id
+from fewshot_diti.data.images import ImageSource
 from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring
-from fewshot_diti.scoring import error_tensor
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
 
@@ -41,7 +40,8 @@ class Calibration:
         timesteps: of the trials [S].
         weights: of the trials [S].
         temperature: of the softmax over -score.
-        accuracy: cross-validated on the shots, None where no folds were asked for.
+        accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it flatters, since the
+            window was chosen on the same errors.
     """
 
     timesteps: tuple[int, ...]
@@ -61,9 +61,8 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     """
     config = _possible_scoring(learner, groups)
     grid = weightings.even_grid(config.trials, *config.timesteps)
-    times = tuple(grid.tolist())
     if len(groups) < 2:
-        return Calibration(timesteps=times, weights=(1.0,) * len(grid), temperature=config.temperature or 1.0)
+        return uncalibrated(learner)
     held_out = learner.held_out_errors(groups, grid, config.folds) if config.folds else None
     weights = weightings.trial_weights(_weights(learner, bank, config, groups, grid, held_out), grid)
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
@@ -74,7 +73,19 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
         accuracy = float((scores.argmin(1) == truth).double().mean())
         temperature = temperature or fit_temperature(scores, truth)
     return Calibration(
-        timesteps=times, weights=tuple(weights.tolist()), temperature=temperature or 1.0, accuracy=accuracy
+        timesteps=tuple(grid.tolist()),
+        weights=tuple(weights.tolist()),
+        temperature=temperature or 1.0,
+        accuracy=accuracy,
+    )
+
+
+def uncalibrated(learner: Learner) -> Calibration:
+    """All trials count the same; the temperature is the scoring's, or what the package recommends."""
+    config = without_folds(learner.scoring, small=learner.backbone.small)
+    grid = weightings.even_grid(config.trials, *config.timesteps)
+    return Calibration(
+        timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
     )
 
 
@@ -161,9 +172,9 @@ def choose_window(
     return lo, lo - negative_width
 
 
-def without_folds(config: ScoringConfig, backbone: str) -> ScoringConfig:
+def without_folds(config: ScoringConfig, *, small: bool) -> ScoringConfig:
     """The scoring without what must be fitted on held-out shots; what the package recommends stands in for that."""
-    default = recommended_scoring(backbone)
+    default = recommended_scoring(small=small)
     auto = weightings.parse_weighting(config.weighting).name == "auto"
     return replace(
         config,
@@ -179,7 +190,7 @@ def _possible_scoring(learner: Learner, groups: Groups) -> ScoringConfig:
     single = sorted(x for x, shots in groups.items() if len(shots) < 2)
     if not config.folds or not single:
         return config
-    possible = without_folds(config, learner.backbone.name)
+    possible = without_folds(config, small=learner.backbone.small)
     warnings.warn(
         f"Classes {single} have one shot, so none can be held out: folds={config.folds} is ignored, the weighting is "
         f"{possible.weighting!r}, the temperature {possible.temperature}.",
@@ -217,14 +228,14 @@ def _weights(
     if weighting.name == "auto":
         assert held_out is not None, "ScoringConfig asks for folds"
         return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))
-    if weighting.name == "spread" and held_out is not None:
-        return weightings.spread(held_out[0], grid, len(abar))
+    from_errors = weightings.FROM_ERRORS.get(weighting.name)
+    if from_errors and held_out is not None:
+        return from_errors(held_out[0], grid, len(abar))
     some = _spread_over_classes(groups, config.calibration_images)
-    latents = learner.encode([x for _, x in some])
-    if weighting.name == "spread":
-        ids = [image_id(x) for _, x in some]
-        errors = error_tensor(learner.scorer(bank), latents, ids, grid.tolist(), desc="weights")
-        return weightings.spread(errors, grid, len(abar))
+    images = [x for _, x in some]
+    if from_errors:
+        return from_errors(learner.shared_errors(bank, images, grid), grid, len(abar))
+    latents = learner.encode(images)
     order = sorted(groups)
     truth = torch.tensor([order.index(label) for label, _ in some])
     if weighting.name == "tif":

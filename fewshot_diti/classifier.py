@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fewshot_diti import timesteps
 from fewshot_diti.backbone import POCKET, Backbone
-from fewshot_diti.bank import Bank, read_files
-from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, without_folds
+from fewshot_diti.bank import Bank, plain_labels, read_files
+from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
-from fewshot_diti.learning import Learner, TrainingError, raise_failed
+from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
+from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring
 from fewshot_diti.scoring import Scorer, error_tensor
 from fewshot_diti.training import Label, TrainingConfig
@@ -61,9 +62,8 @@ class DiTiClassifier:
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.from_pretrained(backbone)
         self.concept, self.training = concept, training
         self.prompt_template = prompt_template or f"a photo of a hta {{}}, a type of {concept}."
-        article = "an" if concept[:1].lower() in "aeiou" else "a"
-        self.generic_prompt = generic_prompt or f"a photo of {article} {concept}"
-        self.scoring = scoring or recommended_scoring(self.backbone.name)
+        self.generic_prompt = generic_prompt or f"a photo of {with_article(concept)}"
+        self.scoring = scoring or recommended_scoring(small=self.backbone.small)
         self.geometry = geometry or ImageGeometry(size=self.backbone.image_size)
         self.backbone.check_image_size(self.geometry.size)
         if self.scoring.timesteps[1] > self.backbone.num_train_timesteps:
@@ -96,7 +96,8 @@ class DiTiClassifier:
 
         Raises:
             ValueError: lengths differ, labels of mixed type, fewer than two classes, or one image under two labels.
-            TrainingError: a class's loss was not finite; the classifier holds the other classes.
+            TrainingError: a class's loss was not finite; the classifier holds the other classes. Or it was so in
+                cross-validation; the classifier holds all classes, with uniform weights.
 
         Where a class has one shot nothing can be held out, so `auto` and a temperature of None fall back to what the
         package recommends for the backbone, with a warning.
@@ -108,13 +109,9 @@ class DiTiClassifier:
         learner = self.learner
         failed = self._learn(groups, learner)
         learned = {x: g for x, g in groups.items() if x not in failed}
+        self.calibration_ = uncalibrated(learner)  # whatever happens from here on, the class tokens can be used
         if learned:
-            try:
-                self.calibration_ = calibrate(learner, self._fitted(), learned)
-            except TrainingError:  # of a fold: the class tokens themselves are fine
-                learner = replace(learner, scoring=without_folds(self.scoring, self.backbone.name))
-                self.calibration_ = calibrate(learner, self._fitted(), learned)
-                raise
+            self.calibration_ = calibrate(learner, self._fitted(), learned)
         raise_failed(failed)
         return self
 
@@ -130,7 +127,7 @@ class DiTiClassifier:
         known = [x for x in groups if x in self.bank_.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove first, or leave them out.")
-        if type(next(iter(groups))) is not type(self.bank_.labels[0]):
+        if len(self.bank_) and type(next(iter(groups))) is not type(self.bank_.labels[0]):
             raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
         raise_failed(self._learn(groups, self.learner))
         return self
@@ -257,7 +254,7 @@ class DiTiClassifier:
 
 def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
     """Shots by label; a picture given twice under one label counts once."""
-    values: list[Label] = [x.item() if isinstance(x, np.generic) else x for x in labels]
+    values = plain_labels(labels)
     if len(images) != len(values) or not values:
         raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
     types = {type(x) for x in values}

@@ -10,9 +10,9 @@ import torch
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.timesteps import FROM_ERRORS, parse_weighting
 from fewshot_diti.training import TrainingConfig
 
-LARGE_UNET = 200_000_000  # parameters; beyond it a CPU needs hours, and the user should know before
 _PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
 
 
@@ -24,7 +24,11 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
     """
     priors = training.prior_weight > 0
     samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
-    scored = num_shots if scoring.folds else max(scoring.calibration_images, num_classes)
+    scored = 0
+    if scoring.folds:
+        scored = num_shots
+    elif parse_weighting(scoring.weighting).name in FROM_ERRORS:
+        scored = min(num_shots, max(scoring.calibration_images, num_classes))
     return (
         3 * samples * (1 + scoring.folds)
         + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)
@@ -40,7 +44,7 @@ def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, s
         evaluations: of all processes, which share them.
         say: gets the sentence, on the main process.
     """
-    if backbone.device.type != "cpu" or backbone.unet.num_parameters() <= LARGE_UNET or not evaluations:
+    if backbone.device.type != "cpu" or backbone.small or not evaluations:
         return
     shape = (1, backbone.latent_channels, *(s // backbone.vae_scale_factor for s in size))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import tyro
+from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
@@ -40,6 +42,7 @@ from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.training import TrainingConfig
+from fewshot_diti.validation import validation_losses, validation_table
 
 DatasetName = Literal["fgvc", "isic2019", "veri", "duke", "bundled"]
 
@@ -263,7 +266,7 @@ def _first_of_each_class(data: ImageSet, count: int) -> ImageSet:
 def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int) -> DiTiClassifier:
     """The bank that an earlier run left, or a new one trained on the shots; `evaluations` of scoring will follow.
 
-    Where a class failed, the others are saved in a folder of their own, which no later run takes for the bank.
+    Where something failed, what is trained is saved in a folder of its own, which no later run takes for the bank.
     """
     folder = experiment.output_dir / _BANK
     backbone = load_backbone(experiment.backbone)
@@ -283,11 +286,15 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int)
     announce_time(backbone, classifier.geometry.size, trained + evaluations, print)
     try:
         classifier.fit(shots_set.names, [shots_set.class_names[label] for label in shots_set.labels])
-    except TrainingError:
+    except BaseException:
         if classifier.bank_ is not None:
             classifier.save_pretrained(experiment.output_dir / _INCOMPLETE)
         raise
     classifier.save_pretrained(folder)
+    if experiment.dataset == "fgvc":
+        with suppress(FileNotFoundError):  # not every tree has the val lists
+            losses = validation_losses(classifier, load_fgvc(experiment.data, "val"))
+            Console(quiet=not process_state().is_main_process).print(validation_table(losses))
     return classifier
 
 

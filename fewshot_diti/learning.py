@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fewshot_diti.augment import colour_variants
@@ -14,6 +15,7 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.prior import prior_latents
+from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_training
 from fewshot_diti.scoring import Scorer, error_tensor
 from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
@@ -25,13 +27,17 @@ class TrainingError(RuntimeError):
     """Some class tokens could not be trained; the classifier holds the others."""
 
 
-def raise_failed(failed: Mapping[Label, int]) -> None:
+def raise_failed(
+    failed: Mapping[Label, int],
+    kept: str = "the other classes are trained and kept",
+    way_out: str = "and add them again",
+) -> None:
     """Raises a TrainingError that names the classes whose loss was not finite, with the step, where there are any."""
     if failed:
         names = ", ".join(f"{x!r} (step {s})" for x, s in failed.items())
         raise TrainingError(
-            f"The loss of {names} was not finite; the other classes are trained and kept. Lower the learning rate, "
-            "or load the backbone in float32, and add them again."
+            f"The loss of {names} was not finite; {kept}. Lower the learning rate, or load the backbone in float32, "
+            f"{way_out}."
         )
 
 
@@ -83,7 +89,7 @@ class Learner:
     def train(self, groups: Groups, *, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
         """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step."""
         most = max(len(shots) for shots in groups.values())
-        config = self.training or recommended_training(most, self.backbone.name)
+        config = self.training or recommended_training(most, small=self.backbone.small)
         prior = None
         if config.prior_weight > 0:
             latents = prior_latents(self.backbone, self.generic_prompt, config.prior_images, self.geometry.size)
@@ -111,6 +117,18 @@ class Learner:
         )
         return bank, trained.failed
 
+    def shared_errors(self, bank: Bank, images: Sequence[ImageSource], grid: Tensor) -> Tensor:
+        """The error tensor [N, C, S] at time-steps `grid` [S]; the processes share the images, all get the whole."""
+        state = process_state()
+        mine = images[state.process_index :: state.num_processes]
+        latents = self.encode(mine) if mine else torch.empty(0)
+        part = error_tensor(self.scorer(bank), latents, [image_id(x) for x in mine], grid.tolist(), desc="weights")
+        parts = gather_object([part])
+        errors = torch.empty(len(images), *part.shape[1:])
+        for rank, part in enumerate(parts):
+            errors[rank :: len(parts)] = part
+        return errors
+
     def held_out_errors(self, groups: Groups, grid: Tensor, folds: int) -> tuple[Tensor, Tensor]:
         """Errors [N, C, S] of shots under class tokens trained without them, and their classes [N].
 
@@ -130,10 +148,8 @@ class Learner:
             kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
             held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
             bank, failed = self.train(kept, desc=f"fold {fold + 1} of {folds}")
-            raise_failed(failed)
+            raise_failed(failed, "that was in cross-validation, all classes are trained and kept", "or pass folds=0")
             images = [s for _, s in held]
-            errors.append(
-                error_tensor(self.scorer(bank), self.encode(images), [image_id(s) for s in images], grid.tolist())
-            )
+            errors.append(self.shared_errors(bank, images, grid))
             truth += [order.index(x) for x, _ in held]
         return torch.cat(errors), torch.tensor(truth)

@@ -27,10 +27,10 @@ def prior_latents(
 
     Args:
         size: (height, width) in pixels.
-        cache: folder; by default the user's cache.
+        cache: folder that all processes see; by default the user's cache.
     """
     state = process_state()
-    key = repr((backbone.hash, prompt, size, seed, _STEPS, _GUIDANCE))
+    key = repr((backbone.hash, backbone.dtype, prompt, size, seed, _STEPS, _GUIDANCE))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = (cache or user_cache_path("fewshot-diti")) / "prior" / name
     # shared out before anyone looks for what is there: another process may be writing already

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
@@ -9,6 +12,8 @@ from accelerate.utils import parse_flag_from_env
 def process_state() -> PartialState:
     """Rank, number of processes and device; the same object each time.
 
-    `PartialState()` alone takes no notice of ACCELERATE_USE_CPU: two processes on CPUs would each be the only one.
+    `PartialState()` alone takes no notice of ACCELERATE_USE_CPU, nor of `torchrun` on a machine without a GPU: two
+    processes on CPUs would each be the only one.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched_on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched_on_cpus)

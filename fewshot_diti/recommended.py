@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from fewshot_diti.backbone import POCKET
 from fewshot_diti.timesteps import even_grid, parse_weighting
 from fewshot_diti.training import TrainingConfig
 
@@ -22,7 +21,7 @@ class ScoringConfig:
         timesteps: (lo, hi) that an even grid of trials covers.
         weighting: as `timesteps.parse_weighting` reads it.
         temperature: of the softmax over -score; None fits it on out-of-fold scores of the shots.
-        calibration_images: shots on which `spread` and d of `tif` are estimated, spread over the classes.
+        calibration_images: shots on which `spread`, `relative` and d of `tif` are estimated, spread over the classes.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
         unet_scale, text_encoder_scale: LoRA scale at scoring.
         batch_size: evaluations in one forward; decides memory and speed, never the result beyond rounding.
@@ -92,9 +91,9 @@ def published_training(num_shots: int, steps: tuple[int, ...] = (60, 100, 200, 7
     )
 
 
-def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConfig:
-    """The settings that this package uses where the user names none."""
-    if backbone != POCKET:
+def recommended_training(num_shots: int, *, small: bool = True) -> TrainingConfig:
+    """The settings that this package uses where the user names none; `small`: as `Backbone.small`."""
+    if not small:
         return replace(published_training(num_shots), lr_schedule="cosine")
     return TrainingConfig(
         steps=interpolate_steps(num_shots, (60, 80, 100, 130, 160)),
@@ -112,11 +111,11 @@ def recommended_training(num_shots: int, backbone: str = POCKET) -> TrainingConf
     )
 
 
-def recommended_scoring(backbone: str = POCKET) -> ScoringConfig:
-    """The scoring that this package uses where the user names none."""
-    if backbone != POCKET:
+def recommended_scoring(*, small: bool = True) -> ScoringConfig:
+    """The scoring that this package uses where the user names none; `small`: as `Backbone.small`."""
+    if not small:
         return ScoringConfig(trials=50, weighting="pdae", batch_size=32)
     # the temperature: fitted at 16 shots on images of the val split
     return ScoringConfig(
-        timesteps=(0, 900), weighting="spread", temperature=0.0002, unet_scale=1.0, text_encoder_scale=1.0
+        timesteps=(0, 900), weighting="relative", temperature=0.0002, unet_scale=1.0, text_encoder_scale=1.0
     )

@@ -21,8 +21,8 @@ NUM_EDITS = 500  # the larger edits d + 1, d + 2, .. that `tif` sets against the
 PDAE_GAMMA = 0.1
 DISTANCE_PERCENTILE = 0.1
 PAIRS_IN_MEMORY = 2**24  # float64 distances held at once, 128 MiB
-SPREAD_BINS = 20
-SPREAD_FLOOR = 1e-3
+TIME_BINS = 20
+VALUE_FLOOR = 1e-3
 
 # Name of each weighting, and how many parameters it may be given.
 WEIGHTS = {
@@ -32,6 +32,7 @@ WEIGHTS = {
     "tif": (0, 1),
     "tif_released": (0, 1),
     "spread": (0,),
+    "relative": (0,),
     "auto": (0,),
 }
 
@@ -48,7 +49,7 @@ class Weighting:
     parameters: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        allowed = "uniform, window(lo, hi), pdae, pdae(gamma), tif, tif(d), tif_released, tif_released(d), spread, auto"
+        allowed = "uniform, window(lo, hi), pdae, pdae(gamma), tif, tif(d), tif_released, spread, relative, auto"
         if len(self.parameters) not in WEIGHTS.get(self.name, ()):
             raise ValueError(f"no such weighting: {self}; choose one of {allowed}")
         if not all(math.isfinite(value) for value in self.parameters):
@@ -176,12 +177,9 @@ def attribute_distance_released(latents_NCHW: Tensor, labels_N: Tensor) -> float
 def spread(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
     """1 / (standard deviation over classes of the errors at t), estimated on shots, float64 [T].
 
-    `timesteps`: [S], the same for all images, or [N, S]. The spread at t is the mean over images of the standard
-    deviation over classes; between the trials' time-steps its logarithm is interpolated, outside them it is constant.
-    Weighted so, each trial moves the score by as much as any other, which is why nothing is scaled: the score is in
-    units of the classes' spread. Where each image has time-steps of its own ([N, S]), one t has too few images for a
-    mean, so trials are pooled over twentieths of the schedule first. A spread below 1/1000 of the median over t counts
-    as that: time-steps at which the classes hardly differ would outweigh all others by noise alone.
+    `timesteps`: [S], the same for all images, or [N, S]. Weighted so, each trial moves the score by as much as any
+    other, which is why nothing is scaled: the score is in units of the classes' spread. Between the trials' time-steps
+    the weights are interpolated (`_one_over`).
 
     ValueError: non-finite errors (names the class), fewer than two classes, time-steps outside the schedule, or classes
     that do not differ at half or more of the time-steps.
@@ -189,19 +187,23 @@ def spread(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> T
     _check_errors(errors_NCS)
     if errors_NCS.shape[1] < 2:
         raise ValueError(f"errors of {errors_NCS.shape[1]} class have no spread over classes; give two classes or more")
-    timesteps_NS = _per_image(timesteps, errors_NCS, "time-steps")
-    _check_timesteps(timesteps_NS, num_train_timesteps)
-    spreads = errors_NCS.double().std(dim=1, correction=0).flatten().cpu().numpy()
-    t = timesteps_NS.flatten().cpu().numpy()
-    groups = t if timesteps.ndim == 1 else t * SPREAD_BINS // num_train_timesteps
-    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
-    mean_t = np.bincount(group, weights=t) / count
-    mean_spread = np.bincount(group, weights=spreads) / count
-    floor = SPREAD_FLOOR * np.median(mean_spread)
-    if floor == 0:
-        raise ValueError("the errors of all classes are the same at most time-steps: are the class tokens trained?")
-    log_spread_T = np.interp(np.arange(num_train_timesteps), mean_t, np.log(np.maximum(mean_spread, floor)))
-    return torch.from_numpy(np.exp(-log_spread_T)).to(errors_NCS.device)
+    return _one_over(errors_NCS.double().std(dim=1, correction=0), timesteps, num_train_timesteps)
+
+
+def relative(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
+    """1 / (mean of the errors at t over classes and images), estimated on shots, float64 [T].
+
+    `timesteps`: as for `spread`. Weighted so, a trial counts by the share of its error in which the classes differ, and
+    the score of a class is its mean error relative to the usual one. Steadier than `spread`: a mean needs fewer shots
+    than a standard deviation, and a t at which the classes hardly differ gets no large weight for it.
+
+    ValueError: non-finite errors (names the class), time-steps outside the schedule, or errors that are 0.
+    """
+    _check_errors(errors_NCS)
+    return _one_over(errors_NCS.double().mean(dim=1), timesteps, num_train_timesteps)
+
+
+FROM_ERRORS = {"spread": spread, "relative": relative}  # weightings that are estimated on errors of shots
 
 
 def even_grid(num_trials: int, lo: int, hi: int) -> Tensor:
@@ -302,6 +304,27 @@ def _per_image(values: Tensor, errors_NCS: Tensor, name: str) -> Tensor:
     if values.shape not in ((S,), (N, S)):
         raise ValueError(f"{name} have shape {tuple(values.shape)}; for these errors give {(S,)} or {(N, S)}")
     return values.to(errors_NCS.device).expand(N, S)
+
+
+def _one_over(values_NS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
+    """1 / (mean over images of a positive figure of each trial), float64 [T].
+
+    Between the trials' time-steps its logarithm is interpolated, outside them it is constant. Where each image has
+    time-steps of its own ([N, S]), one t has too few images for a mean, so trials are pooled over twentieths of the
+    schedule first. A value below 1/1000 of the median over t counts as that: such time-steps would outweigh all others.
+    """
+    timesteps_NS = _per_image(timesteps, values_NS[:, None], "time-steps")
+    _check_timesteps(timesteps_NS, num_train_timesteps)
+    t = timesteps_NS.flatten().cpu().numpy()
+    groups = t if timesteps.ndim == 1 else t * TIME_BINS // num_train_timesteps
+    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
+    mean_t = np.bincount(group, weights=t) / count
+    mean_value = np.bincount(group, weights=values_NS.flatten().cpu().numpy()) / count
+    floor = VALUE_FLOOR * np.median(mean_value)
+    if floor == 0:
+        raise ValueError("the errors of all classes are the same at most time-steps: are the class tokens trained?")
+    log_value_T = np.interp(np.arange(num_train_timesteps), mean_t, np.log(np.maximum(mean_value, floor)))
+    return torch.from_numpy(np.exp(-log_value_T)).to(values_NS.device)
 
 
 def _different_classes(latents_NCHW: Tensor, labels_N: Tensor) -> Tensor:

@@ -157,13 +157,11 @@ class Trained:
     """Rows [C, P] of the class tokens in the order of the classes, and how the training went.
 
     Attributes:
-        losses: mean loss over the last tenth of the steps, [C].
         failed: classes whose loss was not finite, with the step; their rows are worthless.
     """
 
     layout: Layout
     rows: Tensor
-    losses: Tensor
     failed: dict[Label, int] = field(default_factory=dict)
 
 
@@ -228,7 +226,8 @@ def train_class_tokens(
         prior: generic prompt and prior latents [images, c, h, w], needed where `config.prior_weight` > 0.
 
     Raises:
-        ValueError: no class, two classes of one label, time-steps beyond the schedule, or prior images missing.
+        ValueError: no class, two classes of one label, time-steps beyond the schedule, prior images missing, or a
+            backbone in float16.
     """
     labels = [c.label for c in classes]
     if not classes or len({(type(x), x) for x in labels}) < len(labels):
@@ -239,6 +238,8 @@ def train_class_tokens(
         )
     if config.prior_weight > 0 and prior is None:
         raise ValueError(f"prior_weight={config.prior_weight} needs prior images; pass them, or set prior_weight=0.")
+    if backbone.dtype == torch.float16:
+        raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
     state = process_state()
     prompts, prior_latents = ([prior[0]], prior[1]) if prior is not None and config.prior_weight > 0 else ([], None)
     layout = Layout(find_targets(backbone.unet, backbone.text_encoder, config.blocks), config.rank)
@@ -256,9 +257,7 @@ def train_class_tokens(
     ids = {c: backbone.tokenize([classes[c].prompt, *prompts]) for c in mine}
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
-    losses = torch.zeros(len(classes), device=device, dtype=torch.float64)
     failed_at = [0] * len(classes)
-    tail = max(1, config.steps // 10)
     if config.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
@@ -286,8 +285,6 @@ def train_class_tokens(
                     failed_at[c] = step + 1
             kept = grad if all(finite) else grad[finite]
             optimizer.step([c for c, fine in zip(batch, finite, strict=True) if fine], kept, lr_scale(config, step))
-            if step >= config.steps - tail:
-                losses[index] += loss_G.detach().double() / tail
         bar.update()
         if step % 10 == 0 and alive:
             bar.set_postfix(loss=f"{float(loss_G.detach().mean()):.4f}")
@@ -295,7 +292,7 @@ def train_class_tokens(
     if config.gradient_checkpointing:
         backbone.unet.disable_gradient_checkpointing()
     if state.num_processes > 1:
-        rows, losses, steps = (reduce(x, "sum") for x in (rows, losses, torch.tensor(failed_at, device=device)))
+        rows, steps = (reduce(x, "sum") for x in (rows, torch.tensor(failed_at, device=device)))
         failed_at = steps.tolist()
     failed = {labels[c]: step for c, step in enumerate(failed_at) if step}
-    return Trained(layout, rows.cpu(), losses.cpu(), failed)
+    return Trained(layout, rows.cpu(), failed)

@@ -13,8 +13,12 @@ GFLOP an evaluation at 300 TFLOP/s; not measured.
 Expected: accuracy 79.9 % with the published settings (published: TiF, CVPR 2024); not measured here.
 --config recommended: not measured.
 
-As published but for three things: shots are centre-cropped like test images (published: uncropped, in batches of one);
-the copyright banner, 20 pixel rows, is cut; which 16 images are the shots is drawn anew (published: three draws).
+The settings are Stable Diffusion 2.0's whatever `--backbone` says. Other data in this layout may have no banner and be
+wide: `--banner_rows 0 --resize pad`.
+
+As published but for four things: shots are centre-cropped like test images (published: uncropped, in batches of one);
+the copyright banner, 20 pixel rows, is cut; which 16 images are the shots is drawn anew (published: three draws);
+eight jittered copies of each shot are encoded once and drawn from (published: jittered anew at every step).
 """
 
 from dataclasses import replace
@@ -53,8 +57,8 @@ def recommended(num_shots: int = 16) -> Experiment:
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/aircraft_{num_shots}shot_recommended"),
-        training=recommended_training(num_shots, SD2_BASE),
-        scoring=recommended_scoring(SD2_BASE),
+        training=recommended_training(num_shots, small=False),
+        scoring=recommended_scoring(small=False),
         stages=(),
     )
 

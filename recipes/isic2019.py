@@ -51,8 +51,8 @@ def recommended(num_shots: int = 16) -> Experiment:
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/isic2019_{num_shots}shot_recommended"),
-        training=recommended_training(num_shots, SD2_BASE),
-        scoring=recommended_scoring(SD2_BASE),
+        training=recommended_training(num_shots, small=False),
+        scoring=recommended_scoring(small=False),
         stages=(),
     )
 

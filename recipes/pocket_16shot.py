@@ -2,8 +2,8 @@
 
     python recipes/pocket_16shot.py
 
-`--config published` takes the paper's settings instead of this package's; `--num_shots` goes up to 24. Another data set
-or backbone: `--dataset fgvc --data DIR`, `--backbone ID`.
+`--config published` takes the paper's settings instead of this package's; `--num_shots` goes up to 24. Another
+data set: `--dataset fgvc --data DIR`. The settings are the pocket's whatever `--backbone` says.
 
 Hardware: two CPU cores, 4 GB of memory.
 Time: not measured.

@@ -154,7 +154,18 @@ def test_what_does_not_belong_together_is_not_loaded(
 
 @pytest.mark.parametrize(
     "weighting",
-    ["uniform", "window(0, 400)", "pdae", "pdae(0.2)", "tif", "tif(10)", "tif_released(10)", "tif_released", "spread"],
+    [
+        "uniform",
+        "window(0, 400)",
+        "pdae",
+        "pdae(0.2)",
+        "tif",
+        "tif(10)",
+        "tif_released(10)",
+        "tif_released",
+        "spread",
+        "relative",
+    ],
 )
 def test_every_weighting_runs(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], weighting: str

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import save_tiny_backbone
 from PIL import Image
 
-from fewshot_diti import Bank, DiTiClassifier, cli, cost
+from fewshot_diti import Bank, DiTiClassifier, backbone, cli
 from fewshot_diti.commands import demo
 from fewshot_diti.commands import score as score_command
 from fewshot_diti.commands import train as train_module
+from fewshot_diti.cost import training_evaluations
 from fewshot_diti.data import image_id
 from fewshot_diti.learning import Learner
 from fewshot_diti.recommended import ScoringConfig
@@ -47,8 +49,8 @@ def small_settings() -> Iterator[None]:
     """Recommended settings that take a second."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_module, demo):
-            patch.setattr(module, "recommended_training", lambda num_shots, backbone: TRAINING)
-            patch.setattr(module, "recommended_scoring", lambda backbone: SCORING)
+            patch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
+            patch.setattr(module, "recommended_scoring", lambda small: SCORING)
         yield
 
 
@@ -87,7 +89,8 @@ def read_lines(file: Path) -> list[dict]:
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --seed",
-        "train": "--output_dir --concept --backbone --shots --folds --split --val_split --dtype --batch_size --seed",
+        "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
+        " --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
     }
     for command, options in expected.items():
@@ -149,10 +152,25 @@ def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cost, "LARGE_UNET", 0)
+    monkeypatch.setattr(backbone, "LARGE_UNET", 0)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
-    # 4 steps x 3 classes, forward and backward, then 3 calibration images x 3 classes x 3 trials
-    assert "about 63 evaluations" in capsys.readouterr().out
+    # 4 steps x 3 classes, forward and backward; uniform weights need no shots
+    assert "about 36 evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({}, 0),
+        ({"weighting": "tif_released", "calibration_images": 10_000}, 0),
+        ({"weighting": "spread"}, 4 * 4 * 3),  # one image of every class, though calibration asks for 3
+        ({"weighting": "spread", "calibration_images": 10_000}, 20 * 4 * 3),
+        ({"folds": 2, "weighting": "auto"}, 20 * 4 * 3 + 2 * 3 * 4 * 4),
+    ],
+)
+def test_the_announced_cost_counts_what_calibration_scores(changes: dict[str, Any], scored: int) -> None:
+    training = 3 * 4 * 4  # steps x classes, forward and backward
+    assert training_evaluations(TRAINING, replace(SCORING, **changes), 20, 4) == training + scored
 
 
 def test_train_names_the_class_that_failed_and_saves_the_others(

@@ -153,6 +153,15 @@ def test_spread_is_one_over_the_standard_deviation_over_classes_at_the_trials_ti
     assert weights[105].item() == pytest.approx(math.sqrt(weights[10] * weights[200]))  # half-way, in the logarithm
 
 
+def test_relative_is_one_over_the_mean_error_at_the_trials_time_steps():
+    errors = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([10, 200, 450, 451, 900])
+    weights = ts.relative(errors, steps, T)
+    torch.testing.assert_close(weights[steps], 1 / errors.double().mean(dim=(0, 1)))
+    scores = ts.score(errors, ts.trial_weights(weights, steps))
+    assert scores.mean().item() == pytest.approx(1)  # in units of the usual error
+
+
 def test_spread_from_time_steps_of_each_image_finds_the_same_curve():
     generator = torch.Generator().manual_seed(2)
     steps = torch.randint(0, T, (40, 50), generator=generator)
@@ -248,6 +257,7 @@ def test_trial_weights_are_looked_up_and_an_error_names_window_and_time_steps():
         ("tif(10)", "tif", (10,)),
         ("tif_released", "tif_released", ()),
         ("spread", "spread", ()),
+        ("relative", "relative", ()),
         ("auto", "auto", ()),
     ],
 )

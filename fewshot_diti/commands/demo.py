@@ -26,6 +26,7 @@ from fewshot_diti.data import (
 )
 from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, find_targets
+from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
 from fewshot_diti.scoring import Scorer, error_tensor
@@ -106,13 +107,16 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"Training {len(names)} class tokens on backbone {config.backbone!r} ...")
     start = perf_counter()
-    training = replace(recommended_training(config.shots, backbone.name), seed=config.seed)
+    training = replace(recommended_training(config.shots, small=backbone.small), seed=config.seed)
     classifier = DiTiClassifier(
         backbone,
         training=training,
         # one calibration image a class is enough to weight the time-steps, and saves as many evaluations as a class
         scoring=replace(
-            recommended_scoring(backbone.name), trials=config.trials, seed=config.seed, calibration_images=len(names)
+            recommended_scoring(small=backbone.small),
+            trials=config.trials,
+            seed=config.seed,
+            calibration_images=len(names),
         ),
     )
     evaluations = training_evaluations(training, classifier.scoring, len(shots), len(names))
@@ -193,7 +197,8 @@ def zero_shot_bank(backbone: Backbone, class_names: Sequence[str], geometry: Ima
     """Class tokens that are a prompt and nothing else: their LoRA is zero."""
     layout = Layout(find_targets(backbone.unet, backbone.text_encoder, "narrow"), rank=1)
     tokens = [
-        ClassToken(label=name, prompt=f"a photo of a {name}, a type of aircraft.", num_shots=0) for name in class_names
+        ClassToken(label=name, prompt=f"a photo of {with_article(name)}, a type of aircraft.", num_shots=0)
+        for name in class_names
     ]
     return Bank(
         tokens=tuple(tokens),

@@ -89,6 +89,7 @@ def score(config: ScoreConfig, console: Console) -> int:
         console.out(f"JSON lines: {config.output}")
     for path in (path for path in paths if path in broken):
         console.out(f"not scored: {broken[path]}")
+    process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if broken else 0
 
 

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time, training_evaluations
-from fewshot_diti.data import ImageSet, check_disjoint, load_folder, load_images, sample_shots
-from fewshot_diti.learning import TrainingError
+from fewshot_diti.data import (
+    ImageGeometry,
+    ImageSet,
+    ResizeRule,
+    check_disjoint,
+    load_folder,
+    load_images,
+    sample_shots,
+)
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
-from fewshot_diti.timesteps import even_grid
+from fewshot_diti.validation import validation_losses, validation_table
 
 _POCKET_ONLY = (
     "Note: the pocket backbone knows only rendered aircraft seen from the side. For images of your own pass one that "
@@ -40,6 +46,8 @@ class TrainConfig:
         shots: images of each class to learn from, or "all".
         folds: parts of the cross-validation, each of which costs one more training; 0 for none. Never more than the
             smallest class has shots.
+        resize: how images come to the backbone's size.
+        banner_rows: pixel rows cut from the bottom of each image (20 in FGVC-Aircraft's official images).
         split: which of the data's splits holds the shots; by default train, for folders and fgvc that have it.
         val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
             one.
@@ -58,6 +66,8 @@ class TrainConfig:
     backbone: str = POCKET
     shots: int | Literal["all"] = "all"
     folds: int = 3
+    resize: ResizeRule = "crop"
+    banner_rows: int = 0
     split: str | None = None
     val_split: str | None = None
     dtype: DtypeName = "auto"
@@ -93,27 +103,26 @@ def train(config: TrainConfig, console: Console) -> None:
     if config.backbone == POCKET:
         console.out(_POCKET_ONLY)
     folds = min(config.folds, fewest) if fewest > 1 else 0
-    scoring = replace(recommended_scoring(config.backbone), seed=config.seed)
+    backbone = load_backbone(config.backbone, config.dtype)
+    scoring = replace(recommended_scoring(small=backbone.small), seed=config.seed)
     if folds:
         scoring = replace(scoring, folds=folds, temperature=None)
-    training = replace(recommended_training(most, config.backbone), seed=config.seed)
+    training = replace(recommended_training(most, small=backbone.small), seed=config.seed)
     if config.batch_size is not None:
         training = replace(training, samples_per_batch=config.batch_size)
         scoring = replace(scoring, batch_size=config.batch_size)
-    backbone = load_backbone(config.backbone, config.dtype)
     config.output_dir.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
-    classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring)
-    evaluations = training_evaluations(training, scoring, len(shots), len(counts)) + len(val or ()) * scoring.trials
+    geometry = ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows)
+    classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring, geometry=geometry)
+    evaluations = training_evaluations(training, scoring, len(shots), len(counts))
     announce_time(backbone, classifier.geometry.size, evaluations, console.out)
     # paths stay paths: they are decoded a few at a time
     images = [x if isinstance(x, str | Path) else shots.image(row) for row, x in enumerate(shots.images)]
     try:
         classifier.fit(images, [shots.class_names[label] for label in shots.labels])
-    except TrainingError:
+    finally:  # what is trained is kept, whatever happened to the rest
         if classifier.bank_ is not None:
             classifier.save_pretrained(config.output_dir)
-        raise
-    classifier.save_pretrained(config.output_dir)
     accuracy = classifier.calibration_.accuracy
     if accuracy is not None:
         correct = round(accuracy * len(shots))
@@ -126,7 +135,7 @@ def train(config: TrainConfig, console: Console) -> None:
     elif fewest == 1:
         console.out("No cross-validated accuracy: a class has one shot, and nothing can be held back from it.")
     if val is not None:
-        console.print(_validation_table(classifier, val))
+        console.print(validation_table(validation_losses(classifier, val)))
     console.out(f"The bank is in {config.output_dir}. Next, with your own image files or folders:")
     console.out(f"  fewshot-diti score --bank {shlex.quote(str(config.output_dir))} IMAGE_OR_DIR")
 
@@ -136,7 +145,8 @@ def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     root = Path(config.data)
     if root.is_dir() or not (":" in config.data or config.data == "bundled"):
         split = config.split or ("train" if (root / "train").is_dir() else None)
-        val_split = config.val_split or ("val" if (root / "val").is_dir() else None)
+        has_val = split == "train" and (root / "val").is_dir()
+        val_split = config.val_split or ("val" if has_val else None)
         return load_folder(root, split), load_folder(root, val_split) if val_split else None
     fgvc = config.data.startswith("fgvc:")
     split = config.split or ("train" if fgvc or config.data == "bundled" else None)
@@ -147,24 +157,3 @@ def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
         with suppress(FileNotFoundError):  # not every tree has the val lists
             val = load_images(config.data, "val")
     return load_images(config.data, split), val
-
-
-def _validation_table(classifier: DiTiClassifier, val: ImageSet) -> Table:
-    """Mean error of each class's own class token on its validation images, at trials that never change."""
-    assert classifier.bank_ is not None, "fit comes first"
-    bank, config = classifier.bank_, classifier.scoring
-    scorer = classifier.learner.scorer(bank)
-    grid = even_grid(config.trials, *config.timesteps).tolist()
-    losses: dict[str, list[float]] = {str(label): [] for label in bank.labels}
-    for row, image in enumerate(val.ids):
-        name = val.class_names[val.labels[row]]
-        if name in losses:
-            latents = classifier.learner.encode([val.image(row)])[0]
-            errors = scorer.errors(latents, image, [bank.labels.index(name)], range(len(grid)), grid)
-            losses[name].append(float(errors.mean()))
-    table = Table(title="validation images (shown only; nothing is chosen by them)")
-    for title in ("class", "images", "validation loss"):
-        table.add_column(title, justify="left" if title == "class" else "right")
-    for name, values in losses.items():
-        table.add_row(name, str(len(values)), f"{sum(values) / len(values):.5f}" if values else "")
-    return table

@@ -1,7 +1,7 @@
 """Images, their sources, and the shots drawn from them."""
 
 from fewshot_diti.data.image_set import ImageSet
-from fewshot_diti.data.images import ImageGeometry, image_id, open_image
+from fewshot_diti.data.images import ImageGeometry, ResizeRule, image_id, open_image
 from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots, seen_attribute
 from fewshot_diti.data.sources import (
     load_bundled,
@@ -17,6 +17,7 @@ from fewshot_diti.data.splits import import_path_list
 __all__ = [
     "ImageGeometry",
     "ImageSet",
+    "ResizeRule",
     "Shots",
     "check_disjoint",
     "image_id",

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from fewshot_diti.prompts import with_article
+
 GENERIC_CAPTION = "a photo of an aircraft"
 
 _P_GENERIC, _P_AIRLINE, _P_SKY, _P_KIND, _P_MANUFACTURER, _P_VARIANT = 0.2, 0.7, 0.35, 0.5, 0.4, 0.15
@@ -60,8 +62,7 @@ def write_caption(
     elif noun or rng.random() < 0.5:
         words.append(f", a {noun or 'type of aircraft'}")
     named = " ".join(words).replace(" ,", ",")
-    article = "an" if named[0].lower() in "aeiou" else "a"
-    caption = rng.choice(_TEMPLATES).format(f"{article} {named}")
+    caption = rng.choice(_TEMPLATES).format(with_article(named))
     return f"{caption} in {sky}" if not false_colours and rng.random() < _P_SKY else caption + suffix
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ class UnetConfig(LoopConfig):
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
         small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
+
+    Raises:
+        ValueError: no false copies.
     """
 
     data: Path
@@ -63,6 +67,10 @@ class UnetConfig(LoopConfig):
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.998
+
+    def __post_init__(self) -> None:
+        if self.false_copies < 1:
+            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
 
 
 class _TextToNoise(nn.Module):
@@ -110,10 +118,16 @@ def build_text_encoder(config: UnetConfig, tokenizer: CLIPTokenizer) -> CLIPText
     )
 
 
+def image_size(vae: AutoencoderKL) -> tuple[int, int]:
+    """(height, width) in pixels; Stable Diffusion's own autoencoders hold one number for both."""
+    size = vae.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def build_unet(config: UnetConfig, vae: AutoencoderKL) -> UNet2DConditionModel:
     """An untrained U-Net with Stable Diffusion's four levels, sized for the autoencoder's latents."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = vae.config.sample_size
+    height, width = image_size(vae)
     return UNet2DConditionModel(
         sample_size=(height // factor, width // factor),
         in_channels=vae.config.latent_channels,
@@ -228,8 +242,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     """Trains and saves `output_dir/pipeline` at every validation; a killed run goes on at its last checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False)
-    height, width = vae.config.sample_size
-    seen, unseen = split_held_out(load_renders(config.data, (height, width)), config.held_out)
+    seen, unseen = split_held_out(load_renders(config.data, image_size(vae)), config.held_out)
     data = _CaptionedLatents(seen, vae, config, accelerator)
     torch.manual_seed(config.seed)
     if config.start_from is None:
@@ -249,7 +262,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
 
     def tokenize(captions: list[str]) -> Tensor:
         encoded = tokenizer(
-            captions, padding="max_length", truncation=True, max_length=config.max_length, return_tensors="pt"
+            captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
         )
         return encoded.input_ids.to(accelerator.device)
 
@@ -290,7 +303,10 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     def pipeline() -> StableDiffusionPipeline:
         copies = []
         for model in (unet, text_encoder, vae):
-            copy = type(model)(model.config) if model is text_encoder else type(model).from_config(model.config)
+            if model is text_encoder:
+                copy = type(model)(model.config)
+            else:  # where the run began is nobody's business
+                copy = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
             copy.load_state_dict(model.state_dict())
             copies.append(copy.half())
         return StableDiffusionPipeline(
@@ -304,6 +320,13 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
 
-    made_from = f"images {seen.fingerprint}, autoencoder {hash_weights(vae)}, {config.prediction_type}"
+    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    made_from = (
+        f"images {seen.fingerprint}, tokenizer {words}, autoencoder {hash_weights(vae)}, {config.prediction_type}, "
+        f"start {hash_weights(unet, text_encoder) if config.start_from else 'from scratch'}"
+    )
     run_loop(accelerator, module, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
-    return pipeline()
+    trained = pipeline()
+    if accelerator.is_main_process:
+        trained.save_pretrained(config.output_dir / "pipeline")
+    return trained

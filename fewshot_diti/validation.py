@@ -1,0 +1,52 @@
+"""Validation loss: how well each class token restores images of its class that it was not trained on; only shown."""
+
+from __future__ import annotations
+
+from accelerate.utils import gather_object
+from rich.table import Table
+
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.processes import process_state
+from fewshot_diti.timesteps import even_grid
+
+_IMAGES, _TRIALS = 10, 24  # at most, of each class and of each image
+
+
+def validation_rows(val: ImageSet) -> list[int]:
+    """Positions of the first ten images of each class, by image id."""
+    rows = []
+    for label in range(len(val.class_names)):
+        of_class = [row for row in range(len(val)) if val.labels[row] == label]
+        rows += sorted(of_class, key=lambda row: val.ids[row])[:_IMAGES]
+    return rows
+
+
+def validation_losses(classifier: DiTiClassifier, val: ImageSet) -> dict[str, list[float]]:
+    """Mean error of each class's own class token on its validation images, at trials that never change.
+
+    The processes share the images; all get the whole. Classes that the bank lacks are left out.
+    """
+    assert classifier.bank_ is not None, "fit comes first"
+    bank, config, state = classifier.bank_, classifier.scoring, process_state()
+    scorer = classifier.learner.scorer(bank)
+    grid = even_grid(min(config.trials, _TRIALS), *config.timesteps).tolist()
+    found = []
+    for row in validation_rows(val)[state.process_index :: state.num_processes]:
+        name = val.class_names[val.labels[row]]
+        if name in bank.labels:
+            latents = classifier.learner.encode([val.image(row)])[0]
+            errors = scorer.errors(latents, val.ids[row], [bank.labels.index(name)], range(len(grid)), grid)
+            found.append((name, float(errors.mean())))
+    everything = gather_object(found)
+    return {str(label): [loss for name, loss in everything if name == label] for label in bank.labels}
+
+
+def validation_table(losses: dict[str, list[float]]) -> Table:
+    """What `validation_losses` found, class by class."""
+    table = Table(title="validation images (shown only; nothing is chosen by them)")
+    for title in ("class", "images", "validation loss"):
+        table.add_column(title, justify="left" if title == "class" else "right")
+    for name, values in losses.items():
+        table.add_row(name, str(len(values)), f"{sum(values) / len(values):.5f}" if values else "")
+    return table
