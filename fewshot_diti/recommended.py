@@ -117,5 +117,5 @@ def recommended_scoring(*, small: bool = True) -> ScoringConfig:
         return ScoringConfig(trials=50, weighting="pdae", batch_size=32)
     # the temperature: fitted at 16 shots on images of the val split
     return ScoringConfig(
-        timesteps=(0, 900), weighting="relative", temperature=0.0002, unet_scale=1.0, text_encoder_scale=1.0
+        timesteps=(0, 900), weighting="relative", temperature=0.00025, unet_scale=1.0, text_encoder_scale=1.0
     )

@@ -56,7 +56,7 @@ class DemoConfig:
     shots: int = 16
     test_images: int = 120
     trials: int = 16
-    zero_shot_trials: int = 8
+    zero_shot_trials: int = 2
     backbone: str = POCKET
     seed: int = 0
 
