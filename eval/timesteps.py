@@ -80,12 +80,13 @@ def draw(grid: Grid, num_shots: int, seed: int) -> tuple[ImageSet, ImageSet, np.
 
 @torch.no_grad()
 def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> Tensor:
-    """Features [N, d] of the frozen U-Net's second down block at a small t, without noise, with their positions.
+    """Features [N, d] of the frozen U-Net's third up block at a small t, without noise, with their positions.
 
-    The best of what was tried on val images of the pocket: the third block and means over positions are worse.
+    The best of what was tried on val images of the pocket at 16 shots: 58.3 %, against 25.0 to 49.3 % of the other down
+    and up blocks at t = 60, 200 and 400.
     """
     kept: list[Tensor] = []
-    handle = backbone.unet.down_blocks[1].register_forward_hook(lambda _, __, out: kept.append(out[0].float().cpu()))
+    handle = backbone.unet.up_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out.float().cpu()))
     text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
     for latents in latents_Nchw.to(backbone.device).split(48):
         t = torch.full((len(latents),), FEATURE_T, device=backbone.device)

@@ -51,7 +51,7 @@ def test_shell_blocks_name_flags_and_recipes_that_exist() -> None:
         if words[0].endswith("fewshot-diti"):
             command = [sys.executable, "-m", "fewshot_diti", words[1], "--help"]
         else:
-            assert words[:2] == ["accelerate", "launch"]
+            assert words[:2] == [".venv/bin/accelerate", "launch"]
             command = [sys.executable, str(ROOT / words[2]), "--help"]
         text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         for flag in (w for w in words if w.startswith("--")):
