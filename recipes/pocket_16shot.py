@@ -6,8 +6,8 @@
 data set: `--dataset fgvc --data DIR`. The settings are the pocket's whatever `--backbone` says.
 
 Hardware: two CPU cores, 4 GB of memory.
-Time: not measured.
-Expected: not measured.
+Time: not measured; the demo, with half of the test images and 16 trials instead of 24, takes 4 minutes.
+Expected: not measured on all 240 test images; the demo's 120 give 85.0 % (2026-11-25).
 """
 
 from dataclasses import replace
