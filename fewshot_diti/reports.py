@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,16 +91,35 @@ def accuracy_table(results: Sequence[MethodResult], subsets: Mapping[str, np.nda
 
 
 def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """The top classes and the margin of each image, from records with path, probabilities (best first) and margin."""
-    table = Table(caption="margin: second smallest score minus smallest", caption_justify="left")
+    """The top classes and the margin of each image, from records with path, probabilities (best first) and margin.
+
+    The folder that all images share stands above, once.
+    """
+    folder = _shared_folder([record["path"] for record in records])
+    title = f"images in {folder}" if folder else None
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="margin: second smallest score minus smallest",
+        caption_justify="left",
+    )
     table.add_column("image", overflow="fold")
     for title in ("first", "second", "third")[: max((len(r["probabilities"]) for r in records), default=0)]:
         table.add_column(title)
     table.add_column("margin", justify="right")
     for record in records:
         top = [f"{label} {100 * p:.1f} %" for label, p in record["probabilities"].items()]
-        table.add_row(record["path"], *top, f"{record['margin']:.2e}")
+        shown = os.path.relpath(record["path"], folder) if folder else record["path"]
+        table.add_row(shown, *top, f"{record['margin']:.2e}")
     return table
+
+
+def _shared_folder(paths: Sequence[str]) -> str:
+    """The longest folder that all paths begin with, "" where there is none."""
+    try:
+        return os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # no paths, or absolute ones beside relative ones
+        return ""
 
 
 def predictions_picture(

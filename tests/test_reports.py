@@ -90,6 +90,16 @@ def test_prediction_table_lists_the_top_classes_and_keeps_brackets_in_names() ->
     assert "margin" in rendered(prediction_table([]))
 
 
+def test_prediction_table_names_the_folder_that_all_images_share_once() -> None:
+    paths = ["/data/[new]/a/1.png", "/data/[new]/b/2.png"]
+    records = [{"path": p, "probabilities": {"x": 1.0}, "margin": 0.1} for p in paths]
+    text = rendered(prediction_table(records))
+    assert text.count("/data/[new]") == 1
+    assert "a/1.png" in text and "b/2.png" in text
+    mixed = rendered(prediction_table([records[0], {**records[1], "path": "b/2.png"}]))
+    assert "/data/[new]/a/1.png" in mixed
+
+
 def test_predictions_picture_is_a_grid_with_right_in_green_and_wrong_in_red() -> None:
     images = [Image.new("RGB", (64, 32), "white")] * 3
     both = predictions_picture(images, ["a", "b", "c"], ["a", "b", "a"], [1.0, 0.5, 0.25], columns=2)
