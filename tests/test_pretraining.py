@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image as PILImage
 
 from fewshot_diti.backbone import Backbone
+from fewshot_diti.pretraining import loop
 from fewshot_diti.pretraining.captions import GENERIC_CAPTION, train_tokenizer, write_caption
 from fewshot_diti.pretraining.renders import airline_name, load_renders, split_held_out
 from fewshot_diti.pretraining.unet import UnetConfig, train_unet
@@ -150,28 +153,47 @@ def test_standardized_latents_restore_the_same_images(data: Path, tmp_path: Path
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_a_killed_run_ends_where_an_uninterrupted_one_does(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_vae(vae_config(data, tmp_path / "whole"))
-    from fewshot_diti.pretraining import loop
-
+@contextmanager
+def dies_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pre-training inside is killed when it has written so many checkpoints."""
     save, calls = loop.save_checkpoint, []
 
     def save_then_die(*args: object) -> None:
         save(*args)  # type: ignore[arg-type]
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == checkpoints:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_checkpoint", save_then_die)
+        yield
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_vae(vae_config(data, tmp_path / "whole"))
+    with dies_after(3, monkeypatch):
         train_vae(vae_config(data, tmp_path / "killed"))
-    monkeypatch.undo()
     train_vae(vae_config(data, tmp_path / "killed"))
     one, other = (AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_killed_unet_run_ends_where_an_uninterrupted_one_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_vae(vae_config(data, tmp_path / "vae"))
+    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "whole", "v_prediction")
+    config = replace(config, steps=6, save_seconds=0.0)
+    whole = train_unet(config)
+    config = replace(config, output_dir=tmp_path / "killed")
+    with dies_after(3, monkeypatch):
+        train_unet(config)
+    resumed = train_unet(config)
+    for one, other in ((whole.unet, resumed.unet), (whole.text_encoder, resumed.text_encoder)):
+        torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), rtol=1e-3, atol=1e-5)
 
 
 def test_a_checkpoint_of_other_data_or_another_model_is_refused(data: Path, tmp_path: Path) -> None:

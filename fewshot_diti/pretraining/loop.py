@@ -79,10 +79,16 @@ class Ema:
             p.copy_(self.shadow[name])
 
 
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What a module keeps beside its parameters, running statistics of batch normalisation for one."""
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+
 def save_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, made_from: str
 ) -> None:
-    """Writes weights, optimizer moments and average in one safetensors file, replaced atomically."""
+    """Writes weights, buffers, optimizer moments and average in one safetensors file, replaced atomically."""
     tensors: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         tensors[f"model.{name}"] = p.detach()
@@ -90,6 +96,7 @@ def save_checkpoint(
             if p in optimizer.state:
                 tensors[f"{key}.{name}"] = optimizer.state[p][key]
         tensors[f"ema.{name}"] = ema.shadow[name]
+    tensors |= {f"buffer.{name}": b for name, b in saved_buffers(module).items()}
     metadata = {"step": str(step), "made_from": made_from}
     write_atomically(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
 
@@ -110,14 +117,16 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
                 "pass another --output_dir, or remove that file."
             )
         step = int(f.metadata()["step"])
+        for name, b in saved_buffers(module).items():
+            b.copy_(f.get_tensor(f"buffer.{name}"))
         for name, p in module.named_parameters():
             p.copy_(f.get_tensor(f"model.{name}"))
             ema.shadow[name].copy_(f.get_tensor(f"ema.{name}"))
             optimizer.state[p] = {
-                "step": torch.tensor(float(step), device=p.device if fused else "cpu"),
-                "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p),
-                "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p),
-            }
+                # in the parameter's own memory format: the fused AdamW walks both side by side
+                key: torch.empty_like(p).copy_(f.get_tensor(f"{key}.{name}"))
+                for key in ("exp_avg", "exp_avg_sq")
+            } | {"step": torch.tensor(float(step), device=p.device if fused else "cpu")}
     return step
 
 
