@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Regex as TokenizerRegex
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from fewshot_diti.pretraining.renders import Renders
 from fewshot_diti.prompts import with_article
 
 GENERIC_CAPTION = "a photo of an aircraft"
@@ -64,6 +66,32 @@ def write_caption(
     named = " ".join(words).replace(" ,", ",")
     caption = rng.choice(_TEMPLATES).format(with_article(named))
     return f"{caption} in {sky}" if not false_colours and rng.random() < _P_SKY else caption + suffix
+
+
+class Captioner:
+    """Writes captions of renders, a fresh one each time.
+
+    Args:
+        kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
+    """
+
+    def __init__(self, renders: Renders, kinds: Path | None) -> None:
+        self._renders = renders
+        self._kinds = json.loads(kinds.read_text()) if kinds else {}
+        self._skies = [sky_name(p) for p in renders.pixels_NCHW]
+
+    def __call__(self, row: int, rng: random.Random, *, false_colours: bool) -> str:
+        """A caption of the image at `row`."""
+        r = self._renders
+        return write_caption(
+            rng,
+            airline=r.airlines[row],
+            sky=self._skies[row],
+            manufacturer=r.manufacturers[row],
+            variant=r.variants[row],
+            kinds=self._kinds.get(r.variants[row], ()),
+            false_colours=false_colours,
+        )
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import hash_weights
 from fewshot_diti.files import write_atomically
-from fewshot_diti.pretraining.captions import GENERIC_CAPTION, sky_name, train_tokenizer, write_caption
+from fewshot_diti.pretraining.captions import GENERIC_CAPTION, Captioner, train_tokenizer
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
 from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
 
@@ -203,22 +202,9 @@ class _CaptionedLatents:
 
     def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
         self.renders, self.config = renders, config
-        self.kinds = json.loads(config.kinds.read_text()) if config.kinds else {}
-        self.skies = [sky_name(p) for p in renders.pixels_NCHW]
+        self.caption = Captioner(renders, config.kinds)
         cache = config.output_dir / "latents.safetensors"
         self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache)
-
-    def caption(self, row: int, rng: random.Random, *, false_colours: bool) -> str:
-        r = self.renders
-        return write_caption(
-            rng,
-            airline=r.airlines[row],
-            sky=self.skies[row],
-            manufacturer=r.manufacturers[row],
-            variant=r.variants[row],
-            kinds=self.kinds.get(r.variants[row], ()),
-            false_colours=false_colours,
-        )
 
     def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(self.renders), (size,), generator=g)

@@ -1,0 +1,203 @@
+"""A small OpenCLIP model, trained from scratch on the images and captions that a backbone saw."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import save
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from fewshot_diti.files import write_atomically
+from fewshot_diti.pretraining.captions import Captioner
+from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
+from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(LoopConfig):
+    """Everything that decides a CLIP run.
+
+    Attributes:
+        data: folder of Parquet shards (see `load_renders`).
+        held_out: JSON list of variants that are never trained on.
+        kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
+        tokenizer: folder of a CLIP tokenizer whose end-of-text has the largest id, as the backbone's has.
+        size: (height, width) of the images in pixels.
+        image_tower: a timm architecture.
+        embed_dim, text_width, text_layers: as in an open_clip configuration.
+        false_colours, false_copies: as in `UnetConfig`.
+        zoom, shift: of the random crops: an image is enlarged by up to this share, and shifted by up to this share.
+    """
+
+    data: Path
+    held_out: Path
+    tokenizer: Path
+    kinds: Path | None = None
+    size: tuple[int, int] = (128, 256)
+    image_tower: str = "regnetx_004"
+    embed_dim: int = 192
+    text_width: int = 192
+    text_layers: int = 3
+    false_colours: float = 0.5
+    false_copies: int = 2
+    zoom: float = 0.25
+    shift: float = 0.08
+    steps: int = 4_000
+    batch_size: int = 96
+    lr: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.995
+
+
+class _ImageToText(nn.Module):
+    """Both towers in one forward, so that data-parallel wrappers see one call."""
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = (self.clip.encode_image(images), self.clip.encode_text(input_ids))
+        image, text = (F.normalize(f.float(), dim=1) for f in features)
+        return image, text, self.clip.logit_scale.exp()
+
+
+def model_config(config: ClipConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """The open_clip configuration, in the layout that `open_clip.create_model('local-dir:...')` reads."""
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "vision_cfg": {"timm_model_name": config.image_tower, "image_size": list(config.size)},
+            "text_cfg": {
+                "context_length": tokenizer.model_max_length,
+                "vocab_size": len(tokenizer),
+                "hf_tokenizer_name": "in this folder",
+                "width": config.text_width,
+                "heads": max(1, config.text_width // 64),
+                "layers": config.text_layers,
+            },
+        },
+        "preprocess_cfg": {
+            "size": list(config.size),
+            "resize_mode": "squash",
+            "interpolation": "bicubic",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        },
+    }
+
+
+def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Generator) -> Tensor:
+    """Each image enlarged by 1 to 1 + zoom and moved by up to `shift` of its sides; borders are repeated."""
+    n = len(images_BCHW)
+    scale = 1 / (1 + zoom * torch.rand(n, generator=g))
+    move = shift * (4 * torch.rand(n, 2, generator=g) - 2)
+    theta = torch.stack([torch.diag_embed(torch.stack([scale, scale], 1))[:, i] for i in (0, 1)], 1)
+    theta = torch.cat([theta, move[:, :, None]], 2).to(images_BCHW)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
+
+
+def few_shot_accuracy(features_ND: np.ndarray, variants: tuple[str, ...]) -> float:
+    """Accuracy of logistic regression on 16 images a variant (half of them where there are fewer), on the rest."""
+    rng, labels = np.random.default_rng(0), np.array(variants)
+    of_variant = [rng.permutation(np.flatnonzero(labels == v)) for v in sorted(set(variants))]
+    shots = np.concatenate([rows[: min(16, len(rows) // 2)] for rows in of_variant])
+    rest = np.setdiff1d(np.arange(len(labels)), shots)
+    features = normalize(features_ND)
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(features[shots], labels[shots])
+    return float(model.score(features[rest], labels[rest]))
+
+
+class _CaptionedImages:
+    """The training set: every image, as rendered and in false colours, and a fresh caption each time."""
+
+    def __init__(self, renders: Renders, config: ClipConfig) -> None:
+        self.config, n = config, len(renders)
+        self.caption = Captioner(renders, config.kinds)
+        versions = [renders.pixels_NCHW]
+        for copy in range(config.false_copies):
+            shuffled = [shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)]
+            versions.append(torch.stack(shuffled))
+        self.pixels = versions
+
+    def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
+        rows = torch.randperm(len(self.pixels[0]), generator=g)[:size].tolist()
+        shuffled = (torch.rand(size, generator=g) < self.config.false_colours).tolist()
+        versions = torch.randint(1, len(self.pixels), (size,), generator=g).tolist()
+        rng = random.Random(int(torch.randint(2**62, (), generator=g)))
+        captions = [self.caption(row, rng, false_colours=f) for row, f in zip(rows, shuffled, strict=True)]
+        pixels = [self.pixels[v * f][row] for row, v, f in zip(rows, versions, shuffled, strict=True)]
+        return torch.stack(pixels), captions
+
+
+def train_clip(config: ClipConfig) -> open_clip.CLIP:
+    """Trains and saves `output_dir/clip` at every validation; a killed run goes on at its last checkpoint.
+
+    Raises:
+        ValueError: fewer than two variants are held out; the log says how well features tell these apart.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
+    if len(set(unseen.variants)) < 2:
+        raise ValueError(f"{config.held_out} holds out {sorted(set(unseen.variants))}; name two variants or more.")
+    data = _CaptionedImages(seen, config)
+    tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
+    layout = model_config(config, tokenizer)
+    torch.manual_seed(config.seed)
+    clip = open_clip.CLIP(**layout["model_cfg"])
+    module: nn.Module = _ImageToText(clip).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    module = accelerator.prepare_model(module)
+    contrast = open_clip.ClipLoss(
+        gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+
+    def to_batch(pixels: Tensor) -> Tensor:
+        images = pixels.to(accelerator.device).float() / 127.5 - 1
+        return images.to(memory_format=torch.channels_last)
+
+    def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
+        g = step_generator(config.seed, step, accelerator.process_index)
+        pixels, captions = data.batch(config.batch_size, g)
+        encoded = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        )
+        images = random_crops(to_batch(pixels), config.zoom, config.shift, g)
+        return {"loss": contrast(*module.train()(images, encoded.input_ids.to(accelerator.device)))}
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        clip.eval()
+        with torch.no_grad(), accelerator.autocast():
+            features = [clip.encode_image(to_batch(b)).float().cpu() for b in unseen.pixels_NCHW.split(64)]
+        if accelerator.is_main_process:
+            save_clip()
+        held_out = torch.cat(features).numpy()
+        return {"held_out_accuracy": few_shot_accuracy(held_out, unseen.variants)}
+
+    def save_clip() -> None:
+        folder = config.output_dir / "clip"
+        tokenizer.save_pretrained(folder)
+        state = clip.state_dict()
+        weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+        write_atomically(folder / "open_clip_model.safetensors", save(weights))
+        write_atomically(folder / "open_clip_config.json", (json.dumps(layout, indent=2) + "\n").encode())
+
+    made_from = f"images {seen.fingerprint}, {len(tokenizer)} tokens"
+    run_loop(accelerator, module, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
+    if accelerator.is_main_process:
+        save_clip()
+    return clip.eval()

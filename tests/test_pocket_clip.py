@@ -1,0 +1,84 @@
+"""The small OpenCLIP at tiny size: a killed run goes on exactly, and open_clip loads what it saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from fewshot_diti.backbone import resolve
+from fewshot_diti.pretraining.clip import ClipConfig, random_crops, train_clip
+from tests.test_pretraining import data, dies_after  # noqa: F401, data is a fixture
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> ClipConfig:  # noqa: F811
+    (data / "two.json").write_text('["B1", "A2"]')
+    return ClipConfig(
+        data=data,
+        held_out=data / "two.json",
+        tokenizer=Path(resolve("pocket")) / "tokenizer",
+        output_dir=tmp_path / "whole",
+        size=(32, 64),
+        image_tower="test_resnet",
+        embed_dim=16,
+        text_width=16,
+        text_layers=1,
+        false_copies=1,
+        steps=4,
+        batch_size=4,
+        warmup=1,
+        mixed_precision="no",
+        log_every=1,
+        validate_every=2,
+        save_seconds=0.0,
+    )
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(config: ClipConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_clip(config)
+    killed = replace(config, output_dir=config.output_dir.with_name("killed"))
+    with dies_after(2, monkeypatch):
+        train_clip(killed)
+    train_clip(killed)
+    one, other = (load_file(c.output_dir / "clip" / "open_clip_model.safetensors") for c in (config, killed))
+    assert any("running_mean" in name for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_open_clip_loads_it_with_its_tokenizer_and_preprocessing(config: ClipConfig) -> None:
+    trained = train_clip(config)
+    name = f"local-dir:{config.output_dir / 'clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    image = preprocess(PILImage.new("RGB", (64, 32), "red"))[None]
+    assert image.shape == (1, 3, 32, 64)
+    ids = open_clip.get_tokenizer(name)(["a photo of a Delta aircraft", "an aircraft in a grey sky"])
+    with torch.no_grad():
+        for one, other in (
+            (model.encode_image(image), trained.encode_image(image)),
+            (model.encode_text(ids), trained.encode_text(ids)),
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(*model.encode_text(ids))
+
+
+def test_one_held_out_variant_is_refused(config: ClipConfig, data: Path) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"holds out \['B1'\]; name two variants or more"):
+        train_clip(replace(config, held_out=data / "held_out.json"))
+
+
+def test_crops_without_zoom_and_shift_are_the_images_and_shifts_repeat_the_border() -> None:
+    images = torch.rand(3, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(random_crops(images, 0.0, 0.0, g), images)
+    shifted = random_crops(images, 0.2, 0.3, g)
+    assert shifted.shape == images.shape
+    assert not torch.allclose(shifted, images)
+    assert shifted.min() >= images.min()
