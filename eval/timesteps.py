@@ -20,15 +20,11 @@ import torch
 import tyro
 from safetensors import safe_open
 from safetensors.torch import save
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from eval.imagenet import imagenet_features, installed
 from fewshot_diti import Backbone, timesteps
+from fewshot_diti.baselines.imagenet import ImageNetwork, installed
+from fewshot_diti.baselines.probe import logistic_head
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.demo import balanced_rows, zero_shot_bank
@@ -113,14 +109,14 @@ def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str,
 @cache
 def imagenet_by_id(data: str, restored_by: Backbone | None = None) -> dict[str, Tensor]:
     """An ImageNet network's features of every train and test image by image id, or of what an autoencoder restores."""
-    features = {}
+    network, features = ImageNetwork(), {}
     for part in (load_images(data, split) for split in ("train", "test")):
         images = [part.image(i) for i in range(len(part))]
         if restored_by:
             geometry = ImageGeometry(size=restored_by.image_size)
             pixels = torch.stack([geometry.pixels(image) for image in images])
             images = restored_by.decode_latents(restored_by.encode_images(pixels)[0])
-        features |= dict(zip(part.ids, imagenet_features(images), strict=True))
+        features |= dict(zip(part.ids, torch.from_numpy(network.features(images)), strict=True))
     return features
 
 
@@ -235,14 +231,10 @@ def predictions(run: dict[str, Tensor], abar: Tensor) -> dict[str, Tensor]:
 
 
 def logistic_regression(run: dict[str, Tensor], kind: str) -> Tensor:
-    """On one kind of features; its strength by cross-validation on the shots where each class has two or more."""
+    """Predicted class of every test image from one kind of features."""
     labels = run["shot_labels"].numpy()
-    fewest = int(np.bincount(labels).min())
-    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 2, 6)}, cv=min(4, fewest))
-    # as many components as images lose nothing, and make 24,000 features cheap
-    pipeline = make_pipeline(StandardScaler(), PCA(), model if fewest > 1 else LogisticRegression(max_iter=1000))
-    pipeline.fit(run[f"shot_{kind}"].numpy(), labels)
-    return torch.from_numpy(pipeline.predict(run[f"test_{kind}"].numpy()))
+    model = logistic_head(labels).fit(run[f"shot_{kind}"].numpy(), labels)
+    return torch.from_numpy(model.predict(run[f"test_{kind}"].numpy()))
 
 
 def report(grid: Grid, backbone: Backbone) -> str:

