@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from transformers import CLIPTokenizer
 
-from fewshot_diti.backbone import resolve
+from fewshot_diti.backbone import Backbone, resolve
 from fewshot_diti.baselines import (
     Baseline,
     ClipLora,
@@ -35,6 +35,8 @@ from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.clip import prompt_templates
 from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
 from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
+from fewshot_diti.baselines.unet_features import UnetFeatures
+from fewshot_diti.data import ImageGeometry
 
 NAMES = ("A319", "A321", "717")
 TEMPLATES = prompt_templates("aircraft")
@@ -88,7 +90,7 @@ def test_features_of_one_picture_are_computed_once() -> None:
 
 def test_the_logistic_probe_is_scikit_learns_with_the_strength_that_cross_validates_best() -> None:
     (shots, labels), (test, _) = pictures(4, 0), pictures(3, 1)
-    probe = LogisticProbe(mean_colour).fit(shots, labels)
+    probe = LogisticProbe({"mean colour": mean_colour}).fit(shots, labels)
     scaler = StandardScaler().fit(mean_colour(shots))
     x, y = scaler.transform(mean_colour(shots)), np.searchsorted(sorted(NAMES), labels)
     strengths = np.logspace(-3, 2, 6)
@@ -101,15 +103,52 @@ def test_the_logistic_probe_is_scikit_learns_with_the_strength_that_cross_valida
 
 @pytest.mark.parametrize(
     ("baseline", "reference"),
-    [(NearestMean, NearestCentroid()), (NearestNeighbour, KNeighborsClassifier(n_neighbors=1))],
+    [
+        (NearestMean({"mean colour": mean_colour}), NearestCentroid()),
+        (NearestNeighbour(mean_colour), KNeighborsClassifier(n_neighbors=1)),
+    ],
 )
 def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
-    baseline: type[NearestMean], reference: NearestCentroid
+    baseline: Baseline, reference: NearestCentroid | KNeighborsClassifier
 ) -> None:
     (shots, labels), (test, _) = pictures(3, 0), pictures(20, 1)
-    found = baseline(mean_colour).fit(shots, labels).predict(test)
     reference.fit(mean_colour(shots), labels)
-    np.testing.assert_array_equal(found, reference.predict(mean_colour(test)))
+    np.testing.assert_array_equal(baseline.fit(shots, labels).predict(test), reference.predict(mean_colour(test)))
+
+
+@pytest.mark.parametrize("kind", [LogisticProbe, NearestMean])
+def test_the_shots_choose_the_features_that_tell_classes_apart_and_one_shot_takes_the_first(
+    kind: type[LogisticProbe | NearestMean],
+) -> None:
+    def nothing(images: Sequence[Image.Image]) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(len(images), 3))
+
+    candidates = {"nothing": nothing, "mean colour": mean_colour}
+    assert kind(candidates).fit(*pictures(4, 0)).chosen_ == "mean colour"
+    assert kind(candidates).fit(*pictures(1, 0)).chosen_ == "nothing"
+
+
+def test_unet_features_are_what_the_blocks_hold(backbone: Backbone) -> None:
+    images, _ = pictures(1, 0)
+    geometry = ImageGeometry(size=backbone.image_size, resize="squash")
+    features = UnetFeatures(backbone, geometry, "a photo of an aircraft", positions=(4, 4), batch_size=2)
+    candidates = features.candidates()
+    assert len(candidates) == 3 * 9
+    first = next(iter(candidates))
+    assert first == f"up 2, t = {round(0.06 * backbone.num_train_timesteps)}"
+    kept = []
+    handle = backbone.unet.up_blocks[2].register_forward_hook(lambda _, __, out: kept.append(out))
+    pixels = torch.stack([geometry.pixels(image) for image in images])
+    latents, t = backbone.encode_images(pixels)[0], torch.full((3,), round(0.06 * backbone.num_train_timesteps))
+    a = backbone.alphas_cumprod[t][:, None, None, None].float()
+    with torch.no_grad():
+        text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"] * 3))
+        backbone.unet(a.sqrt() * latents, t, text)
+    handle.remove()
+    pooled = torch.nn.functional.adaptive_avg_pool2d(kept[0], 4 if kept[0].shape[2] > 4 else kept[0].shape[2:])
+    np.testing.assert_allclose(candidates[first](images), pooled.flatten(1).numpy(), atol=2e-3, rtol=2e-3)
+    shapes = {name: f(images).shape for name, f in candidates.items()}
+    assert all(n == 3 and width > 0 for n, width in shapes.values())
 
 
 def test_zero_shot_clip_is_the_cosine_with_the_mean_prompt(clip: OpenClip) -> None:

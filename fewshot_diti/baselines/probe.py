@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -38,37 +39,60 @@ class LogisticProbe(Baseline):
     """`logistic_head` on features of images.
 
     Args:
-        features: of images.
+        candidates: features by name, of which the shots choose by cross-validation; the first where a class has one
+            shot.
+
+    Attributes:
+        chosen_: the name of the features, after `fit`.
     """
 
-    def __init__(self, features: Features) -> None:
-        self.features = features
+    def __init__(self, candidates: Mapping[str, Features]) -> None:
+        self.candidates = candidates
 
     def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
-        self._model = logistic_head(labels_N).fit(self.features(images), labels_N)
+        def fitted(features: Features) -> Pipeline:
+            return logistic_head(labels_N).fit(features(images), labels_N)
+
+        self.chosen_ = next(iter(self.candidates))
+        if len(self.candidates) > 1 and np.bincount(labels_N).min() > 1:
+            merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
+            self.chosen_ = max(merits, key=lambda name: merits[name])
+        self._model = fitted(self.candidates[self.chosen_])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        return self._model.predict_proba(self.features(images))
+        return self._model.predict_proba(self.candidates[self.chosen_](images))
 
 
 class NearestMean(Baseline):
     """The class whose mean feature is nearest; probabilities: softmax of minus the squared distance.
 
     Args:
-        features: of images.
+        candidates: as of `LogisticProbe`.
+
+    Attributes:
+        chosen_: the name of the features, after `fit`.
     """
 
-    def __init__(self, features: Features) -> None:
-        self.features = features
+    def __init__(self, candidates: Mapping[str, Features]) -> None:
+        self.candidates = candidates
 
     def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
-        shots = self.features(images)
+        self.chosen_ = next(iter(self.candidates))
+        fewest = int(np.bincount(labels_N).min())
+        if len(self.candidates) > 1 and fewest > 1:
+            merits = {
+                name: cross_val_score(NearestCentroid(), features(images), labels_N, cv=min(4, fewest)).mean()
+                for name, features in self.candidates.items()
+            }
+            self.chosen_ = max(merits, key=lambda name: merits[name])
+        shots = self.candidates[self.chosen_](images)
         self._means_CD = np.stack([shots[labels_N == c].mean(0) for c in range(len(self.classes_))])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        return softmax(-cdist(self.features(images), self._means_CD, "sqeuclidean"), axis=1)
+        distances = cdist(self.candidates[self.chosen_](images), self._means_CD, "sqeuclidean")
+        return softmax(-distances, axis=1)
 
 
 class NearestNeighbour(Baseline):
