@@ -1,0 +1,1 @@
+"""Few-shot tables: which runs a grid has, what a run records, and how methods compare."""

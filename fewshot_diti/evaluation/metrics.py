@@ -1,0 +1,59 @@
+"""What one run says in figures: accuracy with its interval, by class, F1, confusion, and every prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, f1_score
+
+from fewshot_diti.reports import bootstrap_interval, wilson_interval
+
+
+def summarize(
+    labels_N: np.ndarray,
+    probabilities_NC: np.ndarray,
+    class_names: Sequence[str],
+    image_ids: Sequence[str],
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Figures of N test images, ready for JSON; shares are 0 to 1.
+
+    Args:
+        labels_N: true classes, positions in `class_names`.
+        probabilities_NC: by class; the largest is the prediction.
+        image_ids: of the images.
+        groups: of each image, such as its livery: images of one group are right or wrong together, so the interval of
+            accuracy is a bootstrap over groups; None: Wilson's.
+
+    Raises:
+        ValueError: probabilities that are not finite, or lengths that differ.
+    """
+    if probabilities_NC.shape != (len(labels_N), len(class_names)) or len(image_ids) != len(labels_N):
+        raise ValueError(
+            f"Probabilities {probabilities_NC.shape} for {len(labels_N)} labels, {len(image_ids)} image ids and "
+            f"{len(class_names)} classes."
+        )
+    if not np.isfinite(probabilities_NC).all():
+        image, label = np.argwhere(~np.isfinite(probabilities_NC))[0]
+        raise ValueError(f"Image {image_ids[image]} has no finite probability of class {class_names[label]!r}.")
+    predicted = probabilities_NC.argmax(1)
+    correct = predicted == labels_N
+    interval = wilson_interval(int(correct.sum()), len(correct))
+    if groups is not None:
+        interval = bootstrap_interval(correct.astype(float), groups)
+    top_two = np.sort(probabilities_NC, axis=1)[:, -2:]
+    return {
+        "accuracy": float(correct.mean()),
+        "interval": list(interval),
+        "accuracy_by_class": {
+            name: float(correct[labels_N == c].mean()) for c, name in enumerate(class_names) if (labels_N == c).any()
+        },
+        "macro_f1": float(f1_score(labels_N, predicted, average="macro")),
+        "confusion": confusion_matrix(labels_N, predicted, labels=range(len(class_names))).tolist(),
+        "predictions": [
+            {"image_id": i, "label": class_names[p], "margin": float(b - a)}
+            for i, p, (a, b) in zip(image_ids, predicted, top_two, strict=True)
+        ],
+    }

@@ -1,0 +1,73 @@
+"""Figures of runs and comparisons of methods, each computed a second way."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewshot_diti.evaluation.comparison import compare, mcnemar
+from fewshot_diti.evaluation.metrics import summarize
+
+
+def test_figures_of_a_run() -> None:
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.4, 0.1], [0.2, 0.3, 0.5]])
+    found = summarize(np.array([0, 1, 1, 2]), probabilities, ("a", "b", "c"), ["w", "x", "y", "z"])
+    assert found["accuracy"] == 0.75
+    assert found["interval"][0] < 0.75 < found["interval"][1]
+    assert found["accuracy_by_class"] == {"a": 1.0, "b": 0.5, "c": 1.0}
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert found["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert [p["label"] for p in found["predictions"]] == ["a", "b", "a", "c"]
+    assert [p["margin"] for p in found["predictions"]] == pytest.approx([0.5, 0.3, 0.1, 0.2])
+
+
+def test_groups_that_are_right_or_wrong_together_widen_the_interval() -> None:
+    labels = np.zeros(40, dtype=int)
+    right = np.repeat([1, 0, 1, 1, 0, 1, 1, 1], 5).astype(bool)
+    probabilities = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
+    ids = [str(i) for i in range(40)]
+    wilson = summarize(labels, probabilities, ("a", "b"), ids)["interval"]
+    grouped = summarize(labels, probabilities, ("a", "b"), ids, [str(i // 5) for i in range(40)])["interval"]
+    assert grouped[1] - grouped[0] > 1.5 * (wilson[1] - wilson[0])
+
+
+def test_probabilities_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="Image x has no finite probability of class 'b'"):
+        summarize(np.array([0]), np.array([[0.5, np.nan]]), ("a", "b"), ["x"])
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 5))
+def test_mcnemar_is_the_binomial_tail(only_a: int, only_b: int, both: int) -> None:
+    a = np.array([True] * only_a + [False] * only_b + [True] * both, dtype=bool)
+    b = np.array([False] * only_a + [True] * only_b + [True] * both, dtype=bool)
+    n = only_a + only_b
+    tail = sum(comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n
+    assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail) if only_a != only_b else 1.0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_interval_of_a_difference_holds_it_and_changes_sign_with_the_methods(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.random((3, 60)) < 0.7, rng.random((3, 60)) < 0.5
+    one, other = compare(list(a), list(b)), compare(list(b), list(a))
+    assert one.difference == pytest.approx(a.mean() - b.mean())
+    assert one.low <= one.difference <= one.high
+    assert (one.difference, one.low, one.high) == pytest.approx((-other.difference, -other.high, -other.low))
+    assert one.p_values == pytest.approx(other.p_values)
+
+
+def test_the_interval_covers_seeds_as_well_as_images() -> None:
+    same = [np.arange(100) % 10 < 6] * 3
+    few, many = [np.arange(100) % 10 < 5] * 3, [np.arange(100) % 10 < n for n in (2, 5, 8)]
+    narrow, wide = compare(same, few), compare(same, many)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_other_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="compared on the same seeds and images"):
+        compare([np.ones(3, bool)], [np.ones(4, bool)])
