@@ -19,9 +19,9 @@ def colour_variants(pixels_CHW: Tensor, image_id: str, config: TrainingConfig) -
     for k in range(1, config.colour_variants):
         g = stream(config.seed, image_id, "colours", k)
         copy = image[list(_ORDERS[int(g.integers(6))])] if config.permute_channels else image
-        copy = functional.adjust_brightness(copy, 1 + config.brightness * g.uniform(-1, 1))
-        copy = functional.adjust_contrast(copy, 1 + config.contrast * g.uniform(-1, 1))
-        copy = functional.adjust_saturation(copy, 1 + config.saturation * g.uniform(-1, 1))
+        copy = functional.adjust_brightness(copy, max(0.0, 1 + config.brightness * g.uniform(-1, 1)))
+        copy = functional.adjust_contrast(copy, max(0.0, 1 + config.contrast * g.uniform(-1, 1)))
+        copy = functional.adjust_saturation(copy, max(0.0, 1 + config.saturation * g.uniform(-1, 1)))
         copy = functional.adjust_hue(copy, config.hue * g.uniform(-1, 1))
         if config.flip and g.uniform() < 0.5:
             copy = copy.flip(-1)

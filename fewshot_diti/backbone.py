@@ -131,12 +131,13 @@ class Backbone:
         """
         where = resolve(name_or_path)
         device = torch.device(device) if device is not None else default_device()
+        load = {"dtype": torch.float32, "use_safetensors": True}  # nothing is ever unpickled
         return cls(
             name=str(name_or_path),
-            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", dtype=torch.float32),
+            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **load),
             tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
-            text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32),
-            unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", dtype=torch.float32),
+            text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", **load),
+            unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **load),
             # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
             scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False),
             dtype=dtype or default_dtype(device),

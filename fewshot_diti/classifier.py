@@ -19,6 +19,7 @@ from fewshot_diti import timesteps
 from fewshot_diti.backbone import POCKET, Backbone
 from fewshot_diti.bank import Bank, plain_labels, read_files
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
+from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
 from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
@@ -100,19 +101,25 @@ class DiTiClassifier:
                 cross-validation; the classifier holds all classes, with uniform weights.
 
         Where a class has one shot nothing can be held out, so `auto` and a temperature of None fall back to what the
-        package recommends for the backbone, with a warning.
+        package recommends for the backbone, with a warning. With a large backbone on a CPU it first says how long it
+        will take.
         """
         groups = _group(images, labels)
         if len(groups) < 2:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
         self._set_bank(None)
         learner = self.learner
+        shots = sum(len(x) for x in groups.values())
+        evaluations = training_evaluations(learner.config(groups), self.scoring, shots, len(groups))
+        announce_time(self.backbone, self.geometry.size, evaluations, "training")
         failed = self._learn(groups, learner)
         learned = {x: g for x, g in groups.items() if x not in failed}
         self.calibration_ = uncalibrated(learner)  # whatever happens from here on, the class tokens can be used
-        if learned:
-            self.calibration_ = calibrate(learner, self._fitted(), learned)
-        raise_failed(failed)
+        try:
+            if learned:
+                self.calibration_ = calibrate(learner, self._fitted(), learned)
+        finally:  # whatever else went wrong, the classes that failed are named
+            raise_failed(failed)
         return self
 
     def partial_fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:

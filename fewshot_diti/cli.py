@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return score(command, console)
     except torch.OutOfMemoryError as error:
-        print("error: out of GPU memory; lower --batch_size.", str(error).split(".")[0], file=sys.stderr)
+        print(
+            "error: out of GPU memory; train and score take a lower --batch_size.",
+            str(error).split(".")[0],
+            file=sys.stderr,
+        )
         return 2
     except (ValueError, OSError, TrainingError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -36,13 +36,14 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
     )
 
 
-def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, say: Callable[[str], object]) -> None:
-    """Before a large backbone starts on a CPU: measures one evaluation and says how long all will take.
+def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, what: str) -> None:
+    """Before a large backbone starts on a CPU: measures one evaluation and says how long `what` will take.
 
     Args:
         size: (height, width) of the images in pixels.
         evaluations: of all processes, which share them.
-        say: gets the sentence, on the main process.
+
+    The main process prints it to the standard error output.
     """
     if backbone.device.type != "cpu" or backbone.small or not evaluations:
         return
@@ -54,8 +55,9 @@ def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, s
     seconds = time.perf_counter() - start
     state = process_state()
     if state.is_main_process:
-        say(
+        print(
             f"This backbone has {backbone.unet.num_parameters() / 1e6:.0f} million parameters and runs on the CPU: "
-            f"{seconds:.2g} s an evaluation, about {evaluations} evaluations, "
-            f"{seconds * evaluations / 3600 / state.num_processes:.1f} hours in all. A GPU is faster."
+            f"{seconds:.2g} s an evaluation, about {evaluations} evaluations of {what}, "
+            f"{seconds * evaluations / 3600 / state.num_processes:.1f} hours in all. A GPU is faster.",
+            file=sys.stderr,
         )

@@ -21,7 +21,7 @@ from fewshot_diti.backbone import load_backbone
 from fewshot_diti.bank import bank_fingerprint
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.cost import announce_time, training_evaluations
+from fewshot_diti.cost import announce_time
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
 from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
@@ -162,6 +162,11 @@ def main(configs: Mapping[str, Callable[[int], Experiment]], num_shots: int) -> 
             f"Values below are those of --config {choice.config} (one of {names}; {next(iter(configs))} by default)."
         )
         run(tyro.cli(Experiment, default=default, args=flags, use_underscores=True, description=description))
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            "error: out of GPU memory; lower --training.samples_per_batch and --scoring.batch_size, or pass "
+            f"--training.gradient_checkpointing. {str(error).split('.')[0]}"
+        ) from error
     except (OSError, ValueError, TrainingError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -271,8 +276,7 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int)
         scoring=experiment.scoring,
         geometry=ImageGeometry(size=backbone.image_size, resize=experiment.resize, banner_rows=experiment.banner_rows),
     )
-    trained = training_evaluations(experiment.training, experiment.scoring, len(shots_set), len(shots_set.class_names))
-    announce_time(backbone, classifier.geometry.size, trained + evaluations, print)
+    announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     try:
         classifier.fit(shots_set.names, [shots_set.class_names[label] for label in shots_set.labels])
     except BaseException:

@@ -64,6 +64,11 @@ class Learner:
         """The prompt of a class token."""
         return self.prompt_template.replace("{}", str(label))
 
+    def config(self, groups: Groups) -> TrainingConfig:
+        """The settings that these shots are trained with."""
+        most = max(len(shots) for shots in groups.values())
+        return self.training or recommended_training(most, small=self.backbone.small)
+
     def encode(self, images: Sequence[ImageSource]) -> Tensor:
         """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
         return torch.cat([self.backbone.encode_images(self.geometry.pixels(x)[None])[0] for x in images])
@@ -88,8 +93,7 @@ class Learner:
 
     def train(self, groups: Groups, *, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
         """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step."""
-        most = max(len(shots) for shots in groups.values())
-        config = self.training or recommended_training(most, small=self.backbone.small)
+        config = self.config(groups)
         prior = None
         if config.prior_weight > 0:
             latents = prior_latents(self.backbone, self.generic_prompt, config.prior_images, self.geometry.size)
@@ -148,7 +152,9 @@ class Learner:
             kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
             held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
             bank, failed = self.train(kept, desc=f"fold {fold + 1} of {folds}")
-            raise_failed(failed, "that was in cross-validation, all classes are trained and kept", "or pass folds=0")
+            raise_failed(
+                failed, "that was in cross-validation, the class tokens are trained and kept", "or pass folds=0"
+            )
             images = [s for _, s in held]
             errors.append(self.shared_errors(bank, images, grid))
             truth += [order.index(x) for x, _ in held]

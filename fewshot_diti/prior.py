@@ -21,7 +21,7 @@ _BATCH = 8
 
 
 def prior_latents(
-    backbone: Backbone, prompt: str, count: int, size: tuple[int, int], *, seed: int = 0, cache: Path | None = None
+    backbone: Backbone, prompt: str, count: int, size: tuple[int, int], *, cache: Path | None = None
 ) -> Tensor:
     """Scaled latents [count, c, h, w] of images of `prompt`; processes share the work, the cache saves it.
 
@@ -30,7 +30,7 @@ def prior_latents(
         cache: folder that all processes see; by default the user's cache.
     """
     state = process_state()
-    key = repr((backbone.hash, backbone.dtype, prompt, size, seed, _STEPS, _GUIDANCE))
+    key = repr((backbone.hash, backbone.dtype, prompt, size, _STEPS, _GUIDANCE))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = (cache or user_cache_path("fewshot-diti")) / "prior" / name
     # shared out before anyone looks for what is there: another process may be writing already
@@ -39,9 +39,7 @@ def prior_latents(
     bar = tqdm(total=len(todo), desc="prior images", disable=None if todo and state.is_main_process else True)
     for i in range(0, len(todo), _BATCH):
         part = todo[i : i + _BATCH]
-        latents = backbone.generate_latents(
-            prompt, [seed * 100_003 + p for p in part], size=size, steps=_STEPS, guidance_scale=_GUIDANCE
-        )
+        latents = backbone.generate_latents(prompt, part, size=size, steps=_STEPS, guidance_scale=_GUIDANCE)
         for p, latent in zip(part, latents, strict=True):
             write_atomically(folder / f"{p:05d}.safetensors", save_tensors({"latent": latent.contiguous()}))
         bar.update(len(part))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+_TIMEOUT = timedelta(days=7)  # processes meet after their whole shares, which may end hours apart
 
 
 def process_state() -> PartialState:
@@ -16,4 +19,4 @@ def process_state() -> PartialState:
     processes on CPUs would each be the only one.
     """
     launched_on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched_on_cpus)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched_on_cpus, timeout=_TIMEOUT)

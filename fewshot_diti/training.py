@@ -44,7 +44,8 @@ class TrainingConfig:
         permute_channels: whether a jittered copy may also have its colour channels permuted.
         flip: whether a copy may be mirrored; off, since aircraft noses point one way.
         weight_decay, max_grad_norm: of AdamW, and of each class's gradient over both networks.
-        samples_per_batch: samples of one forward; decides how many classes share it, never the result.
+        samples_per_batch: samples of one forward, one class's at least; decides how many classes share it, never the
+            result.
         gradient_checkpointing: trades a second forward for the memory of the U-Net's activations.
         seed: of every class's own random stream.
 

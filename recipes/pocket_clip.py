@@ -6,6 +6,8 @@
 checkpoint. A processor without bfloat16 wants --mixed_precision no.
 
 Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
+Time: not measured.
+Expected: not measured.
 """
 
 from pathlib import Path
@@ -17,7 +19,7 @@ from fewshot_diti.pretraining.clip import ClipConfig, train_clip
 
 
 def pocket_clip() -> ClipConfig:
-    """The configuration of the CLIP that ships."""
+    """The configuration of the pocket's counterpart."""
     here = Path(__file__).parent
     return ClipConfig(
         data=Path("pocket-train"),

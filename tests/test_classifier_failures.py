@@ -57,6 +57,17 @@ def test_a_class_that_fails_in_a_fold_is_named_and_the_class_tokens_are_kept(
     assert set(classifier.predict(tests)) <= {"a320", "dc-9"}
 
 
+def test_a_class_that_fails_is_named_even_where_another_fails_in_a_fold(
+    backbone: Backbone, pictures: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda label, count: label == "dc-9" or (label == "a320" and count < 3))
+    classifier = make(backbone, scoring=replace(SCORING, weighting="auto", temperature=None, folds=3))
+    with pytest.raises(TrainingError, match="'dc-9'") as raised:
+        classifier.fit(*shots_of(pictures, ["a320", "dc-9", "tu-154"], 3))
+    assert "'a320'" in str(raised.value.__context__)
+    assert classifier.classes_.tolist() == ["a320", "tu-154"]
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "spread"])
 @pytest.mark.usefixtures("poisoned")
 def test_a_class_that_fails_is_named_and_the_others_are_kept(

@@ -155,7 +155,7 @@ def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
     monkeypatch.setattr(backbone, "LARGE_UNET", 0)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
     # 4 steps x 3 classes, forward and backward; uniform weights need no shots
-    assert "about 36 evaluations" in capsys.readouterr().out
+    assert "about 36 evaluations of training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -277,6 +277,9 @@ def test_errors_of_the_user_are_one_line_and_status_2(
     save_image(tmp_path / "single" / "bolt" / "0.png", 0)
     other = save_tiny_backbone(tmp_path / "other", seed=1)
     picture = str(shots / "bolt" / "0.png")
+    classifier = DiTiClassifier.from_pretrained(bank)
+    classifier.remove(CLASSES[1:]).save_pretrained(tmp_path / "one")
+    classifier.remove(CLASSES[:1]).save_pretrained(tmp_path / "none")
     capsys.readouterr()
     expected = {
         "holds no class sub-folder with images": train_command(tmp_path / "empty", backbone_folder, tmp_path / "bank"),
@@ -286,6 +289,8 @@ def test_errors_of_the_user_are_one_line_and_status_2(
         "has no splits": train_command(shots, backbone_folder, tmp_path / "bank", "--split", "train"),
         "The bank was trained on backbone": ["score", "--bank", str(bank), "--backbone", str(other), picture],
         "so no complete bank": ["score", "--bank", str(tmp_path), picture],
+        "holds the classes ['bolt']; scoring takes two or more": ["score", "--bank", str(tmp_path / "one"), picture],
+        "holds the classes []; scoring takes two or more": ["score", "--bank", str(tmp_path / "none"), picture],
         "holds no images": ["score", "--bank", str(bank), str(tmp_path / "empty")],
         "no image file or folder": ["score", "--bank", str(bank), str(tmp_path / "no.png")],
     }

@@ -17,6 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.prior import prior_latents
@@ -362,3 +363,11 @@ def test_prior_images_are_made_once_and_their_number_can_grow(backbone: Backbone
     assert len(set(map(float, four.std((1, 2, 3))))) == 4
     other = prior_latents(backbone, "a photo of a car", 1, backbone.image_size, cache=tmp_path)
     assert not torch.equal(other[0], two[0])
+
+
+def test_jitter_of_any_strength_gives_an_image() -> None:
+    pixels = torch.rand(3, 8, 16) * 2 - 1
+    strong = TrainingConfig(steps=1, brightness=2.0, contrast=3.0, saturation=2.0, hue=0.5, colour_variants=16)
+    copies = colour_variants(pixels, "an id", strong)
+    assert torch.equal(copies[0], pixels)
+    assert copies.isfinite().all() and copies.abs().max() <= 1 + 1e-6

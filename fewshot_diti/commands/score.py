@@ -69,14 +69,14 @@ def score(config: ScoreConfig, console: Console) -> int:
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
     if config.batch_size is not None:
         classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
-    if len(classifier.classes_) < 2:
-        raise ValueError(f"{config.bank} holds one class, {classifier.classes_[0]!r}; add others to choose among.")
+    if len(classes := classifier.classes_.tolist()) < 2:
+        raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
     ids, broken = _identify(paths)
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
     evaluations = len(first) * len(classifier.classes_) * len(classifier.calibration_.timesteps)
-    announce_time(backbone, classifier.geometry.size, evaluations, console.out)
+    announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     found = spread_over_processes(first, lambda _, path: _prediction(classifier, path), parts, made_by)

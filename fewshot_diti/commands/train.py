@@ -13,7 +13,6 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data import (
     ImageGeometry,
     ImageSet,
@@ -52,8 +51,8 @@ class TrainConfig:
         val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
             one.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
-        batch_size: samples in one forward, of training and of scoring; lower it where memory runs out. Never changes
-            a result beyond rounding.
+        batch_size: samples in one forward, of training (one class's at least) and of scoring; lower it where memory
+            runs out. Never changes a result beyond rounding.
         seed: of the draw of shots, of training and of scoring.
 
     Raises:
@@ -114,8 +113,6 @@ def train(config: TrainConfig, console: Console) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
     geometry = ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows)
     classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring, geometry=geometry)
-    evaluations = training_evaluations(training, scoring, len(shots), len(counts))
-    announce_time(backbone, classifier.geometry.size, evaluations, console.out)
     # paths stay paths: they are decoded a few at a time
     images = [x if isinstance(x, str | Path) else shots.image(row) for row, x in enumerate(shots.images)]
     try:

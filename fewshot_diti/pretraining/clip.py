@@ -39,6 +39,9 @@ class ClipConfig(LoopConfig):
         embed_dim, text_width, text_layers: as in an open_clip configuration.
         false_colours, false_copies: as in `UnetConfig`.
         zoom, shift: of the random crops: an image is enlarged by up to this share, and shifted by up to this share.
+
+    Raises:
+        ValueError: no false copies.
     """
 
     data: Path
@@ -59,6 +62,10 @@ class ClipConfig(LoopConfig):
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.995
+
+    def __post_init__(self) -> None:
+        if self.false_copies < 1:
+            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
 
 
 class _ImageToText(nn.Module):
@@ -104,8 +111,8 @@ def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Genera
     n = len(images_BCHW)
     scale = 1 / (1 + zoom * torch.rand(n, generator=g))
     move = shift * (4 * torch.rand(n, 2, generator=g) - 2)
-    theta = torch.stack([torch.diag_embed(torch.stack([scale, scale], 1))[:, i] for i in (0, 1)], 1)
-    theta = torch.cat([theta, move[:, :, None]], 2).to(images_BCHW)
+    zooms = torch.diag_embed(torch.stack([scale, scale], 1))
+    theta = torch.cat([zooms, move[:, :, None]], 2).to(images_BCHW)
     grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
     return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
 

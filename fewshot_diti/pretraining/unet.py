@@ -149,7 +149,9 @@ def load_start(
     Raises:
         ValueError: it stands on another autoencoder, or predicts something else than `config.prediction_type`.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(config.start_from, safety_checker=None, dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        config.start_from, safety_checker=None, dtype=torch.float32, use_safetensors=True
+    )
     if hash_weights(pipe.vae) != hash_weights(vae):
         raise ValueError(f"{config.start_from} stands on another autoencoder than {config.vae}; pass its own --vae.")
     if pipe.scheduler.config.prediction_type != config.prediction_type:
@@ -157,7 +159,12 @@ def load_start(
             f"{config.start_from} predicts {pipe.scheduler.config.prediction_type}, not {config.prediction_type}; "
             "pass its --prediction_type."
         )
-    return pipe.unet, pipe.text_encoder, pipe.tokenizer, DDIMScheduler.from_config(pipe.scheduler.config)
+    return (
+        pipe.unet,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False),
+    )
 
 
 @torch.no_grad()
@@ -227,7 +234,7 @@ def draw_timesteps(size: int, num_train_timesteps: int, small_t: float, g: torch
 def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     """Trains and saves `output_dir/pipeline` at every validation; a killed run goes on at its last checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True).eval().requires_grad_(False)
     seen, unseen = split_held_out(load_renders(config.data, image_size(vae)), config.held_out)
     data = _CaptionedLatents(seen, vae, config, accelerator)
     torch.manual_seed(config.seed)
