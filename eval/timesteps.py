@@ -25,9 +25,10 @@ from torch import Tensor
 from fewshot_diti import Backbone, timesteps
 from fewshot_diti.baselines.imagenet import ImageNetwork, installed
 from fewshot_diti.baselines.probe import logistic_head
+from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.calibration import candidate_windows, choose_window
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.demo import balanced_rows, zero_shot_bank
+from fewshot_diti.commands.demo import balanced_rows
 from fewshot_diti.data import ImageGeometry, ImageSet, check_disjoint, load_images, sample_shots, seen_attribute
 from fewshot_diti.files import write_atomically
 from fewshot_diti.recommended import recommended_scoring, recommended_training
@@ -100,7 +101,7 @@ def zero_shot_errors(grid: Grid, backbone: Backbone, times: Tensor) -> dict[str,
     test = load_images(grid.data, "test")
     geometry = ImageGeometry(size=backbone.image_size)
     latents = torch.cat([backbone.encode_images(geometry.pixels(test.image(i))[None])[0] for i in range(len(test))])
-    scorer = Scorer(backbone, zero_shot_bank(backbone, sorted(test.class_names), geometry))
+    scorer = Scorer(backbone, zero_shot_bank(backbone, sorted(test.class_names), geometry, "aircraft"))
     errors = dict(zip(test.ids, error_tensor(scorer, latents, test.ids, times.tolist(), desc="zero-shot"), strict=True))
     write_atomically(path, save(errors, made_by))
     return errors

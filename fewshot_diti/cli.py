@@ -1,4 +1,4 @@
-"""The command `fewshot-diti`: demo, train, score."""
+"""The command `fewshot-diti`: demo, train, score, eval."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from tyro.conf import subcommand
 
 from fewshot_diti.commands.demo import DemoConfig, run_demo
+from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.learning import TrainingError
@@ -22,6 +23,7 @@ Command = (
     Annotated[DemoConfig, subcommand("demo")]
     | Annotated[TrainConfig, subcommand("train")]
     | Annotated[ScoreConfig, subcommand("score")]
+    | Annotated[EvalConfig, subcommand("eval")]
 )
 
 
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(command, TrainConfig):
             train(command, console)
             return 0
+        if isinstance(command, EvalConfig):
+            return evaluate(command, console)
         return score(command, console)
     except torch.OutOfMemoryError as error:
         print(

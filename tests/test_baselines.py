@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
-from transformers import CLIPTokenizer
+from small_clip import save_tiny_clip
 
-from fewshot_diti.backbone import Backbone, resolve
+from fewshot_diti.backbone import Backbone
 from fewshot_diti.baselines import (
     Baseline,
     ClipLora,
@@ -44,20 +40,7 @@ TEMPLATES = prompt_templates("aircraft")
 
 @pytest.fixture(scope="module", params=["convolutions", "transformer"])
 def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenClip:
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(Path(resolve("pocket")) / "tokenizer")
-    tokenizer.save_pretrained(folder)
-    vision = {
-        "convolutions": {"timm_model_name": "edgenext_xx_small"},
-        "transformer": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    }[request.param]
-    text = {"context_length": 32, "vocab_size": len(tokenizer), "hf_tokenizer_name": "here", "width": 64, "heads": 1}
-    model = {"embed_dim": 16, "vision_cfg": vision | {"image_size": [32, 64]}, "text_cfg": text | {"layers": 2}}
-    preprocess = {"size": [32, 64], "resize_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
-    return OpenClip(f"local-dir:{folder}")
+    return OpenClip(f"local-dir:{save_tiny_clip(tmp_path_factory.mktemp('clip'), request.param)}")
 
 
 def pictures(per_class: int, seed: int) -> tuple[list[Image.Image], list[str]]:

@@ -9,8 +9,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.neighbors import NearestCentroid
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -81,18 +80,25 @@ class NearestMean(Baseline):
         self.chosen_ = next(iter(self.candidates))
         fewest = int(np.bincount(labels_N).min())
         if len(self.candidates) > 1 and fewest > 1:
-            merits = {
-                name: cross_val_score(NearestCentroid(), features(images), labels_N, cv=min(4, fewest)).mean()
-                for name, features in self.candidates.items()
-            }
+            folds = min(4, fewest)
+            merits = {name: self._cross_validated(f(images), labels_N, folds) for name, f in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        shots = self.candidates[self.chosen_](images)
-        self._means_CD = np.stack([shots[labels_N == c].mean(0) for c in range(len(self.classes_))])
+        self._means_CD = self._means(self.candidates[self.chosen_](images), labels_N)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
         distances = cdist(self.candidates[self.chosen_](images), self._means_CD, "sqeuclidean")
         return softmax(-distances, axis=1)
+
+    def _means(self, features_ND: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+        return np.stack([features_ND[labels_N == c].mean(0) for c in range(len(self.classes_))])
+
+    def _cross_validated(self, features_ND: np.ndarray, labels_N: np.ndarray, folds: int) -> float:
+        right = []
+        for train, held_out in StratifiedKFold(folds).split(features_ND, labels_N):
+            distances = cdist(features_ND[held_out], self._means(features_ND[train], labels_N[train]), "sqeuclidean")
+            right.append((distances.argmin(1) == labels_N[held_out]).mean())
+        return float(np.mean(right))
 
 
 class NearestNeighbour(Baseline):

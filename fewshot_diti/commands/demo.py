@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fewshot_diti.backbone import POCKET, Backbone, load_backbone
-from fewshot_diti.bank import Bank, ClassToken
+from fewshot_diti.backbone import POCKET, load_backbone
+from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import (
-    ImageGeometry,
     ImageSet,
     check_disjoint,
     load_bundled,
@@ -25,8 +24,6 @@ from fewshot_diti.data import (
     seen_attribute,
 )
 from fewshot_diti.files import write_atomically
-from fewshot_diti.lora import Layout, find_targets
-from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
 from fewshot_diti.scoring import Scorer, error_tensor
@@ -133,7 +130,9 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     console.out(f"The backbone without class tokens, {config.zero_shot_trials} trials ...")
     start = perf_counter()
     test_latents = classifier.learner.encode([test.image(row) for row in range(len(test))])
-    scorer = Scorer(backbone, zero_shot_bank(backbone, names, classifier.geometry), seed=config.seed)
+    scorer = Scorer(
+        backbone, zero_shot_bank(backbone, names, classifier.geometry, classifier.concept), seed=config.seed
+    )
     grid = even_grid(config.zero_shot_trials, *classifier.scoring.timesteps).tolist()
     errors = error_tensor(scorer, test_latents, test.ids, grid)
     zero_shot = MethodResult(
@@ -190,20 +189,3 @@ def balanced_rows(labels: np.ndarray, seen: np.ndarray, count: int, seed: int) -
     turns = zip_longest(*(in_turn(label) for label in np.unique(labels)))
     chosen = [row for row in chain(*turns) if row is not None][:count]
     return sorted(chosen, key=lambda row: labels[row])
-
-
-def zero_shot_bank(backbone: Backbone, class_names: Sequence[str], geometry: ImageGeometry) -> Bank:
-    """Class tokens that are a prompt and nothing else: their LoRA is zero."""
-    layout = Layout(find_targets(backbone.unet, backbone.text_encoder, "narrow"), rank=1)
-    tokens = [
-        ClassToken(label=name, prompt=f"a photo of {with_article(name)}, a type of aircraft.", num_shots=0)
-        for name in class_names
-    ]
-    return Bank(
-        tokens=tuple(tokens),
-        layout=layout,
-        rows=torch.zeros(len(tokens), layout.num_parameters),
-        backbone_name=backbone.name,
-        backbone_hash=backbone.hash,
-        geometry=geometry,
-    )

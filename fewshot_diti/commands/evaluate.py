@@ -1,0 +1,157 @@
+"""`fewshot-diti eval`: a few-shot table with error bars, of class tokens beside what a user would try instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fewshot_diti.evaluation import table
+from fewshot_diti.evaluation.comparison import compare
+from fewshot_diti.evaluation.grid import Grid, GridConfig, Run
+from fewshot_diti.files import write_atomically
+from fewshot_diti.processes import process_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(GridConfig):
+    """Few-shot accuracy of class tokens and of baselines, over shots and seeds; runs that are there are not run again.
+
+    Attributes:
+        quick: two numbers of shots, one seed and ten test images a class, whatever the flags say.
+        dry_run: says what would run, and how long it would take, and runs nothing.
+        against: the method that all others are compared with, image by image.
+
+    Raises:
+        ValueError: as `GridConfig`, or `against` is none of the methods.
+    """
+
+    quick: bool = False
+    dry_run: bool = False
+    against: str = "diti"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.against not in self.methods:
+            raise ValueError(f"against={self.against!r}; pass one of the methods {', '.join(self.methods)}.")
+
+
+def evaluate(config: EvalConfig, console: Console) -> int:
+    """Runs what is missing, prints the tables and writes them; returns 1 where a run failed.
+
+    Raises:
+        OSError, ValueError: the data or a model cannot be loaded.
+    """
+    if config.quick:
+        config = replace(config, shots=(1, 4), seeds=(1,), max_test_images=10)
+    grid = Grid(config)
+    if config.dry_run:
+        console.out(plan(grid))
+        return 0
+    failed = grid.run_missing()
+    if process_state().is_main_process:
+        report(grid, config.against, console)
+    for run in failed:
+        console.out(f"failed: {run.path}: {json.loads(run.path.read_text(encoding='utf-8'))['error']}")
+    process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
+    return 1 if failed else 0
+
+
+def plan(grid: Grid) -> str:
+    """What would run, with an estimate of time from the runs of the same method that are there."""
+    done = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
+    lines, total, unknown = [], 0.0, 0
+    for run in grid.missing():
+        near = [other for other in done if other.method == run.method]
+        if near:
+            nearest = min(near, key=lambda other: abs(other.num_shots - run.num_shots))
+            seconds = _all_seconds(done[nearest])
+            total += seconds
+        else:
+            unknown += 1
+        lines.append(f"{run.path}  {f'about {seconds:.0f} s' if near else 'time unknown'}")
+    lines.append(f"{len(lines)} runs to do, {len(done)} done; about {total / 60:.0f} minutes, {unknown} unknown.")
+    return "\n".join(lines)
+
+
+def report(grid: Grid, against: str, console: Console) -> None:
+    """Prints accuracy and comparisons, and writes table.{csv,md,tex}, accuracy.png and comparisons.json."""
+    config, folder = grid.config, grid.config.folder
+    records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
+    rows = [table.Row(name=m, accuracy=_accuracy(records, m, config.shots)) for m in config.methods]
+    if config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
+        rows = table.published_rows(config.shots) + rows
+    console.print(table.rich_table(rows, config.shots))
+    for name, text in (
+        ("table.md", table.markdown(rows, config.shots)),
+        ("table.tex", table.latex(rows, config.shots)),
+        ("table.csv", table.comma_separated(rows, config.shots)),
+    ):
+        write_atomically(folder / name, text.encode())
+    write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
+    comparisons = _comparisons(grid, against, records)
+    if comparisons:
+        console.print(_comparison_table(config.shots, against, comparisons))
+        write_atomically(folder / "comparisons.json", (json.dumps(comparisons, indent=1) + "\n").encode())
+    console.out(f"Tables, plot and runs: {folder}")
+
+
+def _accuracy(records: dict[Run, dict[str, Any]], method: str, shots: Sequence[int]) -> dict[int, list[float]]:
+    return {
+        k: [100 * record["accuracy"] for run, record in records.items() if (run.method, run.num_shots) == (method, k)]
+        for k in shots
+    }
+
+
+def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By method and shots: `against` compared with it, on the seeds that both have."""
+    config = grid.config
+    truth = [grid.test.class_names[c] for c in grid.test.labels]
+
+    def correct(method: str, k: int) -> dict[int, np.ndarray]:
+        return {
+            run.seed: np.array([p["label"] == name for p, name in zip(record["predictions"], truth, strict=True)])
+            for run, record in records.items()
+            if (run.method, run.num_shots) == (method, k)
+        }
+
+    found: dict[str, dict[str, Any]] = {}
+    for method in config.methods:
+        for k in config.shots if method != against else ():
+            ours, theirs = correct(against, k), correct(method, k)
+            seeds = sorted(ours.keys() & theirs.keys())
+            if seeds:
+                comparison = compare([ours[s] for s in seeds], [theirs[s] for s in seeds])
+                found.setdefault(method, {})[str(k)] = asdict(comparison) | {"seeds": seeds}
+    return found
+
+
+def _comparison_table(shots: Sequence[int], against: str, comparisons: dict[str, dict[str, Any]]) -> Table:
+    shown = Table(
+        caption=f"accuracy of {against} minus accuracy of the method, in points, with its "
+        "95 % interval\n(bootstrap over images and seeds); p-values of McNemar's test in comparisons.json",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    shown.add_column("against", no_wrap=True)
+    for k in shots:
+        shown.add_column(f"{k} shots" if k > 1 else "1 shot", justify="right", no_wrap=True)
+    for method, by_shots in comparisons.items():
+        cells = []
+        for k in shots:
+            c = by_shots.get(str(k))
+            cells.append(f"{100 * c['difference']:+.1f} [{100 * c['low']:+.0f}, {100 * c['high']:+.0f}]" if c else "")
+        shown.add_row(method, *cells)
+    return shown
+
+
+def _all_seconds(record: dict[str, Any]) -> float:
+    """Seconds of a run, with the training and scoring that it found on disk."""
+    images = len(record["predictions"])
+    return max(record["seconds"], record["training_seconds"] + images * record["seconds_per_image"])

@@ -1,0 +1,263 @@
+"""What the methods of a table share: data of one draw, models loaded when first asked for, features and errors kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.baselines.base import KeptFeatures
+from fewshot_diti.baselines.clip import OpenClip, prompt_templates
+from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.baselines.unet_features import UnetFeatures
+from fewshot_diti.baselines.zero_shot import zero_shot_bank
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.data import ImageGeometry, ImageSet
+from fewshot_diti.data.images import ImageSource
+from fewshot_diti.files import write_atomically
+from fewshot_diti.learning import Groups
+from fewshot_diti.processes import process_state
+from fewshot_diti.prompts import with_article
+from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
+from fewshot_diti.timesteps import even_grid
+from fewshot_diti.training import TrainingConfig
+
+FOLDS = 2  # of cross-validation on the shots
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """One draw of shots and the images to judge, under the same class names."""
+
+    shots: ImageSet
+    test: ImageSet
+    num_shots: int
+    seed: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of all columns."""
+        return self.test.class_names
+
+    def shot_images(self) -> list[ImageSource]:
+        """The shots."""
+        return [self.shots.image(i) for i in range(len(self.shots))]
+
+    def shot_labels(self) -> list[str]:
+        """The name of each shot's class."""
+        return [self.shots.class_names[c] for c in self.shots.labels]
+
+    def test_images(self) -> list[ImageSource]:
+        """The images to judge."""
+        return [self.test.image(i) for i in range(len(self.test))]
+
+    def groups(self) -> Groups:
+        """The shots of each class."""
+        pairs = list(zip(self.shot_images(), self.shot_labels(), strict=True))
+        return {name: [image for image, label in pairs if label == name] for name in self.class_names}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DitiErrors:
+    """Errors of one bank: all that any weighting needs. Classes in the order of the task.
+
+    Attributes:
+        timesteps: [S].
+        test: [N, C, S].
+        held_out, held_out_labels: [n, C, S] and [n], of shots under class tokens trained without them, by fold; with
+            one shot a class, of all shots under class tokens trained with them, which only weights may use.
+        out_of_fold: whether the shots were held out.
+        training_seconds: of the bank.
+        scoring_seconds: of the test images.
+    """
+
+    timesteps: Tensor
+    test: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    out_of_fold: bool
+    training_seconds: float
+    scoring_seconds: float
+
+
+class Bench:
+    """Models and what they have computed.
+
+    Args:
+        backbone, clip, network: names, as `Backbone`, `OpenClip` and `ImageNetwork` take them.
+        concept: what all classes are.
+        trials: S of the diffusion methods, over all time-steps.
+        folder: where errors are kept.
+    """
+
+    def __init__(self, *, backbone: str, clip: str, network: str, concept: str, trials: int, folder: Path) -> None:
+        self._names = {"backbone": backbone, "clip": clip, "network": network}
+        self.concept, self.trials, self.folder = concept, trials, folder
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The Stable Diffusion."""
+        return Backbone.from_pretrained(self._names["backbone"])
+
+    @cached_property
+    def geometry(self) -> ImageGeometry:
+        """The shape that images have for the backbone."""
+        return ImageGeometry(size=self.backbone.image_size)
+
+    @cached_property
+    def clip(self) -> OpenClip:
+        """The OpenCLIP model."""
+        return OpenClip(self._names["clip"])
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Prompts of a class for CLIP."""
+        return prompt_templates(self.concept)
+
+    @cached_property
+    def network(self) -> ImageNetwork:
+        """The ImageNet network."""
+        return ImageNetwork(self._names["network"])
+
+    @cached_property
+    def network_features(self) -> KeptFeatures:
+        """Its features."""
+        return KeptFeatures(self.network.features)
+
+    @cached_property
+    def unet_features(self) -> UnetFeatures:
+        """Features of the backbone's U-Net."""
+        return UnetFeatures(self.backbone, self.geometry, f"a photo of {with_article(self.concept)}")
+
+    @cached_property
+    def latents(self) -> KeptFeatures:
+        """The backbone's latents, flattened."""
+
+        def encode(images: list[Image.Image]) -> np.ndarray:
+            pixels = (self.geometry.pixels(image)[None] for image in images)
+            return torch.cat([self.backbone.encode_images(p)[0] for p in pixels]).flatten(1).numpy()
+
+        return KeptFeatures(encode)
+
+    def training(self, num_shots: int, seed: int) -> TrainingConfig:
+        """How class tokens are trained."""
+        return replace(recommended_training(num_shots, small=self.backbone.small), seed=seed)
+
+    def scoring(self, seed: int) -> ScoringConfig:
+        """How images are scored: all time-steps; rows weigh them each in its own way."""
+        everything = (0, self.backbone.num_train_timesteps)
+        scoring = recommended_scoring(small=self.backbone.small)
+        return replace(scoring, trials=self.trials, timesteps=everything, weighting="uniform", seed=seed)
+
+    def prepare(self, task: Task) -> None:
+        """Trains and scores the task's class tokens, unless their errors are on disk; the processes share the work.
+
+        Raises:
+            TrainingError: a class's loss was not finite.
+        """
+        path, made_by = self._diti_file(task)
+        if _load(path, made_by) is not None:
+            return
+        training, scoring = self.training(task.num_shots, task.seed), self.scoring(task.seed)
+        classifier = DiTiClassifier(
+            self.backbone, concept=self.concept, training=training, scoring=scoring, geometry=self.geometry
+        )
+        start = perf_counter()
+        classifier.fit(task.shot_images(), task.shot_labels())
+        trained = perf_counter()
+        learner, bank, times = classifier.learner, classifier.bank_, torch.tensor(classifier.calibration_.timesteps)
+        assert bank is not None, "fit raises where no class was learned"
+        test = learner.shared_errors(bank, task.test_images(), times)
+        scored = perf_counter()
+        groups = task.groups()
+        out_of_fold = min(len(shots) for shots in groups.values()) > 1
+        if out_of_fold:
+            held_out, labels = learner.held_out_errors(groups, times, FOLDS)
+        else:
+            held_out = learner.shared_errors(bank, task.shot_images(), times)
+            labels = torch.tensor([bank.labels.index(name) for name in task.shot_labels()])
+        order = [bank.labels.index(name) for name in task.class_names]  # the bank is sorted, the task may not be
+        _save(
+            path,
+            {
+                "timesteps": times,
+                "test": test[:, order].contiguous(),
+                "held_out": held_out[:, order].contiguous(),
+                "held_out_labels": torch.tensor(order).argsort()[labels],
+                "out_of_fold": torch.tensor(out_of_fold),
+                "seconds": torch.tensor([trained - start, scored - trained]),
+            },
+            made_by,
+        )
+
+    def prepare_zero_shot(self, test: ImageSet) -> None:
+        """Scores bare prompts, unless their errors are on disk; neither shots nor seed matter."""
+        path, made_by = self._zero_shot_file(test)
+        if _load(path, made_by) is not None:
+            return
+        scoring = self.scoring(0)
+        bank = zero_shot_bank(self.backbone, test.class_names, self.geometry, self.concept)
+        learner = DiTiClassifier(self.backbone, scoring=scoring, geometry=self.geometry).learner
+        times = even_grid(scoring.trials, *scoring.timesteps)
+        start = perf_counter()
+        errors = learner.shared_errors(bank, [test.image(i) for i in range(len(test))], times)
+        _save(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
+
+    def diti(self, task: Task) -> DitiErrors:
+        """What `prepare` left; raises FileNotFoundError where it failed."""
+        path, made_by = self._diti_file(task)
+        kept = _load(path, made_by)
+        if kept is None:
+            raise FileNotFoundError(f"{path} is missing: the class tokens could not be trained or scored.")
+        seconds = kept.pop("seconds").tolist()
+        out_of_fold = bool(kept.pop("out_of_fold"))
+        return DitiErrors(**kept, out_of_fold=out_of_fold, training_seconds=seconds[0], scoring_seconds=seconds[1])
+
+    def zero_shot(self, test: ImageSet) -> tuple[Tensor, float]:
+        """Errors [N, C, S] that `prepare_zero_shot` left, and the seconds that they took."""
+        path, made_by = self._zero_shot_file(test)
+        kept = _load(path, made_by)
+        if kept is None:
+            raise FileNotFoundError(f"{path} is missing: the bare prompts could not be scored.")
+        return kept["errors"], float(kept["seconds"])
+
+    def _diti_file(self, task: Task) -> tuple[Path, dict[str, str]]:
+        settings = f"{self.training(task.num_shots, task.seed)} {self.scoring(task.seed)} {FOLDS} {self.concept}"
+        path = self.folder / f"diti-{task.num_shots}-{task.seed}.safetensors"
+        return path, self._made_by(settings, task.shots.ids, task.test.ids)
+
+    def _zero_shot_file(self, test: ImageSet) -> tuple[Path, dict[str, str]]:
+        return self.folder / "zero-shot.safetensors", self._made_by(f"{self.scoring(0)} {self.concept}", test.ids)
+
+    def _made_by(self, settings: str, *ids: Sequence[str]) -> dict[str, str]:
+        pictures = hashlib.sha256(repr(ids).encode()).hexdigest()[:32]
+        backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
+        return {"backbone": backbone, "settings": settings, "pictures": pictures}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], made_by: dict[str, str]) -> None:
+    """Written by the main process, seen by all."""
+    if process_state().is_main_process:
+        write_atomically(path, save(tensors, made_by))
+    process_state().wait_for_everyone()
+
+
+def _load(path: Path, made_by: dict[str, str]) -> dict[str, Tensor] | None:
+    """The tensors of a file that the same settings made, else None."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if file.metadata() != made_by:
+            return None
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict

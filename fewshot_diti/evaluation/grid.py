@@ -1,0 +1,243 @@
+"""The grid of a few-shot table: methods, shots and seeds; one JSON a run, and only what is missing or stale is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import resource
+import traceback
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from fewshot_diti.backbone import POCKET
+from fewshot_diti.baselines.clip import VIT_H
+from fewshot_diti.baselines.imagenet import PACKAGED
+from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.evaluation.bench import Bench, Task
+from fewshot_diti.evaluation.methods import METHODS, NEEDS_CLASS_TOKENS, NEEDS_ZERO_SHOT
+from fewshot_diti.evaluation.metrics import summarize
+from fewshot_diti.files import write_atomically
+from fewshot_diti.learning import TrainingError
+from fewshot_diti.processes import process_state
+
+PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")
+RESAMPLED = "airline"  # the attribute over which intervals are resampled, where the images have it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Which runs a table has.
+
+    Attributes:
+        dataset: as `load_images` reads it, with splits train and test.
+        backbone: "pocket", a folder, or a hub id.
+        clip: as `OpenClip` takes it; by default the pocket's for the pocket, else ViT-H-14.
+        network: as `ImageNetwork` takes it.
+        methods: rows, keys of `METHODS`.
+        shots, seeds: columns, and draws of each.
+        concept: what all classes are.
+        trials: of the diffusion methods.
+        max_test_images: of each class; by default all.
+        output_dir: gets one JSON a run at <dataset>/<backbone>/none/<method>/<shots>-<seed>.json.
+
+    Raises:
+        ValueError: an unknown method, or nothing to run.
+    """
+
+    dataset: str = "bundled"
+    backbone: str = POCKET
+    clip: str | None = None
+    network: str = PACKAGED
+    methods: tuple[str, ...] = tuple(METHODS)
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    concept: str = "aircraft"
+    trials: int = 16
+    max_test_images: int | None = None
+    output_dir: Path = Path("results")
+
+    def __post_init__(self) -> None:
+        unknown = [m for m in self.methods if m not in METHODS]
+        if unknown:
+            raise ValueError(f"methods {unknown}; pass some of {', '.join(METHODS)}.")
+        for name in ("methods", "shots", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"No {name}; pass at least one.")
+
+    @property
+    def folder(self) -> Path:
+        """What all runs of this data set and backbone share."""
+        return self.output_dir / _slug(self.dataset) / _slug(self.backbone) / "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One cell of the grid."""
+
+    method: str
+    num_shots: int
+    seed: int
+    path: Path
+
+
+class Grid:
+    """The runs of a configuration, over data that is read once.
+
+    Raises:
+        FileNotFoundError, ValueError: as the data set's loader.
+    """
+
+    def __init__(self, config: GridConfig) -> None:
+        self.config = config
+        self.pool = load_images(config.dataset, "train")
+        test = load_images(config.dataset, "test")
+        self.test = test if config.max_test_images is None else test.first_of_each_class(config.max_test_images)
+        self.bench = Bench(
+            backbone=config.backbone,
+            clip=config.clip or (POCKET if config.backbone == POCKET else VIT_H),
+            network=config.network,
+            concept=config.concept,
+            trials=config.trials,
+            folder=config.folder / "errors",
+        )
+
+    def runs(self) -> list[Run]:
+        """Draw by draw, so that what a draw computes is used by all methods before the next."""
+        config = self.config
+        return [
+            Run(method=m, num_shots=k, seed=s, path=config.folder / m / f"{k}-{s}.json")
+            for k in config.shots
+            for s in config.seeds
+            for m in config.methods
+        ]
+
+    def missing(self) -> list[Run]:
+        """Runs without a record that these settings made; a failed one is missing too."""
+        return [run for run in self.runs() if self.record(run) is None]
+
+    def record(self, run: Run) -> dict[str, Any] | None:
+        """What a run of these settings left, None where there is none or it failed."""
+        if not run.path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(run.path.read_text(encoding="utf-8"))
+        return record if record["status"] == "ok" and record["made_by"] == self.made_by(run) else None
+
+    def run_missing(self) -> list[Run]:
+        """Runs what is missing under one progress bar, and returns the runs that failed.
+
+        All processes train and score class tokens together, draw by draw; then they share the runs. A failed run is
+        recorded, and does not stop the rest.
+        """
+        state = process_state()
+        missing = broadcast_object_list([self.missing()])[0]
+        draws = list(dict.fromkeys((r.num_shots, r.seed) for r in missing if r.method in NEEDS_CLASS_TOKENS))
+        bar = tqdm(total=len(draws) + len(missing), desc="runs", disable=None if state.is_main_process else True)
+        reasons: dict[tuple[int, int], str] = {}
+        if any(r.method in NEEDS_ZERO_SHOT for r in missing):
+            self.bench.prepare_zero_shot(self.test)
+        for draw in draws:
+            try:
+                self.bench.prepare(self.task(*draw))
+            except (TrainingError, ValueError) as error:  # all processes meet the same
+                reasons[draw] = str(error)
+            bar.update()
+        mine = missing[state.process_index :: state.num_processes]
+        for run in mine:
+            try:
+                record = self._run(run)
+            except Exception as error:  # whatever it is, the other runs go on
+                reason = reasons.get((run.num_shots, run.seed), str(error))
+                trace = traceback.format_exc()
+                record = {"status": "failed", "error": f"{type(error).__name__}: {reason}", "traceback": trace}
+            record = {"made_by": self.made_by(run), "versions": _versions()} | record
+            write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
+            bar.update(state.num_processes)
+        bar.close()
+        state.wait_for_everyone()
+        return [run for run in missing if self.record(run) is None]
+
+    def task(self, num_shots: int, seed: int) -> Task:
+        """The draw's shots with the test images.
+
+        Raises:
+            ValueError: a class has too few images, or a test image is a shot.
+        """
+        shots = self.pool.subset(sample_shots(self.pool, num_shots, seed).rows(self.pool))
+        check_disjoint(shots, self.test)
+        return Task(shots=shots, test=self.test, num_shots=num_shots, seed=seed)
+
+    def made_by(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's figures, save the code."""
+        config = self.config
+        return {
+            "method": run.method,
+            "num_shots": run.num_shots,
+            "seed": run.seed,
+            "dataset": config.dataset,
+            "pool": _hash(self.pool),
+            "test": _hash(self.test),
+            "backbone": config.backbone,
+            "backbone_hash": self.bench.backbone.hash,
+            "dtype": str(self.bench.backbone.dtype),
+            "clip": config.clip,
+            "network": config.network,
+            "concept": config.concept,
+            "trials": config.trials,
+        }
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        task, start = self.task(run.num_shots, run.seed), perf_counter()
+        outcome = METHODS[run.method](self.bench, task)
+        figures = summarize(
+            self.test.labels,
+            outcome.probabilities,
+            self.test.class_names,
+            self.test.ids,
+            self.test.attributes.get(RESAMPLED),
+        )
+        count = len(self.test)
+        return {
+            "status": "ok",
+            **figures,
+            "chosen": outcome.chosen,
+            "evaluations_per_image": outcome.evaluations,
+            "training_seconds": outcome.training_seconds,
+            "seconds_per_image": outcome.scoring_seconds / count,
+            "seconds": perf_counter() - start,
+            "peak_memory_bytes": _peak_memory(),
+            "shots": {"k": run.num_shots, "seed": run.seed, "image_ids": list(task.shots.ids)},
+        }
+
+
+def _hash(images: ImageSet) -> str:
+    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
+    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.@-]+", "_", name).strip("_")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _peak_memory() -> int:
+    """Bytes: of this process so far, or on a GPU of its tensors."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

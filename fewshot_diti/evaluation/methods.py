@@ -1,0 +1,220 @@
+"""The rows of a few-shot table, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from fewshot_diti import timesteps
+from fewshot_diti.baselines import (
+    Baseline,
+    ClipLora,
+    LogisticProbe,
+    NearestMean,
+    NearestNeighbour,
+    TipAdapter,
+    ZeroShotClip,
+)
+from fewshot_diti.baselines.imagenet import FineTuned
+from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature
+from fewshot_diti.evaluation.bench import FOLDS, Bench, DitiErrors, Task
+from fewshot_diti.recommended import recommended_scoring
+
+SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
+ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What a method says of the N test images.
+
+    Attributes:
+        probabilities: [N, C], classes in the task's order.
+        evaluations: samples through a U-Net for each image, 0 where there is none.
+        training_seconds, scoring_seconds: in all.
+        chosen: what the shots decided, such as a window or C.
+    """
+
+    probabilities: np.ndarray
+    evaluations: int = 0
+    training_seconds: float
+    scoring_seconds: float
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[Bench, Task], Outcome]
+
+
+def of_baseline(make: Callable[[Bench, Task], Baseline]) -> Method:
+    """The method that fits a baseline on the shots and asks it."""
+
+    def run(bench: Bench, task: Task) -> Outcome:
+        start = perf_counter()
+        baseline = make(bench, task).fit(task.shot_images(), task.shot_labels())
+        fitted = perf_counter()
+        probabilities = in_task_order(baseline, task, baseline.predict_proba(task.test_images()))
+        chosen = {k: v for k, v in vars(baseline).items() if k.endswith("_") and k != "classes_"}
+        return Outcome(
+            probabilities=probabilities,
+            training_seconds=fitted - start,
+            scoring_seconds=perf_counter() - fitted,
+            chosen=chosen,
+        )
+
+    return run
+
+
+def in_task_order(baseline: Baseline, task: Task, probabilities_NC: np.ndarray) -> np.ndarray:
+    """Columns in the order of the task's classes."""
+    known = baseline.classes_.tolist()
+    return probabilities_NC[:, [known.index(name) for name in task.class_names]]
+
+
+def diti(weighting: str, bench: Bench, task: Task) -> Outcome:
+    """Class tokens, their errors weighted in one way."""
+    errors = bench.diti(task)
+    scores, temperature, chosen = _scores(weighting, bench, errors)
+    return Outcome(
+        probabilities=softmax(-scores.numpy() / temperature, axis=1),
+        evaluations=errors.test.shape[1] * errors.test.shape[2],
+        training_seconds=errors.training_seconds,
+        scoring_seconds=errors.scoring_seconds,
+        chosen=chosen | {"temperature": temperature},
+    )
+
+
+def zero_shot_sd(bench: Bench, task: Task) -> Outcome:
+    """The diffusion classifier: prompts without class tokens, all time-steps alike."""
+    errors, seconds = bench.zero_shot(task.test)
+    scores = errors.double().mean(2).numpy()
+    return Outcome(
+        probabilities=softmax(-scores / recommended_temperature(bench), axis=1),
+        evaluations=errors.shape[1] * errors.shape[2],
+        training_seconds=0.0,
+        scoring_seconds=seconds,
+    )
+
+
+def diti_with_clip(bench: Bench, task: Task) -> Outcome:
+    """Log-probabilities of class tokens and of Tip-Adapter, mixed with the weight under which held-out shots are most
+    likely; half and half with one shot a class."""
+    start = perf_counter()
+    errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
+    scores, temperature, _ = _scores(weighting, bench, errors)
+    tip = TipAdapter(bench.clip, bench.templates, seed=task.seed).fit(task.shot_images(), task.shot_labels())
+    weight = 0.5
+    if errors.out_of_fold:
+        held_out, _, _ = _scores(
+            recommended_scoring(small=bench.backbone.small).weighting, bench, errors, held_out=True
+        )
+        log_diti = log_softmax(-held_out.numpy() / temperature, axis=1)
+        log_clip = np.log(_held_out_clip(bench, task).clip(1e-12))
+        truth = errors.held_out_labels.numpy()
+
+        def likelihood(w: float) -> float:
+            mixed = log_softmax((1 - w) * log_diti + w * log_clip, axis=1)
+            return mixed[np.arange(len(truth)), truth].mean()
+
+        weight = float(max(ENSEMBLE_WEIGHTS, key=likelihood))
+    fitted = perf_counter()
+    log_diti = log_softmax(-scores.numpy() / temperature, axis=1)
+    log_clip = np.log(in_task_order(tip, task, tip.predict_proba(task.test_images())).clip(1e-12))
+    return Outcome(
+        probabilities=softmax((1 - weight) * log_diti + weight * log_clip, axis=1),
+        evaluations=errors.test.shape[1] * errors.test.shape[2],
+        training_seconds=errors.training_seconds + fitted - start,
+        scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
+        chosen={"clip_weight": weight},
+    )
+
+
+def recommended_temperature(bench: Bench) -> float:
+    """The temperature where the shots cannot say."""
+    return recommended_scoring(small=bench.backbone.small).temperature or 1.0
+
+
+def _scores(
+    weighting: str, bench: Bench, errors: DitiErrors, *, held_out: bool = False
+) -> tuple[Tensor, float, dict[str, Any]]:
+    """Scores of the test images (or of the held-out shots), the temperature, and what was chosen."""
+    abar, times = bench.backbone.alphas_cumprod, errors.timesteps
+    parsed, chosen = timesteps.parse_weighting(weighting), {"weighting": weighting}
+    if parsed.name == "auto" and not errors.out_of_fold:
+        parsed = timesteps.parse_weighting(recommended_scoring(small=bench.backbone.small).weighting)
+        chosen = {"weighting": str(parsed)}
+    if parsed.name == "auto":
+        window = choose_window(errors.held_out, errors.held_out_labels, times, candidate_windows(len(abar)))
+        weights, chosen = timesteps.window(abar, *window), {"weighting": f"window{window}"}
+    elif parsed.name == "window":
+        weights = timesteps.window(abar, int(parsed.parameters[0]), int(parsed.parameters[1]))
+    elif parsed.name in timesteps.FROM_ERRORS:
+        weights = timesteps.FROM_ERRORS[parsed.name](errors.held_out, times, len(abar))
+    elif parsed.name == "pdae":
+        weights = timesteps.pdae(abar, *parsed.parameters)
+    else:
+        weights = timesteps.uniform(abar)
+    trial_weights = timesteps.trial_weights(weights, times)
+    trial_weights = trial_weights / trial_weights.mean()
+    temperature = recommended_temperature(bench)
+    if errors.out_of_fold:
+        temperature = fit_temperature(timesteps.score(errors.held_out, trial_weights), errors.held_out_labels)
+    scored = errors.held_out if held_out else errors.test
+    return timesteps.score(scored, trial_weights), temperature, chosen
+
+
+def _held_out_clip(bench: Bench, task: Task) -> np.ndarray:
+    """Tip-Adapter's probabilities [n, C] of the shots, each by a fit without it, in the order of `held_out_errors`."""
+    groups, rows = task.groups(), []
+    for fold in range(min(FOLDS, max(len(shots) for shots in groups.values()))):
+        order = sorted(groups)
+        kept = [(s, x) for x in order for i, s in enumerate(groups[x]) if i % FOLDS != fold]
+        held = [s for x in order for i, s in enumerate(groups[x]) if i % FOLDS == fold]
+        tip = TipAdapter(bench.clip, bench.templates, seed=task.seed).fit(*map(list, zip(*kept, strict=True)))
+        rows.append(in_task_order(tip, task, tip.predict_proba(held)))
+    return np.concatenate(rows)
+
+
+def _window(bench: Bench, lo: float, hi: float) -> str:
+    big_t = bench.backbone.num_train_timesteps
+    return f"window({round(lo * big_t)}, {round(hi * big_t)})"
+
+
+def _logistic(candidates: Callable[[Bench], Any]) -> Method:
+    return of_baseline(lambda bench, _: LogisticProbe(candidates(bench)))
+
+
+METHODS: dict[str, Method] = {
+    "zeroshot-sd": zero_shot_sd,
+    "zeroshot-clip": of_baseline(lambda bench, _: ZeroShotClip(bench.clip, bench.templates)),
+    "tip-adapter": of_baseline(lambda bench, task: TipAdapter(bench.clip, bench.templates, seed=task.seed)),
+    "tip-adapter-f": of_baseline(
+        lambda bench, task: TipAdapter(bench.clip, bench.templates, fine_tune=True, seed=task.seed)
+    ),
+    "linear-clip": _logistic(lambda bench: {"CLIP": bench.clip.image_features}),
+    "clip-lora": of_baseline(
+        lambda bench, task: ClipLora(
+            bench.clip, bench.templates[0], candidates=(50, 200) if bench.backbone.small else (), seed=task.seed
+        )
+    ),
+    "linear-sd": _logistic(lambda bench: bench.unet_features.candidates()),
+    "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates())),
+    "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
+    "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
+    "finetune": of_baseline(lambda bench, task: FineTuned(bench.network, seed=task.seed)),
+    "diti": lambda bench, task: diti(recommended_scoring(small=bench.backbone.small).weighting, bench, task),
+    "diti-all-t": partial(diti, "uniform"),
+    "diti-small-t": lambda bench, task: diti(_window(bench, 0, SMALL_T), bench, task),
+    "diti-large-t": lambda bench, task: diti(_window(bench, LARGE_T, 1), bench, task),
+    "diti-auto": partial(diti, "auto"),
+    "diti+clip": diti_with_clip,
+}
+
+NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti"))  # what `Bench.prepare` leaves
+NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` leaves

@@ -1,0 +1,165 @@
+"""The table and the plot of a grid: methods by shots, mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
+PUBLISHED = {  # accuracy in %, FGVC-Aircraft: Yue et al., CVPR 2024
+    "zero-shot SD 2.0": (24.3,) * 5,
+    "zero-shot OpenCLIP ViT-H": (42.3,) * 5,
+    "Tip-Adapter, OpenCLIP ViT-H": (48.4, 53.9, 57.0, 62.0, 67.4),
+    "DiTi, SD 2.0": (48.5, 55.8, 64.2, 74.2, 79.9),
+}
+PUBLISHED_SOURCE = "Yue et al., CVPR 2024"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method's accuracy in %.
+
+    Attributes:
+        name: of the method.
+        accuracy: by shots, one number a seed.
+        source: of published numbers, "" for measured ones.
+    """
+
+    name: str
+    accuracy: Mapping[int, Sequence[float]]
+    source: str = ""
+
+    def mean(self, num_shots: int) -> float:
+        """Over seeds; NaN where there is no run."""
+        values = self.accuracy.get(num_shots, ())
+        return float(np.mean(values)) if len(values) else float("nan")
+
+    def average(self, shots: Sequence[int]) -> float:
+        """Of the means of these shots; NaN where one is missing."""
+        return float(np.mean([self.mean(k) for k in shots]))
+
+
+def published_rows(shots: Sequence[int]) -> list[Row]:
+    """What the paper reports on FGVC-Aircraft, at these shots."""
+    return [
+        Row(
+            name=name,
+            accuracy={k: (v,) for k, v in zip(PUBLISHED_SHOTS, values, strict=True) if k in shots},
+            source=PUBLISHED_SOURCE,
+        )
+        for name, values in PUBLISHED.items()
+    ]
+
+
+def _cells(row: Row, shots: Sequence[int]) -> list[str]:
+    cells = []
+    for k in shots:
+        values = row.accuracy.get(k, ())
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{spread}" if len(values) else "")
+    average = row.average(shots)
+    return [*cells, "" if np.isnan(average) else f"{average:.1f}"]
+
+
+def _best(rows: Sequence[Row], shots: Sequence[int]) -> list[float]:
+    """The largest measured number of each column."""
+    measured = [row for row in rows if not row.source]
+    columns = [[row.mean(k) for row in measured] for k in shots] + [[row.average(shots) for row in measured]]
+    return [max((v for v in column if not np.isnan(v)), default=float("nan")) for column in columns]
+
+
+def _marked(rows: Sequence[Row], shots: Sequence[int], bold: str) -> list[list[str]]:
+    """Lines of the table, the best measured number of each column in `bold`, a template."""
+    best, lines = _best(rows, shots), []
+    for row in rows:
+        numbers = [row.mean(k) for k in shots] + [row.average(shots)]
+        name = f"{row.name} (published, {row.source})" if row.source else row.name
+        cells = [
+            bold.format(cell) if not row.source and number == top else cell
+            for cell, number, top in zip(_cells(row, shots), numbers, best, strict=True)
+        ]
+        lines.append([name, *cells])
+    return lines
+
+
+def _head(shots: Sequence[int]) -> list[str]:
+    return ["method", *(f"{k} shot" if k == 1 else f"{k} shots" for k in shots), "average"]
+
+
+def rich_table(rows: Sequence[Row], shots: Sequence[int]) -> Table:
+    """For the screen."""
+    table = Table(
+        caption="accuracy in %: mean ± standard deviation over seeds; best in bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for i, title in enumerate(_head(shots)):
+        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for line in _marked(rows, shots, "[bold]{}[/bold]"):
+        table.add_row(*line)
+    return table
+
+
+def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
+    """For a page."""
+    head = _head(shots)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *_marked(rows, shots, "**{}**")]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
+    """For a paper; needs the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cells).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_") + r" \\" + "\n"
+
+    columns = "l" + "r" * (len(shots) + 1)
+    body = "".join(line(cells) for cells in _marked(rows, shots, r"\textbf{{{}}}"))
+    begin, end = f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n", "\\bottomrule\n\\end{tabular}\n"
+    return f"{begin}{line(_head(shots))}\\midrule\n{body}{end}"
+
+
+def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
+    """One line a method and number of shots: mean, standard deviation, number of seeds, source."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source"])
+    for row in rows:
+        for k in shots:
+            values = row.accuracy.get(k, ())
+            if len(values):
+                deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+                writer.writerow([row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source])
+    return buffer.getvalue()
+
+
+def plot(rows: Sequence[Row], shots: Sequence[int]) -> bytes:
+    """PNG of accuracy over shots; bands are one standard deviation over seeds, published numbers are dotted."""
+    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        known = [k for k in shots if len(row.accuracy.get(k, ()))]
+        means = np.array([row.mean(k) for k in known])
+        style = ":" if row.source else ("-", "--", "-.")[i // 10 % 3]
+        label = f"{row.name} (published)" if row.source else row.name
+        axes.plot(known, means, style, marker="o", markersize=3, color=f"C{i % 10}", label=label)
+        if not row.source:
+            spread = np.array([np.std(row.accuracy[k], ddof=1) if len(row.accuracy[k]) > 1 else 0.0 for k in known])
+            axes.fill_between(known, means - spread, means + spread, color=f"C{i % 10}", alpha=0.12, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(shots), [str(k) for k in shots])
+    axes.set_xlabel("shots a class")
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,206 @@
+"""The few-shot table at tiny size: what is there is not run again, failures are told, processes share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from small_clip import save_tiny_clip
+
+from fewshot_diti import DiTiClassifier
+from fewshot_diti.commands.evaluate import EvalConfig, evaluate
+from fewshot_diti.evaluation import bench as bench_module
+from fewshot_diti.evaluation import methods
+from fewshot_diti.evaluation.grid import Grid
+from fewshot_diti.evaluation.methods import METHODS
+from fewshot_diti.evaluation.table import Row, comma_separated, latex, markdown, published_rows
+from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.training import TrainingConfig
+
+TRAINING = TrainingConfig(steps=3, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
+SCORING = ScoringConfig(weighting="relative")
+COLOURS = {"nut": (200, 80, 80), "bolt": (80, 200, 80), "gear": (80, 80, 200)}
+
+
+@pytest.fixture(autouse=True)
+def small_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings that take a second, and no downloads."""
+    monkeypatch.setattr(bench_module, "recommended_training", lambda num_shots, small: TRAINING)
+    for module in (bench_module, methods):
+        monkeypatch.setattr(module, "recommended_scoring", lambda small: SCORING)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
+    yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
+    for split, count in (("train", 3), ("test", 2)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 60, (32, 64, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> EvalConfig:
+    return EvalConfig(
+        dataset=f"folder:{data}",
+        backbone=str(backbone_folder),
+        clip=f"local-dir:{save_tiny_clip(tmp_path_factory.mktemp('clip'), 'transformer')}",
+        network="test_resnet",
+        concept="part",
+        shots=(1, 2),
+        seeds=(1,),
+        trials=3,
+        output_dir=tmp_path,
+    )
+
+
+QUIET = Console(quiet=True)
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(f): f.stat().st_mtime_ns for f in folder.rglob("*-*.json")}
+
+
+def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(methods, "METHODS", METHODS)
+    slow = {"finetune", "clip-lora"}
+    fast = replace(config, methods=tuple(m for m in METHODS if m not in slow))
+    assert evaluate(fast, Console(width=200)) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy in %" in printed and "accuracy of diti minus" in printed
+    folder = Grid(fast).config.folder
+    record = json.loads((folder / "diti" / "2-1.json").read_text())
+    assert record["status"] == "ok" and record["evaluations_per_image"] == 9
+    assert 0 <= record["interval"][0] <= record["accuracy"] <= record["interval"][1] <= 1
+    assert len(record["predictions"]) == 6 and set(record["predictions"][0]) == {"image_id", "label", "margin"}
+    assert len(record["shots"]["image_ids"]) == 6
+    for name in ("table.md", "table.tex", "table.csv", "accuracy.png", "comparisons.json"):
+        assert (folder / name).stat().st_size > 0
+    before = times(folder)
+    assert len(before) == 2 * len(fast.methods)
+    assert evaluate(fast, QUIET) == 0
+    assert times(folder) == before
+    (folder / "ncm-sd" / "1-1.json").unlink()
+    (folder / "diti" / "1-1.json").write_text((folder / "diti" / "1-1.json").read_text().replace("ok", "failed", 1))
+    assert {(r.method, r.num_shots) for r in Grid(fast).missing()} == {("ncm-sd", 1), ("diti", 1)}
+    assert len(Grid(replace(fast, trials=2)).missing()) == len(before)
+
+
+def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.ClipLora, "_cross_validate", lambda *_: 2)
+    monkeypatch.setattr(
+        methods.FineTuned.__init__, "__kwdefaults__", {"steps": 2, "batch_size": 4, "lr": 1e-3, "seed": 0}
+    )
+    few = replace(config, methods=("clip-lora", "finetune"), shots=(2,), against="finetune")
+    assert evaluate(few, QUIET) == 0
+    record = json.loads((few.folder / "clip-lora" / "2-1.json").read_text())
+    assert record["chosen"] == {"steps_": 2}
+
+
+def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -> None:
+    grid = Grid(replace(config, methods=("diti-all-t",), against="diti-all-t", shots=(2,)))
+    assert grid.run_missing() == []
+    task = grid.task(2, 1)
+    scoring = ScoringConfig(trials=3, weighting="uniform", seed=1, unet_scale=0.6, text_encoder_scale=0.7)
+    classifier = DiTiClassifier(config.backbone, concept="part", training=replace(TRAINING, seed=1), scoring=scoring)
+    classifier.fit(task.shot_images(), task.shot_labels())
+    record = json.loads((grid.config.folder / "diti-all-t" / "2-1.json").read_text())
+    assert [p["label"] for p in record["predictions"]] == classifier.predict(task.test_images()).tolist()
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of paint")
+
+    monkeypatch.setitem(METHODS, "nn-latents", broken)
+    few = replace(config, methods=("nn-latents", "ncm-sd"), against="ncm-sd", shots=(1,))
+    assert evaluate(few, QUIET) == 1
+    failed = json.loads((few.folder / "nn-latents" / "1-1.json").read_text())
+    assert failed["status"] == "failed" and failed["error"] == "RuntimeError: out of paint"
+    assert json.loads((few.folder / "ncm-sd" / "1-1.json").read_text())["status"] == "ok"
+    monkeypatch.undo()
+    assert [r.method for r in Grid(few).missing()] == ["nn-latents"]
+
+
+def test_a_dry_run_says_what_is_missing_and_runs_nothing(
+    config: EvalConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = replace(config, methods=("ncm-sd", "nn-latents"), against="ncm-sd", shots=(1,))
+    assert evaluate(replace(few, methods=("ncm-sd",)), QUIET) == 0
+    before = times(few.folder)
+    assert evaluate(replace(few, shots=(1, 2), dry_run=True), Console(width=200)) == 0
+    printed = capsys.readouterr().out
+    assert "nn-latents/2-1.json  time unknown" in printed and "3 runs to do, 1 done" in printed
+    assert times(few.folder) == before
+
+
+def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -> None:
+    few = replace(config, methods=("diti-all-t", "ncm-sd", "nn-latents"), against="ncm-sd", shots=(2,))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom test_grid import *\n"
+        "bench_module.recommended_training = lambda num_shots, small: TRAINING\n"
+        "for m in (bench_module, methods): m.recommended_scoring = lambda small: SCORING\n"
+        f"from pathlib import PosixPath\nsys.exit(evaluate({replace(few, output_dir=tmp_path / 'two')!r}, QUIET))\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{root}:{root / 'tests'}",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert evaluate(few, QUIET) == 0
+    for method in few.methods:
+        one, two = (
+            json.loads((c.folder / method / "2-1.json").read_text())
+            for c in (few, replace(few, output_dir=tmp_path / "two"))
+        )
+        assert [p["label"] for p in one["predictions"]] == [p["label"] for p in two["predictions"]]
+        margins = [torch.tensor([p["margin"] for p in r["predictions"]]) for r in (one, two)]
+        torch.testing.assert_close(*margins, rtol=0, atol=1e-4)
+
+
+def test_tables_mark_the_best_measured_number_and_name_the_source_of_published_ones() -> None:
+    rows = [
+        *published_rows((1, 16))[-1:],
+        Row(name="diti", accuracy={1: (40.0, 44.0), 16: (80.0, 82.0)}),
+        Row(name="tip_adapter", accuracy={1: (45.0, 45.0)}),
+    ]
+    assert markdown(rows, (1, 16)).splitlines() == [
+        "| method | 1 shot | 16 shots | average |",
+        "| --- | ---: | ---: | ---: |",
+        "| DiTi, SD 2.0 (published, Yue et al., CVPR 2024) | 48.5 | 79.9 | 64.2 |",
+        "| diti | 42.0 ± 2.8 | **81.0 ± 1.4** | **61.5** |",
+        "| tip_adapter | **45.0 ± 0.0** |  |  |",
+    ]
+    assert r"tip\_adapter & \textbf{45.0 $\pm$ 0.0} &  &  \\" in latex(rows, (1, 16))
+    assert "diti,1,42.000,2.828,2,\n" in comma_separated(rows, (1, 16))
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"methods \['magic'\]; pass some of zeroshot-sd"):
+        EvalConfig(methods=("magic",))
+    with pytest.raises(ValueError, match="against='diti'; pass one of the methods ncm-sd"):
+        EvalConfig(methods=("ncm-sd",))
