@@ -31,8 +31,16 @@ def test_groups_that_are_right_or_wrong_together_widen_the_interval() -> None:
     probabilities = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
     ids = [str(i) for i in range(40)]
     wilson = summarize(labels, probabilities, ("a", "b"), ids)["interval"]
-    grouped = summarize(labels, probabilities, ("a", "b"), ids, [str(i // 5) for i in range(40)])["interval"]
+    grouped = summarize(labels, probabilities, ("a", "b"), ids, groups=[str(i // 5) for i in range(40)])["interval"]
     assert grouped[1] - grouped[0] > 1.5 * (wilson[1] - wilson[0])
+
+
+def test_matched_and_shifted_images_are_told_apart() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.9, 0.1]])
+    matched = np.array([True, True, False, False])
+    found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), matched=matched)
+    assert (found["matched"]["accuracy"], found["matched"]["images"]) == (1.0, 2)
+    assert (found["shifted"]["accuracy"], found["shifted"]["images"]) == (0.5, 2)
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:

@@ -86,7 +86,7 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     fast = replace(config, methods=tuple(m for m in METHODS if m not in slow))
     assert evaluate(fast, Console(width=200)) == 0
     printed = capsys.readouterr().out
-    assert "accuracy in %" in printed and "accuracy of diti minus" in printed
+    assert "accuracy in %" in printed and "accuracy of diti minus" in printed and "matched" not in printed
     folder = Grid(fast).config.folder
     record = json.loads((folder / "diti" / "2-1.json").read_text())
     assert record["status"] == "ok" and record["evaluations_per_image"] == 9
@@ -180,6 +180,26 @@ def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -
         assert [p["label"] for p in one["predictions"]] == [p["label"] for p in two["predictions"]]
         margins = [torch.tensor([p["margin"] for p in r["predictions"]]) for r in (one, two)]
         torch.testing.assert_close(*margins, rtol=0, atol=1e-4)
+
+
+def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(config: EvalConfig) -> None:
+    few = replace(
+        config, dataset="bundled", shift="livery", methods=("nn-latents",), against="nn-latents", shots=(2, 8)
+    )
+    assert evaluate(few, QUIET) == 0
+    grid = Grid(few)
+    task = grid.task(2, 1)
+    for c, name in enumerate(grid.test.class_names):
+        worn = {task.shots.attributes["airline"][i] for i in np.flatnonzero(task.shots.labels == c)}
+        others = {grid.test.attributes["airline"][i] for i in np.flatnonzero(grid.test.labels != c)}
+        assert len(worn) == 1 and (worn <= others or name == "747-8")  # nobody else wears the 747-8's
+    record = json.loads((few.folder / "nn-latents" / "2-1.json").read_text())
+    assert record["matched"]["images"] + record["shifted"]["images"] == len(grid.test)
+    assert record["matched"]["images"] < 60
+    assert len({grid.task(8, 1).shots.attributes["airline"][i] for i in range(8)}) > 1  # no livery has eight images
+    assert "nn-latents" in (few.folder / "shift.md").read_text()
+    with pytest.raises(ValueError, match="shift='colour'; these images have the attributes"):
+        Grid(replace(few, shift="colour"))
 
 
 def test_tables_mark_the_best_measured_number_and_name_the_source_of_published_ones() -> None:

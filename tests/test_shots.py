@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewshot_diti.data import ImageSet, Shots, check_disjoint, import_path_list, sample_shots, seen_attribute
+from fewshot_diti.data import (
+    ImageSet,
+    Shots,
+    check_disjoint,
+    import_path_list,
+    sample_shots,
+    sample_shots_of_one_value,
+    seen_attribute,
+)
 
 
 def image_set(pairs, **attributes):
@@ -117,6 +125,22 @@ def test_an_attribute_is_seen_only_among_the_shots_of_its_own_class():
     assert seen_attribute(shots, test).tolist() == [False, True, True, False]
     with pytest.raises(ValueError, match="livery"):
         seen_attribute(shots, test, "livery")
+
+
+def test_shots_of_one_value_wear_what_other_classes_wear_in_the_test():
+    pool = image_set([(c, 10 * p + n) for p, c in enumerate("AB") for n in range(6)], airline=("KLM", "SAS", "") * 4)
+    test = image_set([("A", 50), ("B", 51)], airline=("KLM", "SAS"))
+    for seed in range(5):
+        drawn = sample_shots_of_one_value(pool, test, 2, seed, "airline")
+        shots = pool.subset(drawn.rows(pool))
+        assert (
+            list(zip(shots.labels.tolist(), shots.attributes["airline"], strict=True))
+            == [(0, "SAS")] * 2 + [(1, "KLM")] * 2
+        )
+    with pytest.raises(ValueError, match="Class 'A' has no airline that 3 of its images wear"):
+        sample_shots_of_one_value(pool, test, 3, 0, "airline")
+    with pytest.raises(ValueError, match="No attribute 'sky'"):
+        sample_shots_of_one_value(pool, test, 1, 0, "sky")
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.comparison import compare
@@ -81,7 +80,8 @@ def plan(grid: Grid) -> str:
 
 
 def report(grid: Grid, against: str, console: Console) -> None:
-    """Prints accuracy and comparisons, and writes table.{csv,md,tex}, accuracy.png and comparisons.json."""
+    """Prints accuracy and comparisons, and writes table.{csv,md,tex}, accuracy.png, comparisons.{md,json} and, where
+    images have the attribute, shift.md."""
     config, folder = grid.config, grid.config.folder
     records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
     rows = [table.Row(name=m, accuracy=_accuracy(records, m, config.shots)) for m in config.methods]
@@ -95,9 +95,17 @@ def report(grid: Grid, against: str, console: Console) -> None:
     ):
         write_atomically(folder / name, text.encode())
     write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
+    head, lines = table.shift_lines(config.methods, config.shots, partial(_pooled, records))
+    if any(cell for line in lines for cell in line[1:]):
+        caption = f"accuracy in %: matched / shifted (drop); matched images share their {config.column} with the shots"
+        console.print(table.rich_lines(head, lines, caption))
+        write_atomically(folder / "shift.md", table.markdown_lines(head, lines).encode())
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        console.print(_comparison_table(config.shots, against, comparisons))
+        head, lines = _comparison_lines(config.shots, comparisons)
+        caption = f"accuracy of {against} minus the method's, in points, with its 95 % interval"
+        console.print(table.rich_lines(head, lines, caption))
+        write_atomically(folder / "comparisons.md", table.markdown_lines(head, lines).encode())
         write_atomically(folder / "comparisons.json", (json.dumps(comparisons, indent=1) + "\n").encode())
     console.out(f"Tables, plot and runs: {folder}")
 
@@ -132,23 +140,28 @@ def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -
     return found
 
 
-def _comparison_table(shots: Sequence[int], against: str, comparisons: dict[str, dict[str, Any]]) -> Table:
-    shown = Table(
-        caption=f"accuracy of {against} minus accuracy of the method, in points, with its "
-        "95 % interval\n(bootstrap over images and seeds); p-values of McNemar's test in comparisons.json",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    shown.add_column("against", no_wrap=True)
-    for k in shots:
-        shown.add_column(f"{k} shots" if k > 1 else "1 shot", justify="right", no_wrap=True)
-    for method, by_shots in comparisons.items():
-        cells = []
-        for k in shots:
-            c = by_shots.get(str(k))
-            cells.append(f"{100 * c['difference']:+.1f} [{100 * c['low']:+.0f}, {100 * c['high']:+.0f}]" if c else "")
-        shown.add_row(method, *cells)
-    return shown
+def _comparison_lines(
+    shots: Sequence[int], comparisons: dict[str, dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of comparisons."""
+
+    def cell(comparison: dict[str, Any] | None) -> str:
+        if comparison is None:
+            return ""
+        points = [
+            f"{100 * comparison[key]:+.{digits}f}" for key, digits in (("difference", 1), ("low", 0), ("high", 0))
+        ]
+        return f"{points[0]} [{points[1]}, {points[2]}]"
+
+    head = ["against", *(f"{k} shots" if k > 1 else "1 shot" for k in shots)]
+    return head, [[method, *(cell(by.get(str(k))) for k in shots)] for method, by in comparisons.items()]
+
+
+def _pooled(records: dict[Run, dict[str, Any]], method: str, num_shots: int, part: str) -> float:
+    """Accuracy in % on one part of the test images, over the images of all seeds; NaN where there are none."""
+    found = [r[part] for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots) and part in r]
+    images = sum(p["images"] for p in found)
+    return 100 * sum(p["accuracy"] * p["images"] for p in found) / images if images else float("nan")
 
 
 def _all_seconds(record: dict[str, Any]) -> float:

@@ -2,7 +2,13 @@
 
 from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule, image_id, open_image
-from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots, seen_attribute
+from fewshot_diti.data.shots import (
+    Shots,
+    check_disjoint,
+    sample_shots,
+    sample_shots_of_one_value,
+    seen_attribute,
+)
 from fewshot_diti.data.sources import (
     load_bundled,
     load_fgvc,
@@ -31,5 +37,6 @@ __all__ = [
     "normalize_airline",
     "open_image",
     "sample_shots",
+    "sample_shots_of_one_value",
     "seen_attribute",
 ]

@@ -101,11 +101,44 @@ def sample_shots(data: ImageSet, k: int | Literal["all"], seed: int) -> Shots:
             f"{least} different images a class are needed, but {counts}{more}; add images or drop the class{way_out}."
         )
 
-    def rank(image: str) -> str:
-        return hashlib.sha256(f"{seed}:{image}".encode()).hexdigest()
-
     count = None if k == "all" else k
-    drawn = {name: tuple(sorted(ids, key=rank)[:count]) for name, ids in of_class.items()}
+    drawn = {name: tuple(sorted(ids, key=lambda i: _rank(seed, i))[:count]) for name, ids in of_class.items()}
+    return Shots(k=k, seed=seed, image_ids=drawn)
+
+
+def _rank(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int, column: str) -> Shots:
+    """Draws k images a class that share one value of an attribute, such as a livery: a spurious cue of the class.
+
+    The value is one that test images of other classes wear too, so that the cue misleads, where the class has such a
+    value; of several, and of the images that wear it, SHA-256(seed, ...) draws.
+
+    Raises:
+        ValueError: no such column, or a class has no value that k of its images wear.
+    """
+    for part in (data, test):
+        if column not in part.attributes:
+            raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")
+    drawn = {}
+    for name in data.class_names:
+        elsewhere = {
+            v for v, c in zip(test.attributes[column], test.labels, strict=True) if test.class_names[c] != name
+        }
+        of_value: dict[str, set[str]] = {}
+        rows = np.flatnonzero(data.labels == data.class_names.index(name))
+        for row in rows:
+            of_value.setdefault(data.attributes[column][row], set()).add(data.ids[row])
+        possible = [v for v, ids in of_value.items() if v and len(ids) >= k]
+        if not possible:
+            counts = {v: len(ids) for v, ids in of_value.items()}
+            raise ValueError(
+                f"Class {name!r} has no {column} that {k} of its images wear (images of each: {counts}); lower k."
+            )
+        value = min(possible, key=lambda v: (v not in elsewhere, _rank(seed, f"{name}:{v}")))
+        drawn[name] = tuple(sorted(of_value[value], key=lambda image: _rank(seed, image))[:k])
     return Shots(k=k, seed=seed, image_ids=drawn)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,14 @@ from tqdm import tqdm
 from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.clip import VIT_H
 from fewshot_diti.baselines.imagenet import PACKAGED
-from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.data import (
+    ImageSet,
+    check_disjoint,
+    load_images,
+    sample_shots,
+    sample_shots_of_one_value,
+    seen_attribute,
+)
 from fewshot_diti.evaluation.bench import Bench, Task
 from fewshot_diti.evaluation.methods import METHODS, NEEDS_CLASS_TOKENS, NEEDS_ZERO_SHOT
 from fewshot_diti.evaluation.metrics import summarize
@@ -29,7 +37,7 @@ from fewshot_diti.learning import TrainingError
 from fewshot_diti.processes import process_state
 
 PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")
-RESAMPLED = "airline"  # the attribute over which intervals are resampled, where the images have it
+AIRLINE = "airline"  # the attribute of the bundled images that a livery is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,10 @@ class GridConfig:
         concept: what all classes are.
         trials: of the diffusion methods.
         max_test_images: of each class; by default all.
-        output_dir: gets one JSON a run at <dataset>/<backbone>/none/<method>/<shots>-<seed>.json.
+        shift: "none", or an attribute of the images ("livery" stands for airline): the shots of a class then share one
+            value of it, as far as some value has so many images; test images of the class with a value that its shots
+            show are matched, the others shifted.
+        output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
         ValueError: an unknown method, or nothing to run.
@@ -62,6 +73,7 @@ class GridConfig:
     concept: str = "aircraft"
     trials: int = 16
     max_test_images: int | None = None
+    shift: str = "none"
     output_dir: Path = Path("results")
 
     def __post_init__(self) -> None:
@@ -73,9 +85,14 @@ class GridConfig:
                 raise ValueError(f"No {name}; pass at least one.")
 
     @property
+    def column(self) -> str:
+        """The attribute that matched and shifted test images differ in."""
+        return AIRLINE if self.shift in ("none", "livery") else self.shift
+
+    @property
     def folder(self) -> Path:
         """What all runs of this data set and backbone share."""
-        return self.output_dir / _slug(self.dataset) / _slug(self.backbone) / "none"
+        return self.output_dir / _slug(self.dataset) / _slug(self.backbone) / _slug(self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +117,9 @@ class Grid:
         self.pool = load_images(config.dataset, "train")
         test = load_images(config.dataset, "test")
         self.test = test if config.max_test_images is None else test.first_of_each_class(config.max_test_images)
+        self._has_column = all(config.column in part.attributes for part in (self.pool, self.test))
+        if config.shift != "none" and not self._has_column:
+            raise ValueError(f"shift={config.shift!r}; these images have the attributes {list(test.attributes)}.")
         self.bench = Bench(
             backbone=config.backbone,
             clip=config.clip or (POCKET if config.backbone == POCKET else VIT_H),
@@ -170,7 +190,11 @@ class Grid:
         Raises:
             ValueError: a class has too few images, or a test image is a shot.
         """
-        shots = self.pool.subset(sample_shots(self.pool, num_shots, seed).rows(self.pool))
+        if self.config.shift != "none" and num_shots <= most_of_one_value(self.pool, self.config.column):
+            drawn = sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
+        else:
+            drawn = sample_shots(self.pool, num_shots, seed)
+        shots = self.pool.subset(drawn.rows(self.pool))
         check_disjoint(shots, self.test)
         return Task(shots=shots, test=self.test, num_shots=num_shots, seed=seed)
 
@@ -191,6 +215,7 @@ class Grid:
             "network": config.network,
             "concept": config.concept,
             "trials": config.trials,
+            "shift": config.shift,
         }
 
     def _run(self, run: Run) -> dict[str, Any]:
@@ -201,7 +226,8 @@ class Grid:
             outcome.probabilities,
             self.test.class_names,
             self.test.ids,
-            self.test.attributes.get(RESAMPLED),
+            groups=self.test.attributes.get(self.config.column),
+            matched=seen_attribute(task.shots, self.test, self.config.column) if self._has_column else None,
         )
         count = len(self.test)
         return {
@@ -215,6 +241,12 @@ class Grid:
             "peak_memory_bytes": _peak_memory(),
             "shots": {"k": run.num_shots, "seed": run.seed, "image_ids": list(task.shots.ids)},
         }
+
+
+def most_of_one_value(images: ImageSet, column: str) -> int:
+    """The largest number such that every class has so many images of some one value of the column."""
+    pairs = Counter(zip(images.labels.tolist(), images.attributes[column], strict=True))
+    return min(max(n for (c, _), n in pairs.items() if c == label) for label in set(images.labels.tolist()))
 
 
 def _hash(images: ImageSet) -> str:

@@ -16,7 +16,9 @@ def summarize(
     probabilities_NC: np.ndarray,
     class_names: Sequence[str],
     image_ids: Sequence[str],
+    *,
     groups: Sequence[str] | None = None,
+    matched: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Figures of N test images, ready for JSON; shares are 0 to 1.
 
@@ -26,6 +28,8 @@ def summarize(
         image_ids: of the images.
         groups: of each image, such as its livery: images of one group are right or wrong together, so the interval of
             accuracy is a bootstrap over groups; None: Wilson's.
+        matched: bool [N], test images that share a spurious attribute with the shots of their class; the accuracy on
+            these and on the others, shifted, is told apart.
 
     Raises:
         ValueError: probabilities that are not finite, or lengths that differ.
@@ -40,13 +44,15 @@ def summarize(
         raise ValueError(f"Image {image_ids[image]} has no finite probability of class {class_names[label]!r}.")
     predicted = probabilities_NC.argmax(1)
     correct = predicted == labels_N
-    interval = wilson_interval(int(correct.sum()), len(correct))
-    if groups is not None:
-        interval = bootstrap_interval(correct.astype(float), groups)
+    parts = {} if matched is None else {"matched": matched, "shifted": ~matched}
     top_two = np.sort(probabilities_NC, axis=1)[:, -2:]
     return {
-        "accuracy": float(correct.mean()),
-        "interval": list(interval),
+        **_accuracy(correct, groups),
+        **{
+            name: _accuracy(correct[mask], groups and [g for g, m in zip(groups, mask, strict=True) if m])
+            for name, mask in parts.items()
+            if mask.any()
+        },
         "accuracy_by_class": {
             name: float(correct[labels_N == c].mean()) for c, name in enumerate(class_names) if (labels_N == c).any()
         },
@@ -57,3 +63,11 @@ def summarize(
             for i, p, (a, b) in zip(image_ids, predicted, top_two, strict=True)
         ],
     }
+
+
+def _accuracy(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
+    if groups is None:
+        interval = wilson_interval(int(correct.sum()), len(correct))
+    else:
+        interval = bootstrap_interval(correct.astype(float), groups)
+    return {"accuracy": float(correct.mean()), "interval": list(interval), "images": len(correct)}

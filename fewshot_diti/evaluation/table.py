@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,28 +91,50 @@ def _marked(rows: Sequence[Row], shots: Sequence[int], bold: str) -> list[list[s
 
 
 def _head(shots: Sequence[int]) -> list[str]:
-    return ["method", *(f"{k} shot" if k == 1 else f"{k} shots" for k in shots), "average"]
+    return ["method", *(f"{k} shot" if k == 1 else f"{k} shots" for k in shots)]
 
 
 def rich_table(rows: Sequence[Row], shots: Sequence[int]) -> Table:
     """For the screen."""
-    table = Table(
-        caption="accuracy in %: mean ± standard deviation over seeds; best in bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for i, title in enumerate(_head(shots)):
-        table.add_column(title, justify="right" if i else "left", no_wrap=True)
-    for line in _marked(rows, shots, "[bold]{}[/bold]"):
-        table.add_row(*line)
-    return table
+    caption = "accuracy in %: mean ± standard deviation over seeds; best in bold"
+    return rich_lines([*_head(shots), "average"], _marked(rows, shots, "[bold]{}[/bold]"), caption)
 
 
 def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
     """For a page."""
-    head = _head(shots)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *_marked(rows, shots, "**{}**")]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown_lines([*_head(shots), "average"], _marked(rows, shots, "**{}**"))
+
+
+def shift_lines(
+    names: Sequence[str], shots: Sequence[int], accuracy: Callable[[str, int, str], float]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table of accuracy in % on matched and on shifted test images, and the drop between them.
+
+    Args:
+        accuracy: of (name, shots, "matched" or "shifted"), NaN where there is none.
+    """
+
+    def cell(name: str, k: int) -> str:
+        matched, shifted = (accuracy(name, k, part) for part in ("matched", "shifted"))
+        return "" if np.isnan(matched + shifted) else f"{matched:.1f} / {shifted:.1f} ({matched - shifted:.1f})"
+
+    return _head(shots), [[name, *(cell(name, k) for k in shots)] for name in names]
+
+
+def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> Table:
+    """Lines of text as a table for the screen."""
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for i, title in enumerate(head):
+        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown_lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The same for a page."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
 
 
 def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
@@ -124,7 +146,7 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
     columns = "l" + "r" * (len(shots) + 1)
     body = "".join(line(cells) for cells in _marked(rows, shots, r"\textbf{{{}}}"))
     begin, end = f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n", "\\bottomrule\n\\end{tabular}\n"
-    return f"{begin}{line(_head(shots))}\\midrule\n{body}{end}"
+    return f"{begin}{line([*_head(shots), 'average'])}\\midrule\n{body}{end}"
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
