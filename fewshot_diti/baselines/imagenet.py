@@ -1,10 +1,12 @@
-"""Networks pre-trained on ImageNet, what a practitioner would try first: their features, and fine-tuned."""
+"""Pre-trained networks, what a practitioner would try first: their features, and fine-tuned."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -33,18 +36,26 @@ class ImageNetwork:
     """A frozen network without its classifier.
 
     Args:
-        name: "efficientnet-lite0", whose weights come in packages, or a timm model, whose weights the hub holds.
-        size: (height, width) that images are squashed to.
+        name: "efficientnet-lite0", whose weights come in packages; a timm model, whose weights the hub holds; or
+            "local-dir:FOLDER", a network that `pretraining.siblings` left.
+        size: (height, width) that images are squashed to; the last has its own.
 
     Raises:
-        ImportError: the packages of the former are not installed.
+        FileNotFoundError: there is no such folder.
+        ImportError: the packages of the first are not installed.
     """
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
         self.name, self.batch_size = name, batch_size
-        self.geometry = ImageGeometry(size=size, resize="squash")
         self.device = default_device()
-        if name != PACKAGED:
+        if name.startswith("local-dir:"):
+            folder = Path(name.removeprefix("local-dir:"))
+            layout = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            size = tuple(layout["size"])
+            self.module: Any = timm.create_model(layout["network"], pretrained=False, num_classes=0)
+            self.module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            self._mean, self._std = (0.5,) * 3, (0.5,) * 3
+        elif name != PACKAGED:
             network: Any = timm.create_model(name, pretrained=True, num_classes=0)
             self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
         elif installed():
@@ -53,6 +64,7 @@ class ImageNetwork:
             raise ImportError(
                 f"{PACKAGED} needs the packages {' and '.join(PACKAGES)}: pip install 'fewshot-diti[imagenet]'."
             )
+        self.geometry = ImageGeometry(size=size, resize="squash")
         self.module.to(self.device).eval().requires_grad_(False)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:

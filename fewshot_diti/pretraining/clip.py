@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from fewshot_diti.files import write_atomically
 from fewshot_diti.pretraining.captions import Captioner
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
-from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
+from fewshot_diti.pretraining.renders import (
+    Renders,
+    false_colour_copies,
+    few_shot_accuracy,
+    load_renders,
+    random_crops,
+    split_held_out,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,39 +110,13 @@ def model_config(config: ClipConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]
     }
 
 
-def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Generator) -> Tensor:
-    """Each image enlarged by 1 to 1 + zoom and moved by up to `shift` of its sides; borders are repeated."""
-    n = len(images_BCHW)
-    scale = 1 / (1 + zoom * torch.rand(n, generator=g))
-    move = shift * (4 * torch.rand(n, 2, generator=g) - 2)
-    zooms = torch.diag_embed(torch.stack([scale, scale], 1))
-    theta = torch.cat([zooms, move[:, :, None]], 2).to(images_BCHW)
-    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
-    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
-
-
-def few_shot_accuracy(features_ND: np.ndarray, variants: tuple[str, ...]) -> float:
-    """Accuracy of logistic regression on 16 images a variant (half of them where there are fewer), on the rest."""
-    rng, labels = np.random.default_rng(0), np.array(variants)
-    of_variant = [rng.permutation(np.flatnonzero(labels == v)) for v in sorted(set(variants))]
-    shots = np.concatenate([rows[: min(16, len(rows) // 2)] for rows in of_variant])
-    rest = np.setdiff1d(np.arange(len(labels)), shots)
-    features = normalize(features_ND)
-    model = LogisticRegression(C=10.0, max_iter=1000).fit(features[shots], labels[shots])
-    return float(model.score(features[rest], labels[rest]))
-
-
 class _CaptionedImages:
     """The training set: every image, as rendered and in false colours, and a fresh caption each time."""
 
     def __init__(self, renders: Renders, config: ClipConfig) -> None:
-        self.config, n = config, len(renders)
+        self.config = config
         self.caption = Captioner(renders, config.kinds)
-        versions = [renders.pixels_NCHW]
-        for copy in range(config.false_copies):
-            shuffled = [shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)]
-            versions.append(torch.stack(shuffled))
-        self.pixels = versions
+        self.pixels = [renders.pixels_NCHW, *false_colour_copies(renders, config.false_copies)]
 
     def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randperm(len(self.pixels[0]), generator=g)[:size].tolist()

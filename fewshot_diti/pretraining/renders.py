@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -113,3 +116,34 @@ def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
     order = orders[int(torch.randint(len(orders), (), generator=g))]
     hue = float(torch.rand((), generator=g)) * 0.3 - 0.15
     return v2.functional.adjust_hue(pixels_CHW[list(order)], hue)
+
+
+def false_colour_copies(renders: Renders, copies: int) -> list[Tensor]:
+    """`copies` versions of all images in shuffled colours, uint8 [images, 3, height, width] each."""
+    n = len(renders)
+    return [
+        torch.stack([shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)])
+        for copy in range(copies)
+    ]
+
+
+def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Generator) -> Tensor:
+    """Each image enlarged by 1 to 1 + zoom and moved by up to `shift` of its sides; borders are repeated."""
+    n = len(images_BCHW)
+    scale = 1 / (1 + zoom * torch.rand(n, generator=g))
+    move = shift * (4 * torch.rand(n, 2, generator=g) - 2)
+    zooms = torch.diag_embed(torch.stack([scale, scale], 1))
+    theta = torch.cat([zooms, move[:, :, None]], 2).to(images_BCHW)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
+
+
+def few_shot_accuracy(features_ND: np.ndarray, variants: tuple[str, ...]) -> float:
+    """Accuracy of logistic regression on 16 images a variant (half of them where there are fewer), on the rest."""
+    rng, labels = np.random.default_rng(0), np.array(variants)
+    of_variant = [rng.permutation(np.flatnonzero(labels == v)) for v in sorted(set(variants))]
+    shots = np.concatenate([rows[: min(16, len(rows) // 2)] for rows in of_variant])
+    rest = np.setdiff1d(np.arange(len(labels)), shots)
+    features = normalize(features_ND)
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(features[shots], labels[shots])
+    return float(model.score(features[rest], labels[rest]))

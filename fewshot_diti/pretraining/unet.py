@@ -21,7 +21,7 @@ from fewshot_diti.backbone import hash_weights
 from fewshot_diti.files import write_atomically
 from fewshot_diti.pretraining.captions import GENERIC_CAPTION, Captioner, train_tokenizer
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
-from fewshot_diti.pretraining.renders import Renders, load_renders, shuffle_colours, split_held_out
+from fewshot_diti.pretraining.renders import Renders, false_colour_copies, load_renders, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +193,8 @@ def cached_latents(
         with safe_open(cache, "pt") as f:
             if f.metadata() == made_from:
                 return f.get_tensor("mean"), f.get_tensor("std")
-    n = len(renders)
-    versions = [encode_latents(vae, renders.pixels_NCHW, accelerator)]
-    for copy in range(false_copies):
-        shuffled = torch.stack([shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)])
-        versions.append(encode_latents(vae, shuffled, accelerator))
+    pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
+    versions = [encode_latents(vae, p, accelerator) for p in pixels]
     mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
     if accelerator.is_main_process:
         write_atomically(cache, save({"mean": mean, "std": std}, made_from))

@@ -1,4 +1,4 @@
-"""The small OpenCLIP at tiny size: a killed run goes on exactly, and open_clip loads what it saves."""
+"""The small OpenCLIP and the network of siblings at tiny size: runs go on exactly, and what they save can be loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from fewshot_diti.backbone import resolve
-from fewshot_diti.pretraining.clip import ClipConfig, random_crops, train_clip
+from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.pretraining.clip import ClipConfig, train_clip
+from fewshot_diti.pretraining.renders import random_crops
+from fewshot_diti.pretraining.siblings import SiblingsConfig, train_siblings
 from tests.test_pretraining import data, dies_after  # noqa: F401, data is a fixture
 
 
@@ -82,3 +85,32 @@ def test_crops_without_zoom_and_shift_are_the_images_and_shifts_repeat_the_borde
     assert shifted.shape == images.shape
     assert not torch.allclose(shifted, images)
     assert shifted.min() >= images.min()
+
+
+def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (data / "two.json").write_text('["B1", "A2"]')
+    config = SiblingsConfig(
+        data=data,
+        held_out=data / "two.json",
+        output_dir=tmp_path,
+        size=(32, 64),
+        network="test_resnet",
+        false_copies=1,
+        steps=3,
+        batch_size=4,
+        warmup=1,
+        mixed_precision="no",
+        log_every=1,
+        validate_every=3,
+    )
+    trained = train_siblings(config)
+    network = ImageNetwork(f"local-dir:{tmp_path / 'network'}")
+    image = PILImage.new("RGB", (64, 32), "red")
+    with torch.no_grad():
+        pixels = network.pixels([image])
+        expected = trained.forward_head(trained.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(torch.from_numpy(network.features([image])), expected, rtol=1e-2, atol=1e-2)
+    assert "held_out_accuracy" in (tmp_path / "log.jsonl").read_text()

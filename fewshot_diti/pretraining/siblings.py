@@ -1,0 +1,124 @@
+"""A small network trained with the labels of the pre-training variants: siblings of the classes that users bring.
+
+Few-shot methods are not told such labels; who has them gets features that know what a variant is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fewshot_diti.files import write_atomically
+from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
+from fewshot_diti.pretraining.renders import (
+    false_colour_copies,
+    few_shot_accuracy,
+    load_renders,
+    random_crops,
+    split_held_out,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingsConfig(LoopConfig):
+    """Everything that decides a run.
+
+    Attributes:
+        data: folder of Parquet shards (see `load_renders`).
+        held_out: JSON list of variants that are never trained on.
+        size: (height, width) of the images in pixels.
+        network: a timm architecture.
+        false_colours, false_copies: as in `UnetConfig`.
+        zoom, shift: as in `ClipConfig`.
+        label_smoothing: of the cross-entropy.
+
+    Raises:
+        ValueError: no false copies.
+    """
+
+    data: Path
+    held_out: Path
+    size: tuple[int, int] = (64, 128)
+    network: str = "regnetx_002"
+    false_colours: float = 0.5
+    false_copies: int = 3
+    zoom: float = 0.25
+    shift: float = 0.08
+    label_smoothing: float = 0.1
+    steps: int = 1_500
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup: int = 100
+    ema_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.false_copies < 1:
+            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
+
+
+def train_siblings(config: SiblingsConfig) -> nn.Module:
+    """Trains and saves `output_dir/network` at every validation; a killed run goes on at its last checkpoint.
+
+    Raises:
+        ValueError: fewer than two variants are held out; the log says how well features tell these apart.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
+    if len(set(unseen.variants)) < 2:
+        raise ValueError(f"{config.held_out} holds out {sorted(set(unseen.variants))}; name two variants or more.")
+    names = sorted(set(seen.variants))
+    labels = torch.tensor([names.index(v) for v in seen.variants])
+    versions = [seen.pixels_NCHW, *false_colour_copies(seen, config.false_copies)]
+    torch.manual_seed(config.seed)
+    network: Any = timm.create_model(config.network, pretrained=False, num_classes=len(names))
+    module: nn.Module = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.05, fused=True)
+    module = accelerator.prepare_model(module)
+
+    def to_batch(pixels: Tensor) -> Tensor:
+        images = pixels.to(accelerator.device).float() / 127.5 - 1
+        return images.to(memory_format=torch.channels_last)
+
+    def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
+        g = step_generator(config.seed, step, accelerator.process_index)
+        rows = torch.randint(len(seen), (config.batch_size,), generator=g)
+        shuffled = torch.rand(len(rows), generator=g) < config.false_colours
+        version = torch.where(shuffled, torch.randint(1, len(versions), (len(rows),), generator=g), 0)
+        pixels = torch.stack([versions[v][row] for v, row in zip(version.tolist(), rows.tolist(), strict=True)])
+        images = random_crops(to_batch(pixels), config.zoom, config.shift, g)
+        logits = module.train()(images)
+        target = labels[rows].to(logits.device)
+        return {"loss": F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)}
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        network.eval()
+        with torch.no_grad(), accelerator.autocast():
+            batches = unseen.pixels_NCHW.split(64)
+            features = [network.forward_head(network.forward_features(to_batch(b)), pre_logits=True) for b in batches]
+        if accelerator.is_main_process:
+            save_network()
+        return {"held_out_accuracy": few_shot_accuracy(torch.cat(features).float().cpu().numpy(), unseen.variants)}
+
+    def save_network() -> None:
+        folder = config.output_dir / "network"
+        head = network.pretrained_cfg["classifier"] + "."
+        kept = {k: v for k, v in network.state_dict().items() if not k.startswith(head)}
+        weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in kept.items()}
+        write_atomically(folder / "model.safetensors", save(weights))
+        layout = {"network": config.network, "size": list(config.size)}
+        write_atomically(folder / "config.json", (json.dumps(layout) + "\n").encode())
+
+    made_from = f"images {seen.fingerprint}"
+    run_loop(accelerator, module, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
+    if accelerator.is_main_process:
+        save_network()
+    return network.eval()
