@@ -6,10 +6,14 @@ from math import comb
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fewshot_diti.data import ImageSet
+from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.comparison import compare, mcnemar
+from fewshot_diti.evaluation.gaps import join, measure, plot
 from fewshot_diti.evaluation.metrics import summarize
 
 
@@ -41,6 +45,40 @@ def test_matched_and_shifted_images_are_told_apart() -> None:
     found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), matched=matched)
     assert (found["matched"]["accuracy"], found["matched"]["images"]) == (1.0, 2)
     assert (found["shifted"]["accuracy"], found["shifted"]["images"]) == (0.5, 2)
+
+
+def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_livery() -> None:
+    def images(labels: list[int], airlines: tuple[str, ...]) -> ImageSet:
+        pictures = [np.full((2, 2, 3), 7 * len(airlines) + i, np.uint8) for i in range(len(labels))]
+        names = tuple(str(i) for i in range(len(labels)))
+        attributes = {"airline": airlines}
+        return ImageSet(
+            images=pictures, labels=np.array(labels), class_names=("a", "b", "c"), names=names, attributes=attributes
+        )
+
+    shots, test = images([0, 1, 2], ("KLM", "SAS", "TAP")), images([0, 0], ("SAS", "SAS"))
+    errors = torch.tensor([[[1.0, 2.0], [1.5, 1.0], [3.0, 3.0]], [[2.0, 1.0], [4.0, 4.0], [3.0, 0.5]]])
+    task = Task(shots=shots, test=test, num_shots=1, seed=0)
+    gaps = measure(
+        DitiErrors(
+            timesteps=torch.tensor([10, 20]),
+            test=errors,
+            held_out=errors,
+            held_out_labels=torch.tensor([0, 0]),
+            out_of_fold=False,
+            training_seconds=0.0,
+            scoring_seconds=0.0,
+        ),
+        task,
+        "airline",
+    )
+    assert gaps.right.tolist() == [[True, False], [True, False]]
+    assert gaps.shared.tolist() == [True, False]  # the rivals are b, whose shot wears SAS, and c
+    deviations = errors.double().numpy().std(1)
+    np.testing.assert_allclose(gaps.gap * deviations, [[0.5, -1.0], [1.0, -0.5]])
+    both = join([gaps, gaps])
+    assert both.gap.shape == (4, 2) and len(both.groups) == 4
+    assert plot(both, "a title").startswith(b"\x89PNG")
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:

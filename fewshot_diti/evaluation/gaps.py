@@ -1,0 +1,103 @@
+"""Which time-steps tell the true class from its rivals, and whether a shared livery makes the rival stronger."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fewshot_diti.data import ImageSet
+from fewshot_diti.evaluation.bench import DitiErrors, Task
+from fewshot_diti.reports import bootstrap_interval
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gaps:
+    """Of N test images at S trials.
+
+    Attributes:
+        timesteps: [S].
+        right: bool [N, S], whether the trial alone gives the true class.
+        gap: [N, S], error of the rival minus error of the true class, in standard deviations over the classes; the
+            rival is the wrong class with the smallest mean error relative to what is usual at each t.
+        shared: bool [N], whether the rival's shots show the image's value of the attribute.
+        groups: the image's value of the attribute.
+    """
+
+    timesteps: np.ndarray
+    right: np.ndarray
+    gap: np.ndarray
+    shared: np.ndarray
+    groups: tuple[str, ...]
+
+
+def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
+    """The gaps of one draw; raises KeyError where the images have no such column."""
+    error_NCS, labels = errors.test.double().numpy(), task.test.labels
+    rows = np.arange(len(labels))
+    relative_NC = (error_NCS / error_NCS.mean((0, 1))).mean(2)
+    relative_NC[rows, labels] = np.inf
+    rival = relative_NC.argmin(1)
+    shown = [_values(task.shots, name, column) for name in task.class_names]
+    values = task.test.attributes[column]
+    return Gaps(
+        timesteps=errors.timesteps.numpy(),
+        right=error_NCS.argmin(1) == labels[:, None],
+        gap=(error_NCS[rows, rival] - error_NCS[rows, labels]) / error_NCS.std(1),
+        shared=np.array([value in shown[c] for value, c in zip(values, rival, strict=True)]),
+        groups=values,
+    )
+
+
+def join(parts: Sequence[Gaps]) -> Gaps:
+    """Several draws at the same time-steps as one."""
+    return Gaps(
+        timesteps=parts[0].timesteps,
+        right=np.concatenate([p.right for p in parts]),
+        gap=np.concatenate([p.gap for p in parts]),
+        shared=np.concatenate([p.shared for p in parts]),
+        groups=tuple(g for p in parts for g in p.groups),
+    )
+
+
+def plot(gaps: Gaps, title: str) -> bytes:
+    """PNG: the gap to rivals that share the livery and to others, and accuracy of each time-step alone.
+
+    Bands are 95 % intervals, bootstrap over liveries.
+    """
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for mask, colour, label in (
+        (gaps.shared, "C3", "rival whose shots share the livery"),
+        (~gaps.shared, "C0", "other rival"),
+    ):
+        if mask.any():
+            _curve(left, gaps, gaps.gap, mask, colour, f"{label}, {mask.sum()} images")
+    left.axhline(0, color="black", lw=0.8)
+    left.set_ylabel("error of the rival minus the true class's\n(standard deviations over classes)")
+    _curve(right, gaps, 100.0 * gaps.right, np.ones(len(gaps.shared), dtype=bool), "C2", "all images")
+    right.set_ylabel("accuracy of the time-step alone (%)")
+    for axes in (left, right):
+        axes.set_xlabel("time-step t")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _curve(axes: object, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> None:
+    groups = [g for g, m in zip(gaps.groups, mask, strict=True) if m]
+    ends = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
+    axes.plot(gaps.timesteps, values_NS[mask].mean(0), color=colour, label=label)  # type: ignore[attr-defined]
+    axes.fill_between(gaps.timesteps, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, lw=0)  # type: ignore[attr-defined]
+
+
+def _values(images: ImageSet, class_name: str, column: str) -> set[str]:
+    of_class = np.flatnonzero(images.labels == images.class_names.index(class_name))
+    return {images.attributes[column][i] for i in of_class}
