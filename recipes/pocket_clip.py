@@ -1,5 +1,7 @@
 """The pocket OpenCLIP: what the offline tables compare with, on the images and captions that the pocket saw.
 
+Images have the size that the pocket sees, captions are drawn as its were.
+
     accelerate launch --cpu recipes/pocket_clip.py --data DIR
 
 `DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last

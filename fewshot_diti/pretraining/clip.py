@@ -52,17 +52,17 @@ class ClipConfig(LoopConfig):
     held_out: Path
     tokenizer: Path
     kinds: Path | None = None
-    size: tuple[int, int] = (128, 256)
+    size: tuple[int, int] = (64, 128)
     image_tower: str = "edgenext_small"
     embed_dim: int = 192
     text_width: int = 192
     text_layers: int = 3
     false_colours: float = 0.5
-    false_copies: int = 2
+    false_copies: int = 5
     zoom: float = 0.25
     shift: float = 0.08
     steps: int = 4_000
-    batch_size: int = 96
+    batch_size: int = 128
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.995
