@@ -2,8 +2,8 @@
 
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
-Takes the flags of `python -m eval.fewshot`; draws whose class tokens have not been scored yet are left out. Writes one
-plot a number of shots beside the tables.
+Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been scored yet are left
+out. Writes one plot a number of shots beside the tables.
 """
 
 from __future__ import annotations

@@ -125,10 +125,17 @@ class Learner:
         """The error tensor [N, C, S] at time-steps `grid` [S]; the processes share the images, all get the whole."""
         state = process_state()
         mine = images[state.process_index :: state.num_processes]
-        latents = self.encode(mine) if mine else torch.empty(0)
-        part = error_tensor(self.scorer(bank), latents, [image_id(x) for x in mine], grid.tolist(), desc="weights")
-        parts = gather_object([part])
-        errors = torch.empty(len(images), *part.shape[1:])
+        try:
+            latents = self.encode(mine) if mine else torch.empty(0)
+            ids = [image_id(x) for x in mine]
+            found: Tensor | ValueError = error_tensor(self.scorer(bank), latents, ids, grid.tolist(), desc="weights")
+        except ValueError as error:  # the others wait for this process, and are told
+            found = error
+        parts = gather_object([found])
+        for part in parts:
+            if isinstance(part, ValueError):
+                raise part
+        errors = torch.empty(len(images), *parts[0].shape[1:])
         for rank, part in enumerate(parts):
             errors[rank :: len(parts)] = part
         return errors

@@ -14,7 +14,7 @@ from fewshot_diti.data import ImageSet
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.comparison import compare, mcnemar
 from fewshot_diti.evaluation.gaps import join, measure, plot
-from fewshot_diti.evaluation.metrics import summarize
+from fewshot_diti.evaluation.metrics import drop_from_matched_to_shifted, summarize
 
 
 def test_figures_of_a_run() -> None:
@@ -45,6 +45,17 @@ def test_matched_and_shifted_images_are_told_apart() -> None:
     found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), matched=matched)
     assert (found["matched"]["accuracy"], found["matched"]["images"]) == (1.0, 2)
     assert (found["shifted"]["accuracy"], found["shifted"]["images"]) == (0.5, 2)
+
+
+def test_the_drop_weighs_classes_alike_and_leaves_out_those_without_both_kinds() -> None:
+    labels = np.array([0] * 10 + [1] * 4 + [2] * 5)
+    matched = np.array([True] * 8 + [False] * 2 + [True] * 2 + [False] * 2 + [True] * 5)
+    correct = np.array([1] * 8 + [1, 0] + [1, 0] + [0, 0] + [1] * 5, dtype=bool)
+    drop = drop_from_matched_to_shifted(correct, matched, labels)
+    assert drop is not None and drop.classes == 2
+    assert (drop.matched, drop.shifted) == ((1 + 0.5) / 2, (0.5 + 0) / 2)
+    assert drop.low <= drop.matched - drop.shifted <= drop.high
+    assert drop_from_matched_to_shifted(correct, np.ones(19, dtype=bool), labels) is None
 
 
 def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_livery() -> None:

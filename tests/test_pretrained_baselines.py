@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from fewshot_diti.backbone import resolve
 from fewshot_diti.baselines.imagenet import ImageNetwork
-from fewshot_diti.pretraining.clip import ClipConfig, train_clip
+from fewshot_diti.pretraining.clip import ClipConfig, contrastive_loss, train_clip
 from fewshot_diti.pretraining.renders import random_crops
 from fewshot_diti.pretraining.siblings import SiblingsConfig, train_siblings
 from tests.test_pretraining import data, dies_after  # noqa: F401, data is a fixture
@@ -70,6 +71,16 @@ def test_open_clip_loads_it_with_its_tokenizer_and_preprocessing(config: ClipCon
         ):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
         assert not torch.allclose(*model.encode_text(ids))
+
+
+def test_the_loss_is_clips_own_where_all_captions_differ_and_shares_out_what_is_the_same() -> None:
+    g = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 4, generator=g), dim=1) for _ in range(2))
+    logits, ids = 10 * image @ text.T, torch.arange(6)[:, None].expand(6, 3)
+    torch.testing.assert_close(contrastive_loss(logits, ids), open_clip.ClipLoss()(image, text, torch.tensor(10.0)))
+    same = torch.zeros(6, 3, dtype=torch.long)
+    assert contrastive_loss(torch.zeros(6, 6), same) == pytest.approx(np.log(6))  # equal captions: nothing to learn
+    assert contrastive_loss(logits, same) > np.log(6)
 
 
 def test_one_held_out_variant_is_refused(config: ClipConfig, data: Path) -> None:  # noqa: F811

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageSource, image_id, open_image
 from fewshot_diti.training import Label
 
@@ -20,11 +22,11 @@ class Baseline(ABC):
     def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Baseline:
         """Learns from the shots, one label an image."""
         self.classes_, indices = np.unique(np.asarray(labels), return_inverse=True)
-        self._fit(list(images), indices)
+        self._fit(images, indices)
         return self
 
     @abstractmethod
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         """Learns from images with labels as positions in `classes_`."""
 
     @abstractmethod
@@ -36,22 +38,40 @@ class Baseline(ABC):
         return self.classes_[self.predict_proba(images).argmax(1)]
 
 
+class LazyImages(Sequence[Image.Image]):
+    """The images of a set, decoded when asked for, with ids that are known without decoding."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+        self.ids = images.ids
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self._images.image(i) for i in range(len(self))[row]]
+        return self._images.image(range(len(self))[row])
+
+
 class KeptFeatures:
     """Features of images, computed once a picture however often a baseline asks.
 
     Args:
         compute: from PIL images to an array [N, D].
+        batch_size: images that are decoded at a time.
     """
 
-    def __init__(self, compute: Callable[[list[Image.Image]], np.ndarray]) -> None:
-        self._compute = compute
+    def __init__(self, compute: Callable[[list[Image.Image]], np.ndarray], *, batch_size: int = 64) -> None:
+        self._compute, self._batch_size = compute, batch_size
         self._kept: dict[str, np.ndarray] = {}
 
     def __call__(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Features [N, D]."""
-        opened = [open_image(image) for image in images]
-        ids = [image_id(image) for image in opened]
-        new = {i: image for i, image in zip(ids, opened, strict=True) if i not in self._kept}
-        if new:
-            self._kept |= dict(zip(new, self._compute(list(new.values())), strict=True))
+        ids = images.ids if isinstance(images, LazyImages) else [image_id(image) for image in images]
+        new = {i: row for row, i in enumerate(ids) if i not in self._kept}
+        for start in range(0, len(new), self._batch_size):
+            part = list(new.items())[start : start + self._batch_size]
+            features = self._compute([open_image(images[row]) for _, row in part])
+            self._kept |= {i: feature for (i, _), feature in zip(part, features, strict=True)}
         return np.stack([self._kept[i] for i in ids])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib import resources
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy.special import softmax
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, default_device
+from fewshot_diti.backbone import POCKET, default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline, KeptFeatures
 from fewshot_diti.data.images import ImageSource
 
@@ -43,6 +44,11 @@ class OpenClip:
         self.tokenizer = open_clip.get_tokenizer(architecture)
         self.logit_scale = float(self.model.logit_scale.exp())
         self.image_features = KeptFeatures(self.encode_images)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the weights."""
+        return hash_weights(self.model)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
@@ -85,7 +91,7 @@ class ZeroShotClip(Baseline):
     def __init__(self, clip: OpenClip, templates: Sequence[str]) -> None:
         self.clip, self.templates = clip, tuple(templates)
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:

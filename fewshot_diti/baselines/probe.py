@@ -43,12 +43,13 @@ class LogisticProbe(Baseline):
 
     Attributes:
         chosen_: the name of the features, after `fit`.
+        strength_: C, after `fit`.
     """
 
     def __init__(self, candidates: Mapping[str, Features]) -> None:
         self.candidates = candidates
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         def fitted(features: Features) -> Pipeline:
             return logistic_head(labels_N).fit(features(images), labels_N)
 
@@ -57,6 +58,7 @@ class LogisticProbe(Baseline):
             merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
         self._model = fitted(self.candidates[self.chosen_])
+        self.strength_ = float(getattr(self._model[-1], "best_estimator_", self._model[-1]).C)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
@@ -76,7 +78,7 @@ class NearestMean(Baseline):
     def __init__(self, candidates: Mapping[str, Features]) -> None:
         self.candidates = candidates
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self.chosen_ = next(iter(self.candidates))
         fewest = int(np.bincount(labels_N).min())
         if len(self.candidates) > 1 and fewest > 1:
@@ -111,7 +113,7 @@ class NearestNeighbour(Baseline):
     def __init__(self, features: Features) -> None:
         self.features = features
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self._shots_ND, self._labels_N = self.features(images), labels_N
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:

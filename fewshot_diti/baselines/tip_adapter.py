@@ -17,8 +17,9 @@ from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import random_crop
 from fewshot_diti.data.images import ImageSource, open_image
 
+EPOCHS = 20
 ALPHA, BETA = 1.0, 5.5  # the paper's, for one shot a class: nothing can be left out
-ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
 
 
@@ -32,7 +33,7 @@ class TipAdapter(Baseline):
         clip: the model.
         templates: prompts of the zero-shot part W.
         fine_tune: whether keys are trained, Tip-Adapter-F.
-        epochs, lr: of that training.
+        steps, lr: of that training, in batches of 256; at least 20 epochs, the paper's number.
         views: random crops of each shot; a key is their mean.
         seed: of crops and training.
 
@@ -46,15 +47,15 @@ class TipAdapter(Baseline):
         templates: Sequence[str],
         *,
         fine_tune: bool = False,
-        epochs: int = 20,
+        steps: int = 500,
         lr: float = 1e-3,
         views: int = 10,
         seed: int = 0,
     ) -> None:
         self.clip, self.templates, self.fine_tune = clip, tuple(templates), fine_tune
-        self.epochs, self.lr, self.views, self.seed = epochs, lr, views, seed
+        self.steps, self.lr, self.views, self.seed = steps, lr, views, seed
 
-    def _fit(self, images: list[ImageSource], labels_N: np.ndarray) -> None:
+    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
         views_VND = self._encode_views([open_image(image) for image in images])
         mean = views_VND.mean(0)
@@ -80,7 +81,8 @@ class TipAdapter(Baseline):
             return np.stack([self.clip.encode_images([random_crop(i) for i in images]) for _ in range(self.views)])
 
     def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
-        if np.bincount(labels_N).min() < 2:
+        counts = np.bincount(labels_N)[labels_N]
+        if counts.min() < 2:
             return ALPHA, BETA
         zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
         rows = np.arange(len(labels_N))
@@ -88,10 +90,13 @@ class TipAdapter(Baseline):
         def merit(alpha: float, beta: float) -> tuple[float, float]:
             affinity = np.exp(-beta * (1 - cosines))
             affinity[rows, rows] = 0  # the shot's own key
-            logits = zero_shot + alpha * affinity @ self._values_NC
+            cache = affinity @ self._values_NC
+            cache[rows, labels_N] *= counts / (counts - 1)  # its class has one key less than its rivals
+            logits = zero_shot + alpha * cache
             return (logits.argmax(1) == labels_N).mean(), log_softmax(logits, axis=1)[rows, labels_N].mean()
 
-        return max(product(ALPHAS, BETAS), key=lambda pair: merit(*pair))
+        alphas = [a for a in ALPHAS if a or not self.fine_tune]  # keys of no weight learn nothing
+        return max(product(alphas, BETAS), key=lambda pair: merit(*pair))
 
     def _train_keys(self, views_VND: np.ndarray, labels_N: np.ndarray) -> None:
         """AdamW on the keys, cosine schedule; each epoch sees one random view of every shot, in batches of 256."""
@@ -100,9 +105,10 @@ class TipAdapter(Baseline):
         values = torch.from_numpy(self._values_NC).float()
         keys = torch.from_numpy(self._keys_ND).clone().requires_grad_()
         optimizer = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4)
-        steps = self.epochs * -(-len(labels) // 256)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(self.epochs):
+        batches = -(-len(labels) // 256)
+        epochs = max(EPOCHS, -(-self.steps // batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+        for _ in range(epochs):
             for rows in torch.randperm(len(labels), generator=g).split(256):
                 features = views[torch.randint(len(views), (len(rows),), generator=g), rows]
                 cache: Tensor = torch.exp(-self.beta_ * (1 - features @ keys.T)) @ values

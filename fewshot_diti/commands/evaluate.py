@@ -14,6 +14,8 @@ from rich.console import Console
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.grid import Grid, GridConfig, Run
+from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS
+from fewshot_diti.evaluation.metrics import Drop, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
@@ -65,16 +67,23 @@ def evaluate(config: EvalConfig, console: Console) -> int:
 def plan(grid: Grid) -> str:
     """What would run, with an estimate of time from the runs of the same method that are there."""
     done = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
-    lines, total, unknown = [], 0.0, 0
+    lines, total, unknown, draws = [], 0.0, 0, set()
     for run in grid.missing():
         near = [other for other in done if other.method == run.method]
-        if near:
-            nearest = min(near, key=lambda other: abs(other.num_shots - run.num_shots))
-            seconds = _all_seconds(done[nearest])
-            total += seconds
-        else:
+        if not near:
             unknown += 1
-        lines.append(f"{run.path}  {f'about {seconds:.0f} s' if near else 'time unknown'}")
+            lines.append(f"{run.path}  time unknown")
+            continue
+        record = done[min(near, key=lambda other: abs(other.num_shots - run.num_shots))]
+        seconds = record["seconds"]
+        draw = (run.num_shots, run.seed)
+        if run.method in NEEDS_CLASS_TOKENS and draw not in draws and not grid.prepared(*draw):
+            draws.add(draw)  # all rows of the draw read the errors of one bank
+            trials = len(grid.test.class_names) * grid.bench.scoring(run.seed).trials
+            scoring = record["seconds_per_image"] * len(grid.test) * trials / record["evaluations_per_image"]
+            seconds += record["training_seconds"] + scoring
+        total += seconds
+        lines.append(f"{run.path}  about {seconds:.0f} s")
     lines.append(f"{len(lines)} runs to do, {len(done)} done; about {total / 60:.0f} minutes, {unknown} unknown.")
     return "\n".join(lines)
 
@@ -95,9 +104,12 @@ def report(grid: Grid, against: str, console: Console) -> None:
     ):
         write_atomically(folder / name, text.encode())
     write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
-    head, lines = table.shift_lines(config.methods, config.shots, partial(_pooled, records))
+    head, lines = table.shift_lines(config.methods, config.shots, partial(_drop, grid, records))
     if any(cell for line in lines for cell in line[1:]):
-        caption = f"accuracy in %: matched / shifted (drop); matched images share their {config.column} with the shots"
+        caption = (
+            f"accuracy in %: matched / shifted, drop [95 % interval], mean over classes that have both; matched images "
+            f"share their {config.column} with the shots"
+        )
         console.print(table.rich_lines(head, lines, caption))
         write_atomically(folder / "shift.md", table.markdown_lines(head, lines).encode())
     comparisons = _comparisons(grid, against, records)
@@ -157,14 +169,13 @@ def _comparison_lines(
     return head, [[method, *(cell(by.get(str(k))) for k in shots)] for method, by in comparisons.items()]
 
 
-def _pooled(records: dict[Run, dict[str, Any]], method: str, num_shots: int, part: str) -> float:
-    """Accuracy in % on one part of the test images, over the images of all seeds; NaN where there are none."""
-    found = [r[part] for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots) and part in r]
-    images = sum(p["images"] for p in found)
-    return 100 * sum(p["accuracy"] * p["images"] for p in found) / images if images else float("nan")
-
-
-def _all_seconds(record: dict[str, Any]) -> float:
-    """Seconds of a run, with the training and scoring that it found on disk."""
-    images = len(record["predictions"])
-    return max(record["seconds"], record["training_seconds"] + images * record["seconds_per_image"])
+def _drop(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_shots: int) -> Drop | None:
+    """Over the images of all seeds."""
+    found = [r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)]
+    if not found or any("matched_images" not in r for r in found):
+        return None
+    names = np.array(grid.test.class_names)
+    predicted = np.array([[p["label"] for p in r["predictions"]] for r in found])
+    labels = np.tile(grid.test.labels, len(found))
+    matched = np.concatenate([r["matched_images"] for r in found]).astype(bool)
+    return drop_from_matched_to_shifted(predicted.ravel() == names[labels], matched, labels)

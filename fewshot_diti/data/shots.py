@@ -113,8 +113,9 @@ def _rank(seed: int, text: str) -> str:
 def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int, column: str) -> Shots:
     """Draws k images a class that share one value of an attribute, such as a livery: a spurious cue of the class.
 
-    The value is one that test images of other classes wear too, so that the cue misleads, where the class has such a
-    value; of several, and of the images that wear it, SHA-256(seed, ...) draws.
+    The value is one that test images of other classes wear too, so that the cue misleads, and test images of the class,
+    so that some match; where no value is both, the class takes one that misleads, or any. Of several, and of the images
+    that wear it, SHA-256(seed, ...) draws.
 
     Raises:
         ValueError: no such column, or a class has no value that k of its images wear.
@@ -124,9 +125,8 @@ def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int,
             raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")
     drawn = {}
     for name in data.class_names:
-        elsewhere = {
-            v for v, c in zip(test.attributes[column], test.labels, strict=True) if test.class_names[c] != name
-        }
+        worn = [(v, test.class_names[c]) for v, c in zip(test.attributes[column], test.labels, strict=True)]
+        own, elsewhere = {v for v, c in worn if c == name}, {v for v, c in worn if c != name}
         of_value: dict[str, set[str]] = {}
         rows = np.flatnonzero(data.labels == data.class_names.index(name))
         for row in rows:
@@ -137,7 +137,7 @@ def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int,
             raise ValueError(
                 f"Class {name!r} has no {column} that {k} of its images wear (images of each: {counts}); lower k."
             )
-        value = min(possible, key=lambda v: (v not in elsewhere, _rank(seed, f"{name}:{v}")))
+        value = min(possible, key=lambda v: (v not in elsewhere, v not in own, _rank(seed, f"{name}:{v}")))
         drawn[name] = tuple(sorted(of_value[value], key=lambda image: _rank(seed, image))[:k])
     return Shots(k=k, seed=seed, image_ids=drawn)
 

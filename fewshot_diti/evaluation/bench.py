@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.baselines.base import KeptFeatures
+from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageGeometry, ImageSet
-from fewshot_diti.data.images import ImageSource
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import Groups
 from fewshot_diti.processes import process_state
@@ -34,6 +32,7 @@ from fewshot_diti.timesteps import even_grid
 from fewshot_diti.training import TrainingConfig
 
 FOLDS = 2  # of cross-validation on the shots
+POCKET_TRIALS = 16  # as in the demo: a table of three seeds takes hours
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,22 +49,24 @@ class Task:
         """In the order of all columns."""
         return self.test.class_names
 
-    def shot_images(self) -> list[ImageSource]:
+    def shot_images(self) -> LazyImages:
         """The shots."""
-        return [self.shots.image(i) for i in range(len(self.shots))]
+        return LazyImages(self.shots)
 
     def shot_labels(self) -> list[str]:
         """The name of each shot's class."""
         return [self.shots.class_names[c] for c in self.shots.labels]
 
-    def test_images(self) -> list[ImageSource]:
+    def test_images(self) -> LazyImages:
         """The images to judge."""
-        return [self.test.image(i) for i in range(len(self.test))]
+        return LazyImages(self.test)
 
     def groups(self) -> Groups:
         """The shots of each class."""
-        pairs = list(zip(self.shot_images(), self.shot_labels(), strict=True))
-        return {name: [image for image, label in pairs if label == name] for name in self.class_names}
+        labels = self.shot_labels()
+        return {
+            name: [self.shots.image(i) for i, label in enumerate(labels) if label == name] for name in self.class_names
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +79,7 @@ class DitiErrors:
         held_out, held_out_labels: [n, C, S] and [n], of shots under class tokens trained without them, by fold; with
             one shot a class, of all shots under class tokens trained with them, which only weights may use.
         out_of_fold: whether the shots were held out.
-        training_seconds: of the bank.
+        training_seconds: of the bank, with what was scored and trained for `held_out`.
         scoring_seconds: of the test images.
     """
 
@@ -97,11 +98,13 @@ class Bench:
     Args:
         backbone, clip, network: names, as `Backbone`, `OpenClip` and `ImageNetwork` take them.
         concept: what all classes are.
-        trials: S of the diffusion methods, over all time-steps.
+        trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
         folder: where errors are kept.
     """
 
-    def __init__(self, *, backbone: str, clip: str, network: str, concept: str, trials: int, folder: Path) -> None:
+    def __init__(
+        self, *, backbone: str, clip: str, network: str, concept: str, trials: int | None, folder: Path
+    ) -> None:
         self._names = {"backbone": backbone, "clip": clip, "network": network}
         self.concept, self.trials, self.folder = concept, trials, folder
 
@@ -158,7 +161,8 @@ class Bench:
         """How images are scored: all time-steps; rows weigh them each in its own way."""
         everything = (0, self.backbone.num_train_timesteps)
         scoring = recommended_scoring(small=self.backbone.small)
-        return replace(scoring, trials=self.trials, timesteps=everything, weighting="uniform", seed=seed)
+        trials = self.trials or (POCKET_TRIALS if self.backbone.small else scoring.trials)
+        return replace(scoring, trials=trials, timesteps=everything, weighting="uniform", seed=seed)
 
     def prepare(self, task: Task) -> None:
         """Trains and scores the task's class tokens, unless their errors are on disk; the processes share the work.
@@ -187,6 +191,7 @@ class Bench:
         else:
             held_out = learner.shared_errors(bank, task.shot_images(), times)
             labels = torch.tensor([bank.labels.index(name) for name in task.shot_labels()])
+        calibrated = perf_counter()
         order = [bank.labels.index(name) for name in task.class_names]  # the bank is sorted, the task may not be
         _save(
             path,
@@ -196,7 +201,7 @@ class Bench:
                 "held_out": held_out[:, order].contiguous(),
                 "held_out_labels": torch.tensor(order).argsort()[labels],
                 "out_of_fold": torch.tensor(out_of_fold),
-                "seconds": torch.tensor([trained - start, scored - trained]),
+                "seconds": torch.tensor([trained - start + calibrated - scored, scored - trained]),
             },
             made_by,
         )
@@ -211,7 +216,7 @@ class Bench:
         learner = DiTiClassifier(self.backbone, scoring=scoring, geometry=self.geometry).learner
         times = even_grid(scoring.trials, *scoring.timesteps)
         start = perf_counter()
-        errors = learner.shared_errors(bank, [test.image(i) for i in range(len(test))], times)
+        errors = learner.shared_errors(bank, LazyImages(test), times)
         _save(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
 
     def diti(self, task: Task) -> DitiErrors:
@@ -235,15 +240,22 @@ class Bench:
     def _diti_file(self, task: Task) -> tuple[Path, dict[str, str]]:
         settings = f"{self.training(task.num_shots, task.seed)} {self.scoring(task.seed)} {FOLDS} {self.concept}"
         path = self.folder / f"diti-{task.num_shots}-{task.seed}.safetensors"
-        return path, self._made_by(settings, task.shots.ids, task.test.ids)
+        return path, self._made_by(settings, fingerprint(task.shots), fingerprint(task.test))
 
     def _zero_shot_file(self, test: ImageSet) -> tuple[Path, dict[str, str]]:
-        return self.folder / "zero-shot.safetensors", self._made_by(f"{self.scoring(0)} {self.concept}", test.ids)
+        return self.folder / "zero-shot.safetensors", self._made_by(
+            f"{self.scoring(0)} {self.concept}", fingerprint(test)
+        )
 
-    def _made_by(self, settings: str, *ids: Sequence[str]) -> dict[str, str]:
-        pictures = hashlib.sha256(repr(ids).encode()).hexdigest()[:32]
+    def _made_by(self, settings: str, *images: str) -> dict[str, str]:
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
-        return {"backbone": backbone, "settings": settings, "pictures": pictures}
+        return {"backbone": backbone, "settings": settings, "images": " ".join(images)}
+
+
+def fingerprint(images: ImageSet) -> str:
+    """32 hex characters that change with any picture, label or class name."""
+    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
+    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
 
 
 def _save(path: Path, tensors: dict[str, Tensor], made_by: dict[str, str]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import resource
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,8 +29,14 @@ from fewshot_diti.data import (
     sample_shots_of_one_value,
     seen_attribute,
 )
-from fewshot_diti.evaluation.bench import Bench, Task
-from fewshot_diti.evaluation.methods import METHODS, NEEDS_CLASS_TOKENS, NEEDS_ZERO_SHOT
+from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
+from fewshot_diti.evaluation.methods import (
+    METHODS,
+    NEEDS_CLASS_TOKENS,
+    NEEDS_CLIP,
+    NEEDS_NETWORK,
+    NEEDS_ZERO_SHOT,
+)
 from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
@@ -52,11 +58,11 @@ class GridConfig:
         methods: rows, keys of `METHODS`.
         shots, seeds: columns, and draws of each.
         concept: what all classes are.
-        trials: of the diffusion methods.
+        trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
         max_test_images: of each class; by default all.
-        shift: "none", or an attribute of the images ("livery" stands for airline): the shots of a class then share one
-            value of it, as far as some value has so many images; test images of the class with a value that its shots
-            show are matched, the others shifted.
+        shift: "livery", the same as `group` airline; "none".
+        group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
+            images; test images of the class with a value that its shots show are matched, the others shifted.
         output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
@@ -71,9 +77,10 @@ class GridConfig:
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     concept: str = "aircraft"
-    trials: int = 16
+    trials: int | None = None
     max_test_images: int | None = None
-    shift: str = "none"
+    shift: Literal["none", "livery"] = "none"
+    group: str | None = None
     output_dir: Path = Path("results")
 
     def __post_init__(self) -> None:
@@ -87,12 +94,18 @@ class GridConfig:
     @property
     def column(self) -> str:
         """The attribute that matched and shifted test images differ in."""
-        return AIRLINE if self.shift in ("none", "livery") else self.shift
+        return self.group or AIRLINE
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the shots of a class share one value of it."""
+        return self.group is not None or self.shift != "none"
 
     @property
     def folder(self) -> Path:
         """What all runs of this data set and backbone share."""
-        return self.output_dir / _slug(self.dataset) / _slug(self.backbone) / _slug(self.shift)
+        images = "" if self.max_test_images is None else f"@{self.max_test_images}"
+        return self.output_dir / (_slug(self.dataset) + images) / _slug(self.backbone) / _slug(self.group or self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +131,13 @@ class Grid:
         test = load_images(config.dataset, "test")
         self.test = test if config.max_test_images is None else test.first_of_each_class(config.max_test_images)
         self._has_column = all(config.column in part.attributes for part in (self.pool, self.test))
-        if config.shift != "none" and not self._has_column:
-            raise ValueError(f"shift={config.shift!r}; these images have the attributes {list(test.attributes)}.")
+        if config.shifted and not self._has_column:
+            raise ValueError(f"No attribute {config.column!r}; these images have {list(test.attributes)}.")
+        if self.pool.class_names != test.class_names:
+            raise ValueError(
+                f"Train and test of {config.dataset} differ in their classes: "
+                f"{sorted(set(self.pool.class_names) ^ set(test.class_names))}; leave these out."
+            )
         self.bench = Bench(
             backbone=config.backbone,
             clip=config.clip or (POCKET if config.backbone == POCKET else VIT_H),
@@ -160,23 +178,30 @@ class Grid:
         missing = broadcast_object_list([self.missing()])[0]
         draws = list(dict.fromkeys((r.num_shots, r.seed) for r in missing if r.method in NEEDS_CLASS_TOKENS))
         bar = tqdm(total=len(draws) + len(missing), desc="runs", disable=None if state.is_main_process else True)
-        reasons: dict[tuple[int, int], str] = {}
-        if any(r.method in NEEDS_ZERO_SHOT for r in missing):
-            self.bench.prepare_zero_shot(self.test)
-        for draw in draws:
+        reasons: dict[tuple[int, int] | None, str] = {}
+        zero_shot = [None] if any(r.method in NEEDS_ZERO_SHOT for r in missing) else []
+        for draw in [*zero_shot, *draws]:
             try:
-                self.bench.prepare(self.task(*draw))
-            except (TrainingError, ValueError) as error:  # all processes meet the same
-                reasons[draw] = str(error)
-            bar.update()
+                if draw is None:
+                    self.bench.prepare_zero_shot(self.test)
+                else:
+                    self.bench.prepare(self.task(*draw))
+            except Exception as error:
+                if state.num_processes > 1 and not isinstance(error, TrainingError | ValueError):
+                    raise  # the other processes may not have met it, and would wait for ever
+                reasons[draw] = f"{type(error).__name__}: {error}"
+            bar.update(draw is not None)
         mine = missing[state.process_index :: state.num_processes]
         for run in mine:
             try:
                 record = self._run(run)
             except Exception as error:  # whatever it is, the other runs go on
-                reason = reasons.get((run.num_shots, run.seed), str(error))
-                trace = traceback.format_exc()
-                record = {"status": "failed", "error": f"{type(error).__name__}: {reason}", "traceback": trace}
+                reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+                if run.method in NEEDS_ZERO_SHOT:
+                    reason = reasons.get(None, reason)
+                elif run.method in NEEDS_CLASS_TOKENS:
+                    reason = reasons.get((run.num_shots, run.seed), reason)
+                record = {"status": "failed", "error": reason, "traceback": trace}
             record = {"made_by": self.made_by(run), "versions": _versions()} | record
             write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
             bar.update(state.num_processes)
@@ -190,7 +215,7 @@ class Grid:
         Raises:
             ValueError: a class has too few images, or a test image is a shot.
         """
-        if self.config.shift != "none" and num_shots <= most_of_one_value(self.pool, self.config.column):
+        if self.config.shifted and num_shots <= most_of_one_value(self.pool, self.config.column):
             drawn = sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
         else:
             drawn = sample_shots(self.pool, num_shots, seed)
@@ -198,24 +223,35 @@ class Grid:
         check_disjoint(shots, self.test)
         return Task(shots=shots, test=self.test, num_shots=num_shots, seed=seed)
 
+    def prepared(self, num_shots: int, seed: int) -> bool:
+        """Whether the errors of the draw's class tokens are on disk."""
+        try:
+            self.bench.diti(self.task(num_shots, seed))
+        except FileNotFoundError:
+            return False
+        return True
+
     def made_by(self, run: Run) -> dict[str, Any]:
         """All that decides a run's figures, save the code."""
-        config = self.config
+        config, bench = self.config, self.bench
+        needs_tokens = run.method in NEEDS_CLASS_TOKENS
+        reads_errors = needs_tokens or run.method in NEEDS_ZERO_SHOT
         return {
             "method": run.method,
             "num_shots": run.num_shots,
             "seed": run.seed,
             "dataset": config.dataset,
-            "pool": _hash(self.pool),
-            "test": _hash(self.test),
+            "pool": fingerprint(self.pool),
+            "test": fingerprint(self.test),
             "backbone": config.backbone,
             "backbone_hash": self.bench.backbone.hash,
             "dtype": str(self.bench.backbone.dtype),
-            "clip": config.clip,
-            "network": config.network,
+            "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
+            "network_hash": _hash(lambda: bench.network.hash) if run.method in NEEDS_NETWORK else None,
+            "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
+            "scoring": str(bench.scoring(run.seed)) if reads_errors else None,
             "concept": config.concept,
-            "trials": config.trials,
-            "shift": config.shift,
+            "one_value_of": config.column if config.shifted else None,
         }
 
     def _run(self, run: Run) -> dict[str, Any]:
@@ -238,20 +274,26 @@ class Grid:
             "training_seconds": outcome.training_seconds,
             "seconds_per_image": outcome.scoring_seconds / count,
             "seconds": perf_counter() - start,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_of_the_process_so_far": _peak_memory(),
             "shots": {"k": run.num_shots, "seed": run.seed, "image_ids": list(task.shots.ids)},
         }
 
 
 def most_of_one_value(images: ImageSet, column: str) -> int:
     """The largest number such that every class has so many images of some one value of the column."""
-    pairs = Counter(zip(images.labels.tolist(), images.attributes[column], strict=True))
-    return min(max(n for (c, _), n in pairs.items() if c == label) for label in set(images.labels.tolist()))
+    values = zip(images.labels.tolist(), images.attributes[column], strict=True)
+    counts = Counter(pair for pair in values if pair[1])
+    return min(
+        max((n for (c, _), n in counts.items() if c == label), default=0) for label in set(images.labels.tolist())
+    )
 
 
-def _hash(images: ImageSet) -> str:
-    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
-    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
+def _hash(of: Callable[[], str]) -> str:
+    """Of a model's weights; the run itself will say why a model cannot be loaded."""
+    try:
+        return of()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _slug(name: str) -> str:

@@ -23,7 +23,8 @@ from fewshot_diti.baselines import (
     ZeroShotClip,
 )
 from fewshot_diti.baselines.imagenet import FineTuned
-from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature
+from fewshot_diti.baselines.unet_features import TIMESTEPS
+from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature, fixed_weights
 from fewshot_diti.evaluation.bench import FOLDS, Bench, DitiErrors, Task
 from fewshot_diti.recommended import recommended_scoring
 
@@ -38,7 +39,7 @@ class Outcome:
     Attributes:
         probabilities: [N, C], classes in the task's order.
         evaluations: samples through a U-Net for each image, 0 where there is none.
-        training_seconds, scoring_seconds: in all.
+        training_seconds, scoring_seconds: in all; features that an earlier method left cost nothing.
         chosen: what the shots decided, such as a window or C.
     """
 
@@ -52,8 +53,8 @@ class Outcome:
 Method = Callable[[Bench, Task], Outcome]
 
 
-def of_baseline(make: Callable[[Bench, Task], Baseline]) -> Method:
-    """The method that fits a baseline on the shots and asks it."""
+def of_baseline(make: Callable[[Bench, Task], Baseline], *, evaluations: int = 0) -> Method:
+    """The method that fits a baseline on the shots and asks it; `evaluations` of its features for an image."""
 
     def run(bench: Bench, task: Task) -> Outcome:
         start = perf_counter()
@@ -63,6 +64,7 @@ def of_baseline(make: Callable[[Bench, Task], Baseline]) -> Method:
         chosen = {k: v for k, v in vars(baseline).items() if k.endswith("_") and k != "classes_"}
         return Outcome(
             probabilities=probabilities,
+            evaluations=evaluations,
             training_seconds=fitted - start,
             scoring_seconds=perf_counter() - fitted,
             chosen=chosen,
@@ -83,9 +85,9 @@ def diti(weighting: str, bench: Bench, task: Task) -> Outcome:
     scores, temperature, chosen = _scores(weighting, bench, errors)
     return Outcome(
         probabilities=softmax(-scores.numpy() / temperature, axis=1),
-        evaluations=errors.test.shape[1] * errors.test.shape[2],
+        evaluations=errors.test.shape[1] * chosen["trials"],
         training_seconds=errors.training_seconds,
-        scoring_seconds=errors.scoring_seconds,
+        scoring_seconds=errors.scoring_seconds * chosen["trials"] / errors.test.shape[2],
         chosen=chosen | {"temperature": temperature},
     )
 
@@ -114,12 +116,12 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
         held_out, _, _ = _scores(
             recommended_scoring(small=bench.backbone.small).weighting, bench, errors, held_out=True
         )
-        log_diti = log_softmax(-held_out.numpy() / temperature, axis=1)
+        log_held_out = log_softmax(-held_out.numpy() / temperature, axis=1)
         log_clip = np.log(_held_out_clip(bench, task).clip(1e-12))
         truth = errors.held_out_labels.numpy()
 
         def likelihood(w: float) -> float:
-            mixed = log_softmax((1 - w) * log_diti + w * log_clip, axis=1)
+            mixed = log_softmax((1 - w) * log_held_out + w * log_clip, axis=1)
             return mixed[np.arange(len(truth)), truth].mean()
 
         weight = float(max(ENSEMBLE_WEIGHTS, key=likelihood))
@@ -145,21 +147,16 @@ def _scores(
 ) -> tuple[Tensor, float, dict[str, Any]]:
     """Scores of the test images (or of the held-out shots), the temperature, and what was chosen."""
     abar, times = bench.backbone.alphas_cumprod, errors.timesteps
-    parsed, chosen = timesteps.parse_weighting(weighting), {"weighting": weighting}
-    if parsed.name == "auto" and not errors.out_of_fold:
-        parsed = timesteps.parse_weighting(recommended_scoring(small=bench.backbone.small).weighting)
-        chosen = {"weighting": str(parsed)}
-    if parsed.name == "auto":
+    if weighting == "auto" and not errors.out_of_fold:
+        weighting = recommended_scoring(small=bench.backbone.small).weighting
+    if weighting == "auto":
         window = choose_window(errors.held_out, errors.held_out_labels, times, candidate_windows(len(abar)))
-        weights, chosen = timesteps.window(abar, *window), {"weighting": f"window{window}"}
-    elif parsed.name == "window":
-        weights = timesteps.window(abar, int(parsed.parameters[0]), int(parsed.parameters[1]))
-    elif parsed.name in timesteps.FROM_ERRORS:
-        weights = timesteps.FROM_ERRORS[parsed.name](errors.held_out, times, len(abar))
-    elif parsed.name == "pdae":
-        weights = timesteps.pdae(abar, *parsed.parameters)
-    else:
-        weights = timesteps.uniform(abar)
+        weighting = f"window({window[0]}, {window[1]})"
+    name = timesteps.parse_weighting(weighting).name
+    weights = fixed_weights(weighting, abar)
+    if weights is None:
+        weights = timesteps.FROM_ERRORS[name](errors.held_out, times, len(abar))
+    chosen = {"weighting": weighting, "trials": int((weights[times] > 0).sum())}
     trial_weights = timesteps.trial_weights(weights, times)
     trial_weights = trial_weights / trial_weights.mean()
     temperature = recommended_temperature(bench)
@@ -186,8 +183,8 @@ def _window(bench: Bench, lo: float, hi: float) -> str:
     return f"window({round(lo * big_t)}, {round(hi * big_t)})"
 
 
-def _logistic(candidates: Callable[[Bench], Any]) -> Method:
-    return of_baseline(lambda bench, _: LogisticProbe(candidates(bench)))
+def _logistic(candidates: Callable[[Bench], Any], *, evaluations: int = 0) -> Method:
+    return of_baseline(lambda bench, _: LogisticProbe(candidates(bench)), evaluations=evaluations)
 
 
 METHODS: dict[str, Method] = {
@@ -203,8 +200,8 @@ METHODS: dict[str, Method] = {
             bench.clip, bench.templates[0], candidates=(50, 200) if bench.backbone.small else (), seed=task.seed
         )
     ),
-    "linear-sd": _logistic(lambda bench: bench.unet_features.candidates()),
-    "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates())),
+    "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=len(TIMESTEPS)),
+    "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=len(TIMESTEPS)),
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(lambda bench, task: FineTuned(bench.network, seed=task.seed)),
@@ -218,3 +215,5 @@ METHODS: dict[str, Method] = {
 
 NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti"))  # what `Bench.prepare` leaves
 NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` leaves
+NEEDS_CLIP = frozenset(name for name in METHODS if "clip" in name or name.startswith("tip-"))
+NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune"})

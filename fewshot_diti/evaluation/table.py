@@ -6,12 +6,16 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from fewshot_diti.evaluation.metrics import Drop
 
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED = {  # accuracy in %, FGVC-Aircraft: Yue et al., CVPR 2024
@@ -76,14 +80,14 @@ def _best(rows: Sequence[Row], shots: Sequence[int]) -> list[float]:
     return [max((v for v in column if not np.isnan(v)), default=float("nan")) for column in columns]
 
 
-def _marked(rows: Sequence[Row], shots: Sequence[int], bold: str) -> list[list[str]]:
-    """Lines of the table, the best measured number of each column in `bold`, a template."""
+def _marked(rows: Sequence[Row], shots: Sequence[int], bold: Callable[[str], Any]) -> list[list[Any]]:
+    """Lines of the table, the best measured number of each column as `bold` makes it."""
     best, lines = _best(rows, shots), []
     for row in rows:
         numbers = [row.mean(k) for k in shots] + [row.average(shots)]
         name = f"{row.name} (published, {row.source})" if row.source else row.name
         cells = [
-            bold.format(cell) if not row.source and number == top else cell
+            bold(cell) if not row.source and number == top else cell
             for cell, number, top in zip(_cells(row, shots), numbers, best, strict=True)
         ]
         lines.append([name, *cells])
@@ -97,31 +101,33 @@ def _head(shots: Sequence[int]) -> list[str]:
 def rich_table(rows: Sequence[Row], shots: Sequence[int]) -> Table:
     """For the screen."""
     caption = "accuracy in %: mean ± standard deviation over seeds; best in bold"
-    return rich_lines([*_head(shots), "average"], _marked(rows, shots, "[bold]{}[/bold]"), caption)
+    return rich_lines([*_head(shots), "average"], _marked(rows, shots, lambda cell: Text(cell, style="bold")), caption)
 
 
 def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
     """For a page."""
-    return markdown_lines([*_head(shots), "average"], _marked(rows, shots, "**{}**"))
+    return markdown_lines([*_head(shots), "average"], _marked(rows, shots, "**{}**".format))
 
 
 def shift_lines(
-    names: Sequence[str], shots: Sequence[int], accuracy: Callable[[str, int, str], float]
+    names: Sequence[str], shots: Sequence[int], drop: Callable[[str, int], Drop | None]
 ) -> tuple[list[str], list[list[str]]]:
     """Head and lines of a table of accuracy in % on matched and on shifted test images, and the drop between them.
 
     Args:
-        accuracy: of (name, shots, "matched" or "shifted"), NaN where there is none.
+        drop: of (name, shots), None where there is none.
     """
 
-    def cell(name: str, k: int) -> str:
-        matched, shifted = (accuracy(name, k, part) for part in ("matched", "shifted"))
-        return "" if np.isnan(matched + shifted) else f"{matched:.1f} / {shifted:.1f} ({matched - shifted:.1f})"
+    def cell(found: Drop | None) -> str:
+        if found is None:
+            return ""
+        points = [100 * x for x in (found.matched, found.shifted, found.matched - found.shifted, found.low, found.high)]
+        return "{:.0f} / {:.0f}, {:.0f} [{:.0f}, {:.0f}]".format(*points)
 
-    return _head(shots), [[name, *(cell(name, k) for k in shots)] for name in names]
+    return _head(shots), [[name, *(cell(drop(name, k)) for k in shots)] for name in names]
 
 
-def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> Table:
+def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str | Text]], caption: str) -> Table:
     """Lines of text as a table for the screen."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     for i, title in enumerate(head):
@@ -144,7 +150,7 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
         return " & ".join(cells).replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_") + r" \\" + "\n"
 
     columns = "l" + "r" * (len(shots) + 1)
-    body = "".join(line(cells) for cells in _marked(rows, shots, r"\textbf{{{}}}"))
+    body = "".join(line(cells) for cells in _marked(rows, shots, r"\textbf{{{}}}".format))
     begin, end = f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n", "\\bottomrule\n\\end{tabular}\n"
     return f"{begin}{line([*_head(shots), 'average'])}\\midrule\n{body}{end}"
 

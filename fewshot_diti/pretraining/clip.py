@@ -12,6 +12,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from open_clip.loss import gather_features
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -110,6 +111,16 @@ def model_config(config: ClipConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]
     }
 
 
+def contrastive_loss(logits_BB: Tensor, input_ids_BL: Tensor) -> Tensor:
+    """CLIP's loss, an image's probability shared evenly by all captions that are the same as its own.
+
+    Many captions say nothing but what all images are; as each other's negatives they would teach to tell equals apart.
+    """
+    same_BB = (input_ids_BL[:, None] == input_ids_BL[None]).all(2).to(logits_BB)
+    target_BB = same_BB / same_BB.sum(1, keepdim=True)
+    return (F.cross_entropy(logits_BB, target_BB) + F.cross_entropy(logits_BB.T, target_BB)) / 2
+
+
 class _CaptionedImages:
     """The training set: every image, as rendered and in false colours, and a fresh caption each time."""
 
@@ -147,9 +158,6 @@ def train_clip(config: ClipConfig) -> open_clip.CLIP:
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     module = accelerator.prepare_model(module)
-    contrast = open_clip.ClipLoss(
-        gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
 
     def to_batch(pixels: Tensor) -> Tensor:
         images = pixels.to(accelerator.device).float() / 127.5 - 1
@@ -162,7 +170,13 @@ def train_clip(config: ClipConfig) -> open_clip.CLIP:
             captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
         )
         images = random_crops(to_batch(pixels), config.zoom, config.shift, g)
-        return {"loss": contrast(*module.train()(images, encoded.input_ids.to(accelerator.device)))}
+        ids = encoded.input_ids.to(accelerator.device)
+        image, text, scale = module.train()(images, ids)
+        if accelerator.num_processes > 1:
+            ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+            image, text = gather_features(image, text, gather_with_grad=True, **ranks)
+            ids = accelerator.gather(ids)
+        return {"loss": contrastive_loss(scale * image @ text.T, ids)}
 
     def validate(module: nn.Module) -> dict[str, float]:
         clip.eval()
