@@ -15,17 +15,17 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
-from fewshot_diti import timesteps
 from fewshot_diti.backbone import POCKET, Backbone
 from fewshot_diti.bank import Bank, plain_labels, read_files
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
+from fewshot_diti.elimination import Elimination
 from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring
-from fewshot_diti.scoring import Scorer, error_tensor
+from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import Label, TrainingConfig
 
 _SETTINGS = "classifier.json"
@@ -73,7 +73,7 @@ class DiTiClassifier:
                 f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
             )
         fixed_weights(self.scoring.weighting, self.backbone.alphas_cumprod)  # refuses a window beyond the schedule
-        self._errors: dict[str, Tensor] = {}
+        self._decisions: dict[str, Elimination] = {}
         self._scorer: Scorer | None = None
 
     @property
@@ -159,7 +159,7 @@ class DiTiClassifier:
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> Any:
         """The label of one image, or an array of labels of many."""
         one, many = _as_list(images)
-        labels = self.classes_[self.scores(many).argmin(1).numpy()]
+        labels = self.classes_[[decision.label for decision in self.decide(many)]]
         return labels[0].item() if one else labels
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
@@ -182,19 +182,28 @@ class DiTiClassifier:
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
         """Scores [N, C], float64; the smallest wins."""
-        errors = self.errors(images)
-        return timesteps.score(errors, torch.tensor(self.calibration_.weights, dtype=torch.float64))
+        return torch.stack([decision.scores for decision in self.decide(images)])
 
-    def errors(self, images: Sequence[ImageSource]) -> Tensor:
-        """The error tensor [N, C, S] at the calibrated trials; an image scored before is not scored again."""
-        scorer = self._ready()
+    def decide(self, images: Sequence[ImageSource]) -> list[Elimination]:
+        """Winner (a position in `classes_`), scores and cost of each image, in the way that `scoring.decide` names.
+
+        An image decided before is not scored again.
+        """
+        scorer, calibration = self._ready(), self.calibration_
         ids = [image_id(x) for x in images]
-        new = {i: x for i, x in zip(ids, images, strict=True) if i not in self._errors}
+        new = {i: x for i, x in zip(ids, images, strict=True) if i not in self._decisions}
         if new:
             latents = self.learner.encode(list(new.values()))
-            tensor = error_tensor(scorer, latents, list(new), self.calibration_.timesteps)
-            self._errors |= dict(zip(new, tensor, strict=True))
-        return torch.stack([self._errors[i] for i in ids])
+            weights = torch.tensor(calibration.weights, dtype=torch.float64)
+            stages = self.scoring.schedule(len(scorer.bank))
+            decisions = decide(scorer, latents, list(new), calibration.timesteps, weights, stages)
+            self._decisions |= dict(zip(new, decisions, strict=True))
+        return [self._decisions[i] for i in ids]
+
+    def errors(self, images: Sequence[ImageSource]) -> Tensor:
+        """The error tensor [N, C, S] at the calibrated trials, of every class."""
+        ids = [image_id(x) for x in images]
+        return error_tensor(self._ready(), self.learner.encode(images), ids, self.calibration_.timesteps)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
@@ -242,7 +251,7 @@ class DiTiClassifier:
         return self.bank_
 
     def _set_bank(self, bank: Bank | None) -> None:
-        self.bank_, self._scorer, self._errors = bank, None, {}
+        self.bank_, self._scorer, self._decisions = bank, None, {}
 
     def _ready(self) -> Scorer:
         if self._scorer is None:
@@ -289,5 +298,8 @@ def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[Im
     return False, list(images)
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

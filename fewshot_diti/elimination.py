@@ -1,24 +1,30 @@
-"""Elimination: score all classes on a few trials, drop the worst, go on with the rest.
+"""Elimination: score all classes on a few trials, drop those that cannot win, go on with the rest.
 
-Schedules are data (`Stage`), and `eliminate` runs one on one image. It asks for errors by class index and trial
-position alone, so the true label cannot reach it.
+Schedules are data: `Stage` keeps the best so many classes, `Look` those that may still win. `eliminate` runs one on
+many images at once. It asks for errors by image, class index and trial position alone: the true label cannot reach it.
 
-Shapes in names: C classes, S trials; a trial position is an index into an image's S trials.
-Sources: Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier" (ICCV 2023), algorithm 2; TiF (CVPR 2024).
+Shapes in names: N images, C classes, S trials of an image, A classes still in, n trials done; a trial position is an
+index into an image's S trials.
+Sources: Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier" (ICCV 2023), algorithm 2; TiF (CVPR 2024);
+racing: Maron and Moore, "Hoeffding Races" (NIPS 1993).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
+from scipy import stats
 from torch import Tensor
-
-from fewshot_diti.timesteps import score
 
 PUBLISHED_TRIALS = 500
 PUBLISHED_STAGES = ((20, 20), (50, 10), (100, 5), (500, 1))  # FGVC-Aircraft: (trials so far, classes kept)
 PUBLISHED_CLASSES = 100
+
+# (pairs [P, 2] of image and class, trial positions [m]) -> errors [P, m]; both int64 on the CPU
+ErrorsFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +38,78 @@ class Stage:
     keep: int
 
     def __post_init__(self) -> None:
-        positions = self.trial_positions
-        if not positions or min(positions) < 0 or len(set(positions)) < len(positions):
-            raise ValueError(f"trial_positions {positions}: give one position or more, from 0 on, each once")
+        _check_positions(self.trial_positions)
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}; a stage keeps one class or more")
+
+    def survivors(self, weighted_An: Tensor) -> Tensor:
+        """Which classes stay, bool [A], by their weighted errors; a tie goes to the lower class index."""
+        ranks_A = weighted_An.mean(1).argsort(stable=True).argsort()
+        return ranks_A < self.keep
+
+    def over(self, num_alive: int) -> bool:
+        """Whether an image is done before this stage: never, the last class's trials are part of the schedule."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One round of a race: the trials at `trial_positions`, then drop every class that cannot win any more.
+
+    A class is dropped when its mean lies above the leader's by more than the bound on what the trials to come can make
+    up: with v the variance of the weighted errors after class and trial means are taken out, Student's quantile of
+    `error_rate` / (A - 1) times sqrt(2 v (1/n - 1/S)). After the last trial only the leader stays.
+
+    What it guarantees, and when: if these residuals are independent and normal with one variance, a look drops the
+    class that all S trials would choose with a probability of at most `error_rate`, whatever the other looks do. Given
+    the time-steps, the noise of the trials is independent; what differs between time-steps is counted in v as if it
+    were noise, which makes the bound wider than it need be. The term -1/S is the correction for a finite population
+    (Cochran, "Sampling Techniques", 1977, section 2.6): the race is for the label of S trials, not of endless ones.
+
+    ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
+    """
+
+    trial_positions: tuple[int, ...]
+    trials: int
+    error_rate: float
+
+    def __post_init__(self) -> None:
+        _check_positions(self.trial_positions)
+        if not 0 < self.error_rate < 1:
+            raise ValueError(f"error_rate = {self.error_rate}; give a probability between 0 and 1")
+
+    def survivors(self, weighted_An: Tensor) -> Tensor:
+        """Which classes stay, bool [A], by their weighted errors."""
+        classes, done = weighted_An.shape
+        mean_A = weighted_An.mean(1)
+        leader = int(mean_A.argmin())
+        if done >= self.trials or classes == 1:
+            return torch.arange(classes) == leader
+        if done < 2:
+            raise ValueError("a look after one trial cannot tell noise from difference; give the first look 2 or more")
+        residual_An = weighted_An - mean_A[:, None] - weighted_An.mean(0) + mean_A.mean()
+        freedom = (classes - 1) * (done - 1)
+        variance = 2 * residual_An.square().sum() / freedom * (1 / done - 1 / self.trials)
+        bound = stats.t.isf(self.error_rate / (classes - 1), freedom) * variance.sqrt()
+        return mean_A - mean_A[leader] <= bound
+
+    def over(self, num_alive: int) -> bool:
+        """Whether an image is done before this look, which is not its first: when one class is left."""
+        return num_alive == 1
 
 
 class Elimination(NamedTuple):
     """Result of `eliminate` for one image; classes are indices into all C classes, never into the survivors.
 
-    `label`: the winning class. `order`: all classes, best first; a class outranks those that went out before it.
-    `scores`: float64 [C], each class's score over the trials done for it; comparable only between classes that went out
-    together, because the others had other trials.
+    `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error, and for another class the
+    winner's plus the mean of their differences over the trials that both had, so that all can be compared; the label's
+    is the smallest. `evaluations`: samples through the U-Net. `decided`: one class was left before the trials ran out.
     """
 
     label: int
-    order: list[int]
     scores: Tensor
+    evaluations: int
+    decided: bool
 
 
 def published_stages(
@@ -95,23 +155,61 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
     return (Stage(trial_positions=tuple(range(trials)), keep=1),)
 
 
-def count_evaluations(stages: Sequence[Stage], num_classes: int) -> int:
-    """Evaluations that `stages` cost an image: samples through the U-Net, one a new trial of a class still in."""
+def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...]:
+    """Looks after `first`, 2 x `first`, .. and all `trials`, each over time-steps spread evenly (`nested_order`).
+
+    `confidence`: the probability, at least, that a race ends with the label of all trials, under the assumptions of
+    `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
+    `first` below 2.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}; give a probability between 0 and 1")
+    if first < 2:
+        raise ValueError(f"first = {first}; a race starts with 2 trials or more")
+    order, ends = nested_order(trials), []
+    end = first
+    while end < trials:
+        ends.append(end)
+        end *= 2
+    ends.append(trials)
+    rate = (1 - confidence) / max(1, len(ends) - 1)
+    return tuple(
+        Look(trial_positions=order[start:end], trials=trials, error_rate=rate)
+        for start, end in zip([0, *ends], ends, strict=False)
+    )
+
+
+def nested_order(trials: int) -> tuple[int, ...]:
+    """All positions of an even grid in an order whose every beginning is spread evenly over the grid.
+
+    The van der Corput sequence in base 2 (bits of the counter reversed), its bits flipped by those of 1/3, so that
+    beginnings lie near the middle of their strata and not at their lower ends.
+    """
+    bits = max(1, (trials - 1).bit_length())
+    shift = int(("01" * bits)[:bits], 2)
+    cells = (int(f"{counter:0{bits}b}"[::-1], 2) ^ shift for counter in range(2**bits))
+    return tuple(dict.fromkeys(cell * trials >> bits for cell in cells))
+
+
+def count_evaluations(stages: Sequence[Stage | Look], num_classes: int) -> int:
+    """Evaluations that `stages` cost an image: samples through the U-Net, one a new trial of a class still in.
+
+    Of a race the most that it can cost: nobody knows beforehand when it ends.
+    """
     total, alive = 0, num_classes
     for stage in stages:
         total += alive * len(stage.trial_positions)
-        alive = min(stage.keep, alive)
+        alive = min(stage.keep, alive) if isinstance(stage, Stage) else alive
     return total
 
 
 def eliminate(
-    errors_fn: Callable[[Tensor, Tensor], Tensor], num_classes: int, stages: Sequence[Stage], weights_S: Tensor
-) -> Elimination:
-    """Classify one image by elimination.
+    errors_fn: ErrorsFn, num_images: int, num_classes: int, stages: Sequence[Stage | Look], weights_S: Tensor
+) -> list[Elimination]:
+    """Classify images by elimination; all images go through a stage together, each by its own errors alone.
 
-    `errors_fn(class_indices, trial_positions)`: int64 on the CPU, classes ascending; returns errors [classes, trials].
-    `weights_S`: w / q at each trial position. After each stage the classes still in are ranked by the weighted mean of
-    all their trials so far (`score`), and a tie goes to the lower class index.
+    `errors_fn(pairs, trial_positions)`: pairs [P, 2] of image and class, int64 on the CPU, both ascending; returns
+    errors [P, trials]. `weights_S`: w / q at each trial position. A tie goes to the lower class index.
 
     ValueError: an error that is not finite (names the class), positions beyond `weights_S` or done twice, errors of
     another shape, no stage, or a stage by whose end no trial has had a weight: it would drop classes blindly.
@@ -124,39 +222,57 @@ def eliminate(
             f"stages of {len(positions)} trials with positions up to {max(positions)} for {len(weights_S)} weights; "
             f"positions go from 0 to {len(weights_S) - 1}, each in one stage"
         )
-    alive = torch.arange(num_classes)
-    errors_CS = torch.empty(num_classes, 0, dtype=torch.float64)  # rows are the classes in `alive`
-    scores_C = torch.empty(num_classes, dtype=torch.float64)
-    order: list[int] = []
-    done: list[int] = []
+    weights_S = weights_S.double().cpu()
+    weighted_NCS = torch.zeros(num_images, num_classes, len(positions), dtype=torch.float64)  # in the order done
+    trials_NC = torch.zeros(num_images, num_classes, dtype=torch.long)
+    alive_NC = torch.ones(num_images, num_classes, dtype=torch.bool)
+    done = 0
     for number, stage in enumerate(stages, start=1):
-        new = errors_fn(alive, torch.tensor(stage.trial_positions))
-        _check_errors(new, alive, len(stage.trial_positions))
-        errors_CS = torch.cat([errors_CS, new.double().cpu()], dim=1)
-        done += stage.trial_positions
-        weights = weights_S.cpu()[done]
+        counts = alive_NC.sum(1).tolist()
+        racing_N = torch.tensor([not (done and stage.over(count)) for count in counts], dtype=torch.bool)
+        pairs = (alive_NC & racing_N[:, None]).nonzero()
+        if not len(pairs):
+            break
+        new = errors_fn(pairs, torch.tensor(stage.trial_positions))
+        _check_errors(new, pairs, len(stage.trial_positions))
+        end = done + len(stage.trial_positions)
+        weights = weights_S[positions[:end]]
         if not weights.any():
             raise ValueError(
-                f"all {len(done)} trials up to stage {number} have weight 0, so it cannot tell which classes to keep; "
+                f"all {end} trials up to stage {number} have weight 0, so it cannot tell which classes to keep; "
                 "put the trials inside the window, or score exhaustively"
             )
-        scores = score(errors_CS[None], weights)[0]
-        scores_C[alive] = scores
-        ranking = scores.argsort(stable=True)
-        order = alive[ranking[stage.keep :]].tolist() + order
-        kept = ranking[: stage.keep].sort().values
-        alive, errors_CS = alive[kept], errors_CS[kept]
-    order = alive[scores_C[alive].argsort(stable=True)].tolist() + order
-    return Elimination(label=order[0], order=order, scores=scores_C)
+        weighted_NCS[pairs[:, 0], pairs[:, 1], done:end] = new.double().cpu() * weights[done:]
+        trials_NC[pairs[:, 0], pairs[:, 1]] = end
+        for image in racing_N.nonzero().flatten().tolist():
+            still_in = alive_NC[image].nonzero().flatten()
+            kept = stage.survivors(weighted_NCS[image, still_in, :end])
+            alive_NC[image, still_in[~kept]] = False
+        done = end
+    return [_result(*image, len(positions)) for image in zip(weighted_NCS, trials_NC, alive_NC, strict=True)]
 
 
-def _check_errors(errors: Tensor, class_indices: Tensor, num_trials: int) -> None:
-    if errors.shape != (len(class_indices), num_trials):
-        raise ValueError(
-            f"errors_fn gave errors {tuple(errors.shape)} for {len(class_indices)} classes x {num_trials} trials"
-        )
+def _result(weighted_CS: Tensor, trials_C: Tensor, alive_C: Tensor, all_trials: int) -> Elimination:
+    """What an image's race or schedule says, from the weighted errors that were asked for."""
+    still_in = alive_C.nonzero().flatten()
+    most = int(trials_C.max())
+    label = int(still_in[weighted_CS[still_in, :most].mean(1).argmin()])
+    had = torch.arange(weighted_CS.shape[1]) < trials_C[:, None]
+    behind_C = ((weighted_CS - weighted_CS[label]) * had).sum(1) / trials_C
+    scores_C = weighted_CS[label, :most].mean() + behind_C.clamp(min=0)
+    return Elimination(label, scores_C, int(trials_C.sum()), len(still_in) == 1 and most < all_trials)
+
+
+def _check_positions(positions: tuple[int, ...]) -> None:
+    if not positions or min(positions) < 0 or len(set(positions)) < len(positions):
+        raise ValueError(f"trial_positions {positions}: give one position or more, from 0 on, each once")
+
+
+def _check_errors(errors: Tensor, pairs: Tensor, num_trials: int) -> None:
+    if errors.shape != (len(pairs), num_trials):
+        raise ValueError(f"errors_fn gave errors {tuple(errors.shape)} for {len(pairs)} pairs x {num_trials} trials")
     broken = (~errors.isfinite().all(dim=1)).nonzero().flatten()
     if len(broken):
         raise ValueError(
-            f"class index {class_indices[broken[0]]} has an error that is not finite; train it again or remove it"
+            f"class index {pairs[broken[0], 1]} has an error that is not finite; train it again or remove it"
         )

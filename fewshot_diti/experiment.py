@@ -15,11 +15,9 @@ import torch
 import tyro
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor
 
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.bank import bank_fingerprint
-from fewshot_diti.calibration import Calibration
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
@@ -27,20 +25,13 @@ from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
 from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots
 from fewshot_diti.data.sources import load_bundled, load_fgvc
-from fewshot_diti.elimination import (
-    Elimination,
-    Stage,
-    count_evaluations,
-    eliminate,
-    exhaustive,
-    published_stages,
-)
+from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
-from fewshot_diti.scoring import Scorer
+from fewshot_diti.scoring import in_flight
 from fewshot_diti.training import TrainingConfig
 from fewshot_diti.validation import validation_losses, validation_table
 
@@ -83,7 +74,6 @@ class Experiment:
         max_test_images: of each class, the first by image id; all where it is None.
         training: how class tokens are trained.
         scoring: how images are scored.
-        stages: of the elimination, (trials so far, classes kept) each; none gives every class every trial.
 
     Raises:
         ValueError: a value is out of its range, or a folder is given for the bundled images.
@@ -98,7 +88,6 @@ class Experiment:
     generic_prompt: str
     training: TrainingConfig
     scoring: ScoringConfig
-    stages: tuple[tuple[int, int], ...] = ()
     seed: int = 1
     resize: ResizeRule = "crop"
     banner_rows: int = 0
@@ -113,18 +102,6 @@ class Experiment:
             raise ValueError(f"num_shots={self.num_shots}; pass a whole number of at least 1.")
         if self.max_test_images is not None and self.max_test_images < 1:
             raise ValueError(f"max_test_images={self.max_test_images}; pass at least 1, or None for all.")
-        if self.stages and self.stages[-1] != (self.scoring.trials, 1):
-            raise ValueError(
-                f"stages={self.stages} must end with ({self.scoring.trials}, 1): all of the scoring's "
-                f"trials={self.scoring.trials} done and one class left."
-            )
-        self.schedule(1)
-
-    def schedule(self, num_classes: int) -> tuple[Stage, ...]:
-        """The stages that every test image goes through."""
-        if not self.stages:
-            return exhaustive(self.scoring.trials)
-        return published_stages(num_classes, self.scoring.trials, self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +112,14 @@ class Result:
         accuracy, macro_f1: 0 to 1, over the test images.
         images: test images.
         classes: class tokens in the bank.
-        evaluations_per_image: samples through the U-Net.
+        evaluations_per_image: samples through the U-Net, mean over the images.
     """
 
     accuracy: float
     macro_f1: float
     images: int
     classes: int
-    evaluations_per_image: int
+    evaluations_per_image: float
 
 
 def main(configs: Mapping[str, Callable[[int], Experiment]], num_shots: int) -> None:
@@ -190,18 +167,18 @@ def run(experiment: Experiment) -> Result:
     shots_set = pool.subset(shots.rows(pool))
     check_disjoint(shots_set, test)
     num_classes = len(pool.class_names)
-    to_score = len(test) * count_evaluations(experiment.schedule(num_classes), num_classes)
+    to_score = len(test) * count_evaluations(experiment.scoring.schedule(num_classes), num_classes)
     classifier = _class_tokens(experiment, shots_set, to_score)
     predictions = _predict(experiment, classifier, test)
     truth = [test.class_names[label] for label in test.labels]
-    predicted = [predictions[image] for image in test.ids]
+    predicted = [record["prediction"] for record in predictions]
     num_classes = len(classifier.classes_)
     result = Result(
         accuracy=float(accuracy_score(truth, predicted)),
         macro_f1=float(f1_score(truth, predicted, average="macro", zero_division=0)),
         images=len(test),
         classes=num_classes,
-        evaluations_per_image=count_evaluations(experiment.schedule(num_classes), num_classes),
+        evaluations_per_image=sum(record["evaluations"] for record in predictions) / len(test),
     )
     if state.is_main_process:
         record = {
@@ -292,36 +269,23 @@ def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int)
     return classifier
 
 
-def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet) -> dict[str, str]:
-    """Predicted class of each image id; the processes share the images, and those scored by an earlier run are kept."""
-    names, stages = classifier.classes_.tolist(), experiment.schedule(len(classifier.classes_))
-    assert classifier.bank_ is not None, "trained or loaded above"
-    scorer = classifier.learner.scorer(classifier.bank_)
+def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet) -> list[dict[str, Any]]:
+    """What is said of each test image; the processes share the images, and those decided by an earlier run are kept."""
+    names = classifier.classes_.tolist()
 
-    def predict(image: str, row: int) -> dict[str, Any]:
-        latents = classifier.learner.encode([test.image(row)])[0]
-        won = _eliminate(scorer, latents, image, classifier.calibration_, stages)
-        return {"prediction": names[won.label], "scores": won.scores.tolist()}
+    def predict(rows: Sequence[int]) -> list[dict[str, Any]]:
+        decisions = classifier.decide([test.image(row) for row in rows])
+        return [
+            {"prediction": names[d.label], "scores": d.scores.tolist(), "evaluations": d.evaluations} for d in decisions
+        ]
 
     rows = {image: row for row, image in enumerate(test.ids)}
     folder = experiment.output_dir / _PREDICTIONS
     # a bank that was trained again has other errors, and so has another dtype
     made_by = f"{bank_fingerprint(experiment.output_dir / _BANK)} in {classifier.backbone.dtype}"
-    records = spread_over_processes(rows, predict, folder, made_by)
-    return {image: record["prediction"] for image, record in records.items()}
-
-
-def _eliminate(
-    scorer: Scorer, latents: Tensor, image: str, calibration: Calibration, stages: Sequence[Stage]
-) -> Elimination:
-    """One image through the stages; a trial's number is its position on the grid of time-steps."""
-
-    def errors(classes: Tensor, positions: Tensor) -> Tensor:
-        trials = positions.tolist()
-        return scorer.errors(latents, image, classes.tolist(), trials, [calibration.timesteps[p] for p in trials])
-
-    weights = torch.tensor(calibration.weights, dtype=torch.float64)
-    return eliminate(errors, len(scorer.bank), stages, weights)
+    at_once = in_flight(experiment.scoring.schedule(len(names)))
+    records = spread_over_processes(rows, predict, folder, made_by, at_once=at_once)
+    return [records[image] for image in test.ids]
 
 
 def _json(value: object) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +17,20 @@ Image = TypeVar("Image")
 
 
 def spread_over_processes(
-    images: Mapping[str, Image], predict: Callable[[str, Image], dict[str, Any]], folder: Path | None, made_by: str
+    images: Mapping[str, Image],
+    predict: Callable[[Sequence[Image]], Sequence[dict[str, Any]]],
+    folder: Path | None,
+    made_by: str,
+    *,
+    at_once: int,
 ) -> dict[str, dict[str, Any]]:
     """What `predict` says of every image, in their order; each image is predicted once, by one process.
 
     Args:
-        images: image id -> what `predict` gets beside the id.
-        folder: gets `part-*.jsonl`, one a process, a line as soon as it is known; lines of an earlier run are kept, and
-            their images are not predicted again. None writes nothing.
+        images: image id -> what `predict` gets.
+        folder: gets `part-*.jsonl`, one a process, lines as soon as they are known; lines of an earlier run are kept,
+            and their images are not predicted again. None writes nothing.
+        at_once: images that `predict` gets in one call, at most.
         made_by: identifies what decides a prediction; lines that another one made are dropped.
     """
     state = process_state()
@@ -37,13 +43,18 @@ def spread_over_processes(
         state.wait_for_everyone()  # no process writes before all have read
         folder.mkdir(parents=True, exist_ok=True)
     mine = [image for image in images if image not in done][state.process_index :: state.num_processes]
-    new = {}
-    for image in tqdm(mine, desc="images", unit="image", disable=None if state.is_main_process else True):
-        new[image] = predict(image, images[image])
+    new: dict[str, dict[str, Any]] = {}
+    bar = tqdm(total=len(mine), desc="images", unit="image", disable=None if state.is_main_process else True)
+    for start in range(0, len(mine), at_once):
+        ids = mine[start : start + at_once]
+        found = dict(zip(ids, predict([images[i] for i in ids]), strict=True))
+        new |= found
         if folder is not None:
-            line = json.dumps({"image_id": image, **new[image], "made_by": made_by})
+            lines = [json.dumps({"image_id": i, **record, "made_by": made_by}) + "\n" for i, record in found.items()]
             with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
-                part.write(line + "\n")
+                part.write("".join(lines))
+        bar.update(len(ids))
+    bar.close()
     known = done | dict(gather_object(list(new.items())))
     return {image: known[image] for image in images}
 

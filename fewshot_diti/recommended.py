@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal, get_args
 
+from fewshot_diti.elimination import PUBLISHED_STAGES, Look, Stage, exhaustive, published_stages, racing
 from fewshot_diti.timesteps import even_grid, parse_weighting
 from fewshot_diti.training import TrainingConfig
 
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED_BLOCKS = ("narrow", "narrow", "narrow", "medium", "all")
+
+DecideName = Literal["exhaustive", "published", "racing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +24,10 @@ class ScoringConfig:
     Attributes:
         trials: S, the (t, noise) pairs of every image and class.
         timesteps: (lo, hi) that an even grid of trials covers.
+        decide: "exhaustive" gives every class every trial, "published" eliminates by `stages`, "racing" drops a class
+            once it cannot win any more (`elimination.Look`).
+        stages: (trials so far, classes kept) each, of "published".
+        confidence: of "racing", the probability that it ends with the label of all trials.
         weighting: as `timesteps.parse_weighting` reads it.
         temperature: of the softmax over -score; None fits it on out-of-fold scores of the shots.
         calibration_images: shots on which `spread`, `relative` and d of `tif` are estimated, spread over the classes.
@@ -33,6 +42,9 @@ class ScoringConfig:
 
     trials: int = 24
     timesteps: tuple[int, int] = (0, 1000)
+    decide: DecideName = "exhaustive"
+    stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES
+    confidence: float = 0.95
     weighting: str = "uniform"
     temperature: float | None = 0.001
     calibration_images: int = 24
@@ -49,6 +61,15 @@ class ScoringConfig:
         lo, hi = self.timesteps
         if not 0 <= lo < hi:
             raise ValueError(f"timesteps={self.timesteps}; pass (lo, hi) with 0 <= lo < hi.")
+        if self.decide not in get_args(DecideName):
+            raise ValueError(f"decide={self.decide!r}; pass one of {get_args(DecideName)}.")
+        if self.decide == "published" and self.stages[-1:] != ((self.trials, 1),):
+            raise ValueError(
+                f"stages={self.stages} must end with ({self.trials}, 1): all trials done and one class left."
+            )
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence}; pass a probability between 0 and 1.")
+        self.schedule(1)
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 2 or more, or 0 for no cross-validation.")
         weighting = parse_weighting(self.weighting)
@@ -65,6 +86,12 @@ class ScoringConfig:
             raise ValueError("temperature=None is fitted on held-out shots; pass folds=2 or more, or a temperature.")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; pass a number above 0.")
+
+    def schedule(self, num_classes: int) -> Sequence[Stage | Look]:
+        """What every image goes through."""
+        if self.decide == "published":
+            return published_stages(num_classes, self.trials, self.stages)
+        return racing(self.trials, confidence=self.confidence) if self.decide == "racing" else exhaustive(self.trials)
 
 
 def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:

@@ -15,9 +15,12 @@ from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
+from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
 from fewshot_diti.lora import adapted
 from fewshot_diti.processes import process_state
 from fewshot_diti.trials import trial_noise
+
+_IN_FLIGHT = 16
 
 
 class Scorer:
@@ -50,49 +53,66 @@ class Scorer:
                 chunks.append(self.backbone.encode_text(self.backbone.tokenize(prompts[i : i + self.batch_size])))
         return torch.cat(chunks)
 
-    @torch.no_grad()
     def errors(
         self, latents: Tensor, image_id: str, classes: Sequence[int], trials: Sequence[int], timesteps: Sequence[int]
     ) -> Tensor:
-        """Errors [len(classes), len(trials)] of one image, fp32 on the CPU.
+        """Errors [len(classes), len(trials)] of one image with latents [c, h, w]; otherwise as `pair_errors`."""
+        pairs = torch.tensor([(0, c) for c in classes])
+        return self.pair_errors(latents[None], [image_id], pairs, trials, timesteps)
+
+    @torch.no_grad()
+    def pair_errors(
+        self,
+        latents_Nchw: Tensor,
+        image_ids: Sequence[str],
+        pairs_P2: Tensor,
+        trials: Sequence[int],
+        timesteps: Sequence[int],
+    ) -> Tensor:
+        """Errors [P, trials] of pairs of image and class, fp32 on the CPU; a batch mixes images and classes.
 
         Args:
-            latents: [c, h, w], the mean of the VAE's posterior, scaled.
+            latents_Nchw: means of the VAE's posterior, scaled.
+            pairs_P2: int64; positions of an image in `latents_Nchw` and of a class in the bank.
             trials: trial numbers; with seed and image id they fix the noise.
             timesteps: of each trial.
 
         Raises:
             ValueError: an error is not finite, naming the class.
         """
-        device = self.backbone.device
-        noise = trial_noise(self.seed, image_id, trials, tuple(latents.shape)).to(device)
-        x0 = latents.to(device).expand(len(trials), *latents.shape)
-        t = torch.as_tensor(timesteps, device=device)
+        device, shape = self.backbone.device, tuple(latents_Nchw.shape[1:])
+        t_S = torch.as_tensor(timesteps, device=device)
         m = min(len(trials), self.batch_size)
         width = max(1, self.batch_size // m)
-        out = torch.empty(len(classes), len(trials))
-        for i in range(0, len(classes), width):
-            index = torch.as_tensor(classes[i : i + width], device=device)
-            groups = len(index)
+        out_PS = torch.empty(len(pairs_P2), len(trials))
+        noise: dict[int, Tensor] = {}  # of the images in the batch
+        for i in range(0, len(pairs_P2), width):
+            images, classes = pairs_P2[i : i + width].T
+            present = images.unique().tolist()
+            noise = {
+                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape).to(device)
+                for n in present
+            }
+            index, groups = classes.to(device), len(classes)
             with adapted(self.backbone.networks, self.bank.layout, self.rows_CP[index], ("unet",)):
                 for j in range(0, len(trials), m):
                     part = slice(j, j + m)
-                    each = len(t[part])
+                    each = len(t_S[part])
                     e = self.backbone.errors(
-                        x0[part].repeat(groups, 1, 1, 1),
-                        noise[part].repeat(groups, 1, 1, 1),
-                        t[part].repeat(groups),
+                        latents_Nchw[images].to(device).repeat_interleave(each, 0),
+                        torch.cat([noise[n][part] for n in images.tolist()]),
+                        t_S[part].repeat(groups),
                         self.text_CLD[index].repeat_interleave(each, 0),
                     )
-                    out[i : i + groups, part] = e.view(groups, each).float().cpu()
-        broken = ~out.isfinite().all(1)
-        if broken.any():
-            label = self.bank.tokens[classes[int(broken.nonzero()[0])]].label
+                    out_PS[i : i + groups, part] = e.view(groups, each).float().cpu()
+        broken = (~out_PS.isfinite().all(1)).nonzero()
+        if len(broken):
+            image, label = pairs_P2[int(broken[0])].tolist()
             raise ValueError(
-                f"Class token {label!r} gives an error that is not a finite number on image {image_id}; train it "
-                "again, remove it from the bank, or score in float32."
+                f"Class token {self.bank.tokens[label].label!r} gives an error that is not a finite number on image "
+                f"{image_ids[image]}; train it again, remove it from the bank, or score in float32."
             )
-        return out
+        return out_PS
 
 
 def error_tensor(
@@ -111,3 +131,45 @@ def error_tensor(
     for latents, image_id in zip(tqdm(latents_Nchw, desc=desc, unit="image", disable=disable), image_ids, strict=True):
         rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
     return torch.stack(rows) if rows else torch.empty(0, len(classes), len(trials))
+
+
+def in_flight(stages: Sequence[Stage | Look]) -> int:
+    """Images that go through a schedule together: several in a race, whose later rounds one image cannot fill.
+
+    Under other schedules one image fills the batches, and its errors are the same to the bit whatever follows it.
+    """
+    return _IN_FLIGHT if isinstance(stages[0], Look) else 1
+
+
+def decide(
+    scorer: Scorer,
+    latents_Nchw: Tensor,
+    image_ids: Sequence[str],
+    timesteps_S: Sequence[int],
+    weights_S: Tensor,
+    stages: Sequence[Stage | Look],
+    *,
+    desc: str = "scoring",
+) -> list[Elimination]:
+    """Winner and scores of every image, by a schedule; what is still in of several images shares the batches.
+
+    Trial number s is at time-step `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule. A progress bar
+    shows on the main process's terminal.
+
+    Raises:
+        ValueError: as `Scorer.pair_errors` and `eliminate`.
+    """
+    together = in_flight(stages)
+    shown = process_state().is_main_process and len(latents_Nchw) > together
+    decisions: list[Elimination] = []
+    with tqdm(total=len(latents_Nchw), desc=desc, unit="image", disable=None if shown else True) as bar:
+        for start in range(0, len(latents_Nchw), together):
+            latents, ids = latents_Nchw[start : start + together], image_ids[start : start + together]
+
+            def errors(pairs: Tensor, positions: Tensor, latents: Tensor = latents, ids: Sequence[str] = ids) -> Tensor:
+                trials = positions.tolist()
+                return scorer.pair_errors(latents, ids, pairs, trials, [timesteps_S[s] for s in trials])
+
+            decisions += eliminate(errors, len(latents), len(scorer.bank), stages, weights_S)
+            bar.update(len(latents))
+    return decisions

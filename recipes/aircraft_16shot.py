@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
+from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
@@ -44,11 +44,11 @@ def published(num_shots: int = 16) -> Experiment:
         training=published_training(num_shots),
         scoring=ScoringConfig(
             trials=PUBLISHED_TRIALS,
+            decide="published",
             weighting="tif_released",  # what the published numbers were computed with
             calibration_images=10_000,  # d is measured on all shots
             batch_size=32,
         ),
-        stages=PUBLISHED_STAGES,
     )
 
 
@@ -59,7 +59,6 @@ def recommended(num_shots: int = 16) -> Experiment:
         output_dir=Path(f"runs/aircraft_{num_shots}shot_recommended"),
         training=recommended_training(num_shots, small=False),
         scoring=recommended_scoring(small=False),
-        stages=(),
     )
 
 

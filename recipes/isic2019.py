@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import SD2_BASE
+from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
@@ -41,8 +42,14 @@ def published(num_shots: int = 16) -> Experiment:
         max_test_images=600,
         training=replace(published_training(num_shots, STEPS), rank=8),
         # the weighting that the published numbers were computed with, d being measured on all shots
-        scoring=ScoringConfig(trials=500, weighting="tif_released", calibration_images=10_000, batch_size=32),
-        stages=STAGES,
+        scoring=ScoringConfig(
+            trials=PUBLISHED_TRIALS,
+            decide="published",
+            stages=STAGES,
+            weighting="tif_released",
+            calibration_images=10_000,
+            batch_size=32,
+        ),
     )
 
 
@@ -53,7 +60,6 @@ def recommended(num_shots: int = 16) -> Experiment:
         output_dir=Path(f"runs/isic2019_{num_shots}shot_recommended"),
         training=recommended_training(num_shots, small=False),
         scoring=recommended_scoring(small=False),
-        stages=(),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import POCKET
-from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
+from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
 from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
 
@@ -40,8 +40,9 @@ def published(num_shots: int = 16) -> Experiment:
         recommended(num_shots),
         output_dir=Path(f"runs/pocket_{num_shots}shot_published"),
         training=published_training(num_shots),
-        scoring=ScoringConfig(trials=PUBLISHED_TRIALS, weighting="tif_released", calibration_images=10_000),
-        stages=PUBLISHED_STAGES,
+        scoring=ScoringConfig(
+            trials=PUBLISHED_TRIALS, decide="published", weighting="tif_released", calibration_images=10_000
+        ),
     )
 
 

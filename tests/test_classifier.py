@@ -43,7 +43,7 @@ def test_paths_pil_images_arrays_and_bytes_of_one_picture_agree(fitted: DiTiClas
     array = np.asarray(image)
     expected = fitted.predict_proba(path)
     for source in (str(path), image, array, path.read_bytes()):
-        fitted._errors.clear()
+        fitted._decisions.clear()
         np.testing.assert_array_equal(fitted.predict_proba(source), expected)
     for many in (np.stack([array, array]), np.array([str(path)] * 2), (path, image)):
         np.testing.assert_array_equal(fitted.predict_proba(many), np.stack([expected] * 2))
@@ -52,13 +52,10 @@ def test_paths_pil_images_arrays_and_bytes_of_one_picture_agree(fitted: DiTiClas
 def test_neither_file_names_nor_order_nor_neighbours_change_an_error_by_a_bit(
     fitted: DiTiClassifier, tests: list[Path], tmp_path: Path
 ) -> None:
-    fitted._errors.clear()
     expected = fitted.errors(tests)
     renamed = [Path(shutil.copy(p, tmp_path / f"{i} is surely a dc-9.png")) for i, p in enumerate(reversed(tests))]
-    fitted._errors.clear()
     assert torch.equal(fitted.errors(renamed).flip(0), expected)
     for i, path in enumerate(tests):
-        fitted._errors.clear()
         assert torch.equal(fitted.errors([path])[0], expected[i])
 
 

@@ -231,9 +231,9 @@ def test_score_goes_on_where_it_was_cut_short(
     part.write_text(lines[0] + lines[1] + lines[2][:40])
     (tmp_path / "out.jsonl").unlink()
     scored: list[str] = []
-    prediction = score_command._prediction
+    predictions = score_command._predictions
     monkeypatch.setattr(
-        score_command, "_prediction", lambda classifier, path: scored.append(path) or prediction(classifier, path)
+        score_command, "_predictions", lambda classifier, paths: scored.extend(paths) or predictions(classifier, paths)
     )
     assert cli.main(command) == 0
     assert len(scored) == len(lines) - 2

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewshot_diti.elimination import (
+    Look,
     Stage,
     count_evaluations,
     eliminate,
     exhaustive,
+    nested_order,
     proportional_stages,
     published_stages,
+    racing,
 )
 from fewshot_diti.timesteps import even_grid, score
 
@@ -27,8 +30,13 @@ def random_image(seed, C, S):
     return errors_CS, torch.rand(S, generator=generator, dtype=torch.float64) + 0.01, generator
 
 
-def lookup(errors_CS):
-    return lambda class_indices, trial_positions: errors_CS[class_indices][:, trial_positions]
+def lookup(errors_NCS):
+    return lambda pairs, positions: errors_NCS[pairs[:, 0], pairs[:, 1]][:, positions]
+
+
+def classify(errors_CS, stages, weights_S):
+    """One image."""
+    return eliminate(lookup(errors_CS[None]), 1, errors_CS.shape[0], stages, weights_S)[0]
 
 
 def halving(C, S):
@@ -75,30 +83,45 @@ def test_a_schedule_that_cannot_be_run_is_refused():
     one = Stage(trial_positions=(0,), keep=1)
     for stages, weights in [((), torch.ones(1)), ((one, one), torch.ones(1)), (exhaustive(3), torch.ones(2))]:
         with pytest.raises(ValueError, match="stages"):
-            eliminate(lookup(torch.rand(4, 3)), 4, stages, weights)
+            classify(torch.rand(4, 3), stages, weights)
 
 
 @given(**SHAPES)
 @settings(max_examples=30, deadline=None)
-def test_the_exhaustive_stage_gives_the_smallest_score_and_ranks_all_classes_by_it(seed, C, S):
+def test_the_exhaustive_stage_gives_the_smallest_score_and_the_scores_of_all_classes(seed, C, S):
     errors_CS, weights_S, _ = random_image(seed, C, S)
     scores = score(errors_CS[None], weights_S)[0]
-    result = eliminate(lookup(errors_CS), C, exhaustive(S), weights_S)
-    assert result.label == scores.argmin().item()
-    assert result.order == scores.argsort().tolist()
-    torch.testing.assert_close(result.scores, scores, rtol=1e-14, atol=0)
+    result = classify(errors_CS, exhaustive(S), weights_S)
+    assert result.label == scores.argmin().item() and result.evaluations == C * S
+    torch.testing.assert_close(result.scores, scores, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("make", [halving, lambda C, S: racing(S, confidence=0.9)])
 @given(**SHAPES)
 @settings(max_examples=30, deadline=None)
-def test_permuting_the_classes_permutes_the_result(seed, C, S):
+def test_permuting_the_classes_permutes_the_result(make, seed, C, S):
     errors_CS, weights_S, generator = random_image(seed, C, S)
     permutation = torch.randperm(C, generator=generator)
-    stages = halving(C, S)
-    plain = eliminate(lookup(errors_CS), C, stages, weights_S)
-    permuted = eliminate(lookup(errors_CS[permutation]), C, stages, weights_S)
-    assert [permutation[c].item() for c in permuted.order] == plain.order
-    assert torch.equal(permuted.scores, plain.scores[permutation])
+    plain = classify(errors_CS, make(C, S), weights_S)
+    permuted = classify(errors_CS[permutation], make(C, S), weights_S)
+    assert permutation[permuted.label].item() == plain.label
+    torch.testing.assert_close(permuted.scores, plain.scores[permutation], rtol=1e-13, atol=0)
+    assert (permuted.evaluations, permuted.decided) == (plain.evaluations, plain.decided)
+
+
+@pytest.mark.parametrize("make", [halving, lambda C, S: racing(S, confidence=0.9)])
+@given(**SHAPES, N=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_images_go_through_a_schedule_together_as_each_would_alone(make, seed, C, S, N):
+    generator = torch.Generator().manual_seed(seed)
+    errors_NCS = torch.rand(N, C, S, generator=generator)
+    weights_S = torch.rand(S, generator=generator) + 0.01
+    stages = make(C, S)
+    together = eliminate(lookup(errors_NCS), N, C, stages, weights_S)
+    for errors_CS, result in zip(errors_NCS, together, strict=True):
+        alone = classify(errors_CS, stages, weights_S)
+        assert torch.equal(alone.scores, result.scores) and alone.label == result.label
+        assert (alone.evaluations, alone.decided) == (result.evaluations, result.decided)
 
 
 @given(**SHAPES)
@@ -107,33 +130,34 @@ def test_only_classes_still_in_are_asked_for_and_the_count_of_evaluations_is_met
     errors_CS, weights_S, _ = random_image(seed, C, S)
     asked = []
 
-    def errors_fn(class_indices, trial_positions):
-        asked.append((class_indices.tolist(), trial_positions.tolist()))
-        return errors_CS[class_indices][:, trial_positions]
+    def errors_fn(pairs, trial_positions):
+        asked.append((pairs[:, 1].tolist(), trial_positions.tolist()))
+        return errors_CS[pairs[:, 1]][:, trial_positions]
 
     stages = halving(C, S)
-    result = eliminate(errors_fn, C, stages, weights_S)
+    result = eliminate(errors_fn, 1, C, stages, weights_S)[0]
     assert sum(len(classes) * len(positions) for classes, positions in asked) == count_evaluations(stages, C)
-    assert sorted(result.order) == list(range(C)) and result.order[0] == result.label
+    assert result.evaluations == count_evaluations(stages, C)
     for (before, _), (after, _), stage in zip(asked, asked[1:], stages, strict=False):
-        assert set(after) == set(result.order[: stage.keep]) and set(after) <= set(before)
+        assert set(after) <= set(before) and len(after) == stage.keep
     done = [p for stage in stages for p in stage.trial_positions]
     survivors = asked[-1][0]
     expected = (errors_CS[survivors][:, done] * weights_S[done]).mean(dim=1)
-    torch.testing.assert_close(result.scores[survivors], expected, rtol=1e-12, atol=0)
-    assert result.label == survivors[expected.argmin()]
+    torch.testing.assert_close(result.scores[result.label], expected.min(), rtol=1e-12, atol=0)
+    assert result.label == survivors[expected.argmin()] == result.scores.argmin()
 
 
 def test_the_label_is_a_class_index_and_no_place_among_the_survivors():
     errors_CS = torch.ones(100, 500)
     errors_CS[97] = 0.5
-    result = eliminate(lookup(errors_CS), 100, published_stages(100), torch.ones(500))
-    assert result.label == 97 and len(result.order) == 100
+    assert classify(errors_CS, published_stages(100), torch.ones(500)).label == 97
+    assert classify(errors_CS, racing(64, confidence=0.9), torch.ones(500)).label == 97
 
 
 def test_ties_go_to_the_lower_class_index():
-    result = eliminate(lookup(torch.ones(30, 500)), 30, published_stages(30), torch.ones(500))
-    assert result.order == list(range(30))
+    for stages in (published_stages(30), racing(500, confidence=0.9)):
+        result = classify(torch.ones(30, 500), stages, torch.ones(500))
+        assert result.label == 0 and torch.equal(result.scores, torch.ones(30, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -142,20 +166,77 @@ def test_a_broken_class_token_raises_by_class_index_also_in_a_late_stage(value):
     errors_CS[23] = 0.5
     errors_CS[23, published_stages(30)[2].trial_positions[7]] = value
     with pytest.raises(ValueError, match="class index 23 "):
-        eliminate(lookup(errors_CS), 30, published_stages(30), torch.ones(500))
+        classify(errors_CS, published_stages(30), torch.ones(500))
 
 
 def test_a_stage_without_any_weight_raises_instead_of_dropping_classes_blindly():
     weights_S = (even_grid(500, 0, 1000) < 20).double()
     with pytest.raises(ValueError, match="20 trials up to stage 1 have weight 0"):
-        eliminate(lookup(torch.rand(30, 500)), 30, published_stages(30), weights_S)
-    eliminate(lookup(torch.rand(30, 500)), 30, exhaustive(500), weights_S)
+        classify(torch.rand(30, 500), published_stages(30), weights_S)
+    classify(torch.rand(30, 500), exhaustive(500), weights_S)
 
 
 def test_errors_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"\(4, 1\) for 4 classes x 3 trials"):
-        eliminate(lambda classes, positions: torch.rand(4, 1), 4, exhaustive(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"\(4, 1\) for 4 pairs x 3 trials"):
+        eliminate(lambda pairs, positions: torch.rand(4, 1), 1, 4, exhaustive(3), torch.ones(3))
+
+
+@given(trials=st.integers(1, 300))
+@settings(max_examples=40, deadline=None)
+def test_every_beginning_of_the_nested_order_is_spread_evenly(trials):
+    order = nested_order(trials)
+    assert sorted(order) == list(range(trials))
+    for n in (4, 8, 16, 32):
+        if n <= trials:
+            inside = torch.tensor(order[:n]).mul(4).div(trials, rounding_mode="floor").bincount(minlength=4)
+            assert inside.max() - inside.min() <= 2
+    means = [sum(nested_order(64)[:n]) / n for n in (4, 8, 16, 32)]
+    assert all(abs(mean - 31.5) < 6 for mean in means)
+
+
+def test_a_race_does_all_trials_in_rounds_that_double_and_stops_when_one_class_is_left():
+    looks = racing(40, confidence=0.9)
+    assert [len(look.trial_positions) for look in looks] == [4, 4, 8, 16, 8]
+    assert [look.error_rate for look in looks[:-1]] == pytest.approx([0.1 / 4] * 4)
+    errors_CS = torch.rand(12, 40, generator=torch.Generator().manual_seed(0)) * 0.01
+    errors_CS[1:] += torch.arange(1, 12)[:, None]
+    result = classify(errors_CS, looks, torch.ones(40))
+    assert (result.label, result.evaluations, result.decided) == (0, 48, True)
+    close = classify(torch.rand(12, 40, generator=torch.Generator().manual_seed(1)), looks, torch.ones(40))
+    assert not close.decided and close.evaluations > 400
+
+
+@pytest.mark.parametrize("classes", [3, 30])
+def test_a_race_misses_the_label_of_all_trials_no_more_often_than_its_confidence_allows(classes):
+    """Errors as `Look` assumes them, most images undecided: the worst case for it."""
+    N, S = 1500, 64
+    g = torch.Generator().manual_seed(0)
+    means = 0.15 * torch.randn(N, classes, 1, generator=g)
+    errors_NCS = means + torch.randn(N, classes, S, generator=g) + 5 * torch.rand(1, 1, S, generator=g)
+    results = eliminate(lookup(errors_NCS), N, classes, racing(S, confidence=0.8), torch.ones(S))
+    labels = torch.tensor([r.label for r in results])
+    missed = (labels != errors_NCS.mean(2).argmin(1)).double().mean()
+    assert missed < 0.2
+    assert sum(r.evaluations for r in results) < 0.8 * N * classes * S
+
+
+def test_a_race_that_cannot_be_run_is_refused():
+    with pytest.raises(ValueError, match=r"confidence = 1"):
+        racing(8, confidence=1.0)
+    with pytest.raises(ValueError, match="first = 1"):
+        racing(8, confidence=0.9, first=1)
+    with pytest.raises(ValueError, match="error_rate = 0"):
+        Look(trial_positions=(0,), trials=2, error_rate=0)
+    one = Look(trial_positions=(0,), trials=2, error_rate=0.1)
+    with pytest.raises(ValueError, match="2 or more"):
+        classify(torch.rand(3, 2), (one,), torch.ones(2))
 
 
 def test_the_scorer_has_no_place_for_a_true_label():
-    assert list(inspect.signature(eliminate).parameters) == ["errors_fn", "num_classes", "stages", "weights_S"]
+    assert list(inspect.signature(eliminate).parameters) == [
+        "errors_fn",
+        "num_images",
+        "num_classes",
+        "stages",
+        "weights_S",
+    ]

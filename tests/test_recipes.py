@@ -26,7 +26,7 @@ FAST = [
     *("--training.steps", "2", "--training.rank", "2", "--training.colour_variants", "2"),
     *("--training.prior_images", "2", "--scoring.trials", "4"),
 ]
-STAGES = ["--stages", "2", "2", "4", "1"]
+STAGES = ["--scoring.decide", "published", "--scoring.stages", "2", "2", "4", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,7 @@ def test_published_configurations_are_the_published_ones():
 
 def test_published_prompts_and_stages_are_the_published_ones():
     configs = {r: importlib.import_module(r).published() for r in ("aircraft_16shot", "isic2019", "veri", "duke")}
-    assert {r: (c.prompt_template, c.generic_prompt, c.stages) for r, c in configs.items()} == {
+    assert {r: (c.prompt_template, c.generic_prompt, c.scoring.stages) for r, c in configs.items()} == {
         "aircraft_16shot": (
             "a photo of a hta {}, a type of aircraft.",
             "a photo of an aircraft",
@@ -262,6 +262,7 @@ def test_published_prompts_and_stages_are_the_published_ones():
             ((32, 50), (128, 20), (256, 5), (500, 1)),
         ),
     }
+    assert {c.scoring.decide for c in configs.values()} == {"published"}
     assert configs["isic2019"].max_test_images == 600
     assert [c.resize for c in configs.values()] == ["crop", "crop", "pad", "pad"]
 
@@ -276,7 +277,7 @@ def test_aircraft_recipes_differ_in_the_number_of_shots_alone(k):
 def test_the_flags_of_a_recipe_are_these():
     assert [f.name for f in fields(Experiment)] == [
         *("data", "output_dir", "backbone", "dataset", "num_shots", "prompt_template", "generic_prompt", "training"),
-        *("scoring", "stages", "seed", "resize", "banner_rows", "max_test_images"),
+        *("scoring", "seed", "resize", "banner_rows", "max_test_images"),
     ]
 
 

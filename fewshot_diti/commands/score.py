@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
 from fewshot_diti.reports import prediction_table
+from fewshot_diti.scoring import in_flight
 
 _TOP = 3
 
@@ -36,8 +38,9 @@ class ScoreConfig:
         images: image files, and folders that are searched for images at any depth.
         bank: folder that `fewshot-diti train` wrote.
         output: file for one JSON line an image: path, image_id, label, probabilities of the best three classes, margin
-            (second smallest score minus smallest) and the scores of all classes. Beside it, in FILE.parts, each process
-            keeps what it has scored, so that the same command goes on where it was cut short.
+            (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
+            and the scores of all classes. Beside it, in FILE.parts, each process keeps what it has scored, so that the
+            same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -79,7 +82,8 @@ def score(config: ScoreConfig, console: Console) -> int:
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
-    found = spread_over_processes(first, lambda _, path: _prediction(classifier, path), parts, made_by)
+    at_once = in_flight(classifier.scoring.schedule(len(classes)))
+    found = spread_over_processes(first, partial(_predictions, classifier), parts, made_by, at_once=at_once)
     records = [{"path": p, "image_id": ids[p], **found[ids[p]]} for p in paths if p in ids]
     if config.output is not None and process_state().is_main_process:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -132,15 +136,21 @@ def _list_images(named: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _prediction(classifier: DiTiClassifier, path: str) -> dict[str, Any]:
-    """Label, probabilities of the best classes, margin and scores of an image; the label keeps its type."""
-    labels = classifier.classes_.tolist()
-    scores = classifier.scores([path])
-    probabilities, values = classifier.probabilities(scores)[0].tolist(), scores[0].tolist()
-    order = scores[0].argsort(stable=True).tolist()
-    return {
-        "label": labels[order[0]],
-        "probabilities": {str(labels[c]): probabilities[c] for c in order[:_TOP]},
-        "margin": values[order[1]] - values[order[0]],
-        "scores": {str(label): value for label, value in zip(labels, values, strict=True)},
-    }
+def _predictions(classifier: DiTiClassifier, paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Label, probabilities of the best classes, margin, scores and cost of each image; the label keeps its type."""
+    labels, found = classifier.classes_.tolist(), []
+    for decision in classifier.decide(paths):
+        values = decision.scores.tolist()
+        probabilities = classifier.probabilities(decision.scores[None])[0].tolist()
+        order = sorted(range(len(labels)), key=lambda c: (c != decision.label, values[c]))
+        found.append(
+            {
+                "label": labels[decision.label],
+                "probabilities": {str(labels[c]): probabilities[c] for c in order[:_TOP]},
+                "margin": values[order[1]] - values[order[0]],
+                "decided": decision.decided,
+                "evaluations": decision.evaluations,
+                "scores": {str(label): value for label, value in zip(labels, values, strict=True)},
+            }
+        )
+    return found
