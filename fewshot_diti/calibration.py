@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -22,8 +23,9 @@ from torch import Tensor
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.bank import Bank
 from fewshot_diti.data.images import ImageSource
+from fewshot_diti.elimination import nested_order
 from fewshot_diti.learning import Groups, Learner
-from fewshot_diti.recommended import ScoringConfig, recommended_scoring
+from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
 
@@ -63,13 +65,18 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     grid = weightings.even_grid(config.trials, *config.timesteps)
     if len(groups) < 2:
         return uncalibrated(learner)
-    held_out = learner.held_out_errors(groups, grid, config.folds) if config.folds else None
+    held_out = None
+    if weightings.parse_weighting(config.weighting).name == "auto":
+        held_out = learner.held_out(groups, config.folds, partial(learner.shared_errors, grid=grid))
     weights = weightings.trial_weights(_weights(learner, bank, config, groups, grid, held_out), grid)
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
     temperature, accuracy = config.temperature, None
-    if held_out is not None:
-        errors, truth = held_out
-        scores = score(errors, weights)
+    if config.folds:
+        if held_out is not None:
+            scores, truth = score(held_out[0], weights), held_out[1]
+        else:
+            judge = partial(learner.shared_scores, grid=grid, weights=weights)
+            scores, truth = learner.held_out(groups, config.folds, judge)
         accuracy = float((scores.argmin(1) == truth).double().mean())
         temperature = temperature or fit_temperature(scores, truth)
     return Calibration(
@@ -229,12 +236,11 @@ def _weights(
         assert held_out is not None, "ScoringConfig asks for folds"
         return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))
     from_errors = weightings.FROM_ERRORS.get(weighting.name)
-    if from_errors and held_out is not None:
-        return from_errors(held_out[0], grid, len(abar))
     some = _spread_over_classes(groups, config.calibration_images)
     images = [x for _, x in some]
     if from_errors:
-        return from_errors(learner.shared_errors(bank, images, grid), grid, len(abar))
+        some_trials = grid[sorted(nested_order(len(grid))[:CALIBRATION_TRIALS])]
+        return from_errors(learner.shared_errors(bank, images, some_trials), some_trials, len(abar))
     latents = learner.encode(images)
     order = sorted(groups)
     truth = torch.tensor([order.index(label) for label, _ in some])

@@ -9,7 +9,7 @@ import torch
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.processes import process_state
-from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig
 from fewshot_diti.timesteps import FROM_ERRORS, parse_weighting
 from fewshot_diti.training import TrainingConfig
 
@@ -24,15 +24,13 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
     """
     priors = training.prior_weight > 0
     samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
-    scored = 0
-    if scoring.folds:
-        scored = num_shots
-    elif parse_weighting(scoring.weighting).name in FROM_ERRORS:
-        scored = min(num_shots, max(scoring.calibration_images, num_classes))
+    scored = num_shots * scoring.trials if scoring.folds else 0
+    if parse_weighting(scoring.weighting).name in FROM_ERRORS:
+        scored += min(num_shots, max(scoring.calibration_images, num_classes)) * min(scoring.trials, CALIBRATION_TRIALS)
     return (
         3 * samples * (1 + scoring.folds)
         + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)
-        + scored * num_classes * scoring.trials
+        + scored * num_classes
     )
 
 

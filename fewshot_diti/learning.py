@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.prior import prior_latents
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_training
-from fewshot_diti.scoring import Scorer, error_tensor
+from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
 
 Groups: TypeAlias = Mapping[Label, Sequence[ImageSource]]  # the shots of each class
@@ -123,46 +123,68 @@ class Learner:
 
     def shared_errors(self, bank: Bank, images: Sequence[ImageSource], grid: Tensor) -> Tensor:
         """The error tensor [N, C, S] at time-steps `grid` [S]; the processes share the images, all get the whole."""
-        state = process_state()
-        mine = images[state.process_index :: state.num_processes]
-        try:
-            latents = self.encode(mine) if mine else torch.empty(0)
-            ids = [image_id(x) for x in mine]
-            found: Tensor | ValueError = error_tensor(self.scorer(bank), latents, ids, grid.tolist(), desc="weights")
-        except ValueError as error:  # the others wait for this process, and are told
-            found = error
-        parts = gather_object([found])
-        for part in parts:
-            if isinstance(part, ValueError):
-                raise part
-        errors = torch.empty(len(images), *parts[0].shape[1:])
-        for rank, part in enumerate(parts):
-            errors[rank :: len(parts)] = part
-        return errors
 
-    def held_out_errors(self, groups: Groups, grid: Tensor, folds: int) -> tuple[Tensor, Tensor]:
-        """Errors [N, C, S] of shots under class tokens trained without them, and their classes [N].
+        def errors(mine: Sequence[ImageSource]) -> Tensor:
+            ids = [image_id(x) for x in mine]
+            return error_tensor(self.scorer(bank), self.encode(mine), ids, grid.tolist(), desc="weights")
+
+        return _share(images, errors, (len(bank), len(grid)))
+
+    def shared_scores(self, bank: Bank, images: Sequence[ImageSource], grid: Tensor, weights: Tensor) -> Tensor:
+        """Scores [N, C] by the configured schedule with `weights` [S]; shared as `shared_errors`."""
+        stages = self.scoring.schedule(len(bank))
+
+        def scores(mine: Sequence[ImageSource]) -> Tensor:
+            ids = [image_id(x) for x in mine]
+            decisions = decide(self.scorer(bank), self.encode(mine), ids, grid.tolist(), weights, stages)
+            return torch.stack([decision.scores for decision in decisions])
+
+        return _share(images, scores, (len(bank),))
+
+    def held_out(
+        self, groups: Groups, folds: int, judge: Callable[[Bank, Sequence[ImageSource]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What `judge` says of every shot under class tokens trained without it, [N, ...], and the shots' classes [N].
 
         Every class has two shots or more. Costs one training of the bank on the other shots a fold (no more folds than
-        the largest class has shots), and C x S evaluations a shot.
-
-        Args:
-            grid: time-steps [S] of the trials.
+        the largest class has shots).
 
         Raises:
             TrainingError: a class's loss was not finite.
         """
         order = sorted(groups)
-        folds = min(folds, max(len(shots) for shots in groups.values()))
-        errors, truth = [], []
-        for fold in range(folds):
+        judged, truth = [], []
+        for fold in range(folds := min(folds, max(len(shots) for shots in groups.values()))):
             kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
-            held = [(x, s) for x in order for i, s in enumerate(groups[x]) if i % folds == fold]
+            held = [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
             bank, failed = self.train(kept, desc=f"fold {fold + 1} of {folds}")
             raise_failed(
                 failed, "that was in cross-validation, the class tokens are trained and kept", "or pass folds=0"
             )
-            images = [s for _, s in held]
-            errors.append(self.shared_errors(bank, images, grid))
-            truth += [order.index(x) for x, _ in held]
-        return torch.cat(errors), torch.tensor(truth)
+            judged.append(judge(bank, [s for _, s in held]))
+            truth += [c for c, _ in held]
+        return torch.cat(judged), torch.tensor(truth)
+
+
+def _share(
+    images: Sequence[ImageSource], compute: Callable[[Sequence[ImageSource]], Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """What `compute` gives for each image, [N, *shape]; each process computes its share, all get the whole.
+
+    Raises:
+        ValueError: as `compute`, on all processes.
+    """
+    state = process_state()
+    mine = images[state.process_index :: state.num_processes]
+    try:
+        found: Tensor | ValueError = compute(mine) if mine else torch.empty(0, *shape)
+    except ValueError as error:  # the others wait for this process, and are told
+        found = error
+    parts = gather_object([found])
+    for part in parts:
+        if isinstance(part, ValueError):
+            raise part
+    whole = parts[0].new_empty(len(images), *shape)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole

@@ -13,6 +13,7 @@ from fewshot_diti.training import TrainingConfig
 
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED_BLOCKS = ("narrow", "narrow", "narrow", "medium", "all")
+CALIBRATION_TRIALS = 16  # of each shot, at most, for weights estimated on errors, which are smooth in t
 
 DecideName = Literal["exhaustive", "published", "racing"]
 

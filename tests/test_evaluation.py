@@ -55,6 +55,8 @@ def test_the_drop_weighs_classes_alike_and_leaves_out_those_without_both_kinds()
     assert drop is not None and drop.classes == 2
     assert (drop.matched, drop.shifted) == ((1 + 0.5) / 2, (0.5 + 0) / 2)
     assert drop.low <= drop.matched - drop.shifted <= drop.high
+    together = drop_from_matched_to_shifted(labels == 0, np.arange(19) % 2 == 0, labels)
+    assert together is not None and together.low == together.high == 0  # all classes drop alike, by nothing
     assert drop_from_matched_to_shifted(correct, np.ones(19, dtype=bool), labels) is None
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import eliminate
-from fewshot_diti.scoring import Scorer, error_tensor
+from fewshot_diti.elimination import eliminate, exhaustive, racing
+from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.trials import trial_noise
 
 TIMESTEPS = (1, 120, 400, 650, 990)
@@ -76,6 +76,37 @@ def test_an_image_is_scored_to_the_bit_the_same_whatever_is_scored_beside_it(
         assert torch.equal(error_tensor(scorer, latents[i : i + 1], [image_id], TIMESTEPS)[0], many[i])
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    batch_size=st.integers(1, 24),
+    pairs=st.permutations([(n, c) for n in range(3) for c in range(4)]).flatmap(
+        lambda p: st.integers(1, 12).map(lambda n: p[:n])
+    ),
+)
+def test_batches_that_mix_images_and_classes_give_the_errors_of_each(
+    backbone: Backbone, bank: Bank, latents: Tensor, errors: Tensor, batch_size: int, pairs: list[tuple[int, int]]
+) -> None:
+    trials = [3, 0, 4]
+    scorer = Scorer(backbone, bank, batch_size=batch_size)
+    found = scorer.pair_errors(latents, "abc", torch.tensor(pairs), trials, [TIMESTEPS[s] for s in trials])
+    expected = torch.stack([errors[n, c, trials] for n, c in pairs])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_race_is_decided_on_the_errors_of_the_exhaustive_schedule(
+    backbone: Backbone, bank: Bank, latents: Tensor, errors: Tensor
+) -> None:
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
+    for stages in (exhaustive(5), racing(5, confidence=0.5, first=2)):
+        found = decide(Scorer(backbone, bank), latents, "abc", TIMESTEPS, weights, stages)
+        expected = eliminate(lambda pairs, s: errors[pairs[:, 0], pairs[:, 1]][:, s], 3, 4, stages, weights)
+        assert [(f.label, f.evaluations, f.decided) for f in found] == [
+            (e.label, e.evaluations, e.decided) for e in expected
+        ]
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f.scores, e.scores, rtol=0, atol=1e-5)
+
+
 def test_noise_hangs_on_seed_image_and_trial_number_alone() -> None:
     shape = (4, 8, 16)
     noise = trial_noise(0, "an image", range(6), shape)
@@ -93,7 +124,7 @@ def test_noise_is_the_same_on_every_machine() -> None:
     torch.testing.assert_close(trial_noise(0, "an image", [7], (4,))[0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [Scorer.__init__, Scorer.errors, error_tensor, eliminate])
+@pytest.mark.parametrize("function", [Scorer.__init__, Scorer.pair_errors, error_tensor, decide, eliminate])
 def test_the_true_label_has_no_way_into_the_scorer(function: object) -> None:
     names = inspect.signature(function).parameters  # type: ignore[arg-type]
     assert not [n for n in names if any(word in n for word in ("label", "target", "truth", "true", "answer", "y_"))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 
@@ -153,6 +153,11 @@ class Bench:
 
         return KeptFeatures(encode)
 
+    def shot_latents(self, task: Task) -> Tensor:
+        """Latents of the shots, [n, c, h, w]."""
+        height, width = (n // self.backbone.vae_scale_factor for n in self.geometry.size)
+        return torch.from_numpy(self.latents(task.shot_images())).unflatten(1, (-1, height, width))
+
     def training(self, num_shots: int, seed: int) -> TrainingConfig:
         """How class tokens are trained."""
         return replace(recommended_training(num_shots, small=self.backbone.small), seed=seed)
@@ -187,7 +192,7 @@ class Bench:
         groups = task.groups()
         out_of_fold = min(len(shots) for shots in groups.values()) > 1
         if out_of_fold:
-            held_out, labels = learner.held_out_errors(groups, times, FOLDS)
+            held_out, labels = learner.held_out(groups, FOLDS, partial(learner.shared_errors, grid=times))
         else:
             held_out = learner.shared_errors(bank, task.shot_images(), times)
             labels = torch.tensor([bank.labels.index(name) for name in task.shot_labels()])

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def in_task_order(baseline: Baseline, task: Task, probabilities_NC: np.ndarray) 
 def diti(weighting: str, bench: Bench, task: Task) -> Outcome:
     """Class tokens, their errors weighted in one way."""
     errors = bench.diti(task)
-    scores, temperature, chosen = _scores(weighting, bench, errors)
+    scores, temperature, chosen = _scores(weighting, bench, task, errors)
     return Outcome(
         probabilities=softmax(-scores.numpy() / temperature, axis=1),
         evaluations=errors.test.shape[1] * chosen["trials"],
@@ -109,13 +110,11 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     likely; half and half with one shot a class."""
     start = perf_counter()
     errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
-    scores, temperature, _ = _scores(weighting, bench, errors)
+    scores, temperature, _ = _scores(weighting, bench, task, errors)
     tip = TipAdapter(bench.clip, bench.templates, seed=task.seed).fit(task.shot_images(), task.shot_labels())
     weight = 0.5
     if errors.out_of_fold:
-        held_out, _, _ = _scores(
-            recommended_scoring(small=bench.backbone.small).weighting, bench, errors, held_out=True
-        )
+        held_out, _, _ = _scores(weighting, bench, task, errors, held_out=True)
         log_held_out = log_softmax(-held_out.numpy() / temperature, axis=1)
         log_clip = np.log(_held_out_clip(bench, task).clip(1e-12))
         truth = errors.held_out_labels.numpy()
@@ -143,7 +142,7 @@ def recommended_temperature(bench: Bench) -> float:
 
 
 def _scores(
-    weighting: str, bench: Bench, errors: DitiErrors, *, held_out: bool = False
+    weighting: str, bench: Bench, task: Task, errors: DitiErrors, *, held_out: bool = False
 ) -> tuple[Tensor, float, dict[str, Any]]:
     """Scores of the test images (or of the held-out shots), the temperature, and what was chosen."""
     abar, times = bench.backbone.alphas_cumprod, errors.timesteps
@@ -152,10 +151,7 @@ def _scores(
     if weighting == "auto":
         window = choose_window(errors.held_out, errors.held_out_labels, times, candidate_windows(len(abar)))
         weighting = f"window({window[0]}, {window[1]})"
-    name = timesteps.parse_weighting(weighting).name
-    weights = fixed_weights(weighting, abar)
-    if weights is None:
-        weights = timesteps.FROM_ERRORS[name](errors.held_out, times, len(abar))
+    weights = _weights(weighting, bench, task, errors)
     chosen = {"weighting": weighting, "trials": int((weights[times] > 0).sum())}
     trial_weights = timesteps.trial_weights(weights, times)
     trial_weights = trial_weights / trial_weights.mean()
@@ -164,6 +160,18 @@ def _scores(
         temperature = fit_temperature(timesteps.score(errors.held_out, trial_weights), errors.held_out_labels)
     scored = errors.held_out if held_out else errors.test
     return timesteps.score(scored, trial_weights), temperature, chosen
+
+
+def _weights(weighting: str, bench: Bench, task: Task, errors: DitiErrors) -> Tensor:
+    """Weights [T] of any weighting but `auto`."""
+    abar = bench.backbone.alphas_cumprod
+    if weighting == "tif":
+        labels = torch.from_numpy(task.shots.labels)
+        return timesteps.tif(abar, timesteps.attribute_distance(bench.shot_latents(task), labels))
+    fixed = fixed_weights(weighting, abar)
+    if fixed is not None:
+        return fixed
+    return timesteps.FROM_ERRORS[weighting](errors.held_out, errors.timesteps, len(abar))
 
 
 def _held_out_clip(bench: Bench, task: Task) -> np.ndarray:
@@ -210,6 +218,7 @@ METHODS: dict[str, Method] = {
     "diti-small-t": lambda bench, task: diti(_window(bench, 0, SMALL_T), bench, task),
     "diti-large-t": lambda bench, task: diti(_window(bench, LARGE_T, 1), bench, task),
     "diti-auto": partial(diti, "auto"),
+    "diti-tif": partial(diti, "tif"),
     "diti+clip": diti_with_clip,
 }
 

@@ -72,8 +72,8 @@ class Drop:
     """Accuracy, 0 to 1, on matched and on shifted images, each the mean over the classes that have both.
 
     Attributes:
-        low, high: 95 % interval of matched minus shifted, by bootstrap over the images of each class and kind.
-        classes: how many have both.
+        low, high: 95 % interval of matched minus shifted, by bootstrap over these classes.
+        classes: how many there are.
     """
 
     matched: float
@@ -83,24 +83,25 @@ class Drop:
     classes: int
 
 
-def drop_from_matched_to_shifted(
-    correct_N: np.ndarray, matched_N: np.ndarray, labels_N: np.ndarray, *, resamples: int = 2000, seed: int = 0
-) -> Drop | None:
+def drop_from_matched_to_shifted(correct_N: np.ndarray, matched_N: np.ndarray, labels_N: np.ndarray) -> Drop | None:
     """The drop of accuracy where a spurious cue is gone; None where no class has images of both kinds.
 
     Classes weigh the same on both sides, so that a class of many matched images does not pass for an effect of the cue.
+    They are what the bootstrap draws: the matched images of a class may all wear one livery, and are right or wrong
+    together.
     """
-    rng, sides = np.random.default_rng(seed), []
-    for c in np.unique(labels_N):
-        parts = [correct_N[(labels_N == c) & kind].astype(float) for kind in (matched_N, ~matched_N)]
-        if all(len(part) for part in parts):
-            means = [part[rng.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts]
-            sides.append((parts[0].mean(), parts[1].mean(), means[0] - means[1]))
+    sides = [
+        [correct_N[(labels_N == c) & kind].mean() for kind in (matched_N, ~matched_N)]
+        for c in np.unique(labels_N)
+        if 0 < matched_N[labels_N == c].sum() < (labels_N == c).sum()
+    ]
     if not sides:
         return None
-    matched, shifted = (float(np.mean([side[i] for side in sides])) for i in (0, 1))
-    low, high = np.quantile(np.mean([side[2] for side in sides], axis=0), (0.025, 0.975))
-    return Drop(matched=matched, shifted=shifted, low=float(low), high=float(high), classes=len(sides))
+    matched_C, shifted_C = np.array(sides).T
+    low, high = bootstrap_interval(matched_C - shifted_C, [str(c) for c in range(len(sides))])
+    return Drop(
+        matched=float(matched_C.mean()), shifted=float(shifted_C.mean()), low=low, high=high, classes=len(sides)
+    )
 
 
 def _accuracy(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
