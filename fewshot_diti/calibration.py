@@ -28,6 +28,7 @@ from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
+from fewshot_diti.trials import drawn_grid, even_grid
 
 WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
 LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
@@ -62,17 +63,28 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
         TrainingError: a class's loss was not finite in a fold.
     """
     config = _possible_scoring(learner, groups)
-    grid = weightings.even_grid(config.trials, *config.timesteps)
+    grid = even_grid(config.trials, *config.timesteps)
     if len(groups) < 2:
         return uncalibrated(learner)
-    held_out = None
-    if weightings.parse_weighting(config.weighting).name == "auto":
+    weighting, big_t = weightings.parse_weighting(config.weighting), learner.backbone.num_train_timesteps
+    held_out = shot_errors = None
+    if weighting.name == "auto":
         held_out = learner.held_out(groups, config.folds, partial(learner.shared_errors, grid=grid))
-    weights = weightings.trial_weights(_weights(learner, bank, config, groups, grid, held_out), grid)
+    if weighting.name in weightings.FROM_ERRORS or config.density == "importance":
+        some_trials = grid[sorted(nested_order(len(grid))[:CALIBRATION_TRIALS])]
+        images = [x for _, x in _spread_over_classes(groups, config.calibration_images)]
+        shot_errors = learner.shared_errors(bank, images, some_trials), some_trials
+    weights_T = _weights(learner, weighting, config, groups, grid, held_out, shot_errors)
+    density_T = weightings.window(learner.backbone.alphas_cumprod, *config.timesteps)
+    if config.density == "importance":
+        assert shot_errors is not None, "scored above"
+        density_T = weightings.importance(weights_T, weightings.spread(*shot_errors, big_t), *config.timesteps)
+        grid = drawn_grid(density_T, config.trials)
+    weights = weightings.trial_weights(weights_T / density_T, grid)
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
     temperature, accuracy = config.temperature, None
     if config.folds:
-        if held_out is not None:
+        if held_out is not None and config.density == "even":
             scores, truth = score(held_out[0], weights), held_out[1]
         else:
             judge = partial(learner.shared_scores, grid=grid, weights=weights)
@@ -90,7 +102,7 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
 def uncalibrated(learner: Learner) -> Calibration:
     """All trials count the same; the temperature is the scoring's, or what the package recommends."""
     config = without_folds(learner.scoring, small=learner.backbone.small)
-    grid = weightings.even_grid(config.trials, *config.timesteps)
+    grid = even_grid(config.trials, *config.timesteps)
     return Calibration(
         timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
     )
@@ -220,14 +232,14 @@ def fixed_weights(name: str, alphas_cumprod: Tensor) -> Tensor | None:
 
 def _weights(
     learner: Learner,
-    bank: Bank,
+    weighting: weightings.Weighting,
     config: ScoringConfig,
     groups: Groups,
     grid: Tensor,
     held_out: tuple[Tensor, Tensor] | None,
+    shot_errors: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Weights [T] of the configured weighting."""
-    weighting = weightings.parse_weighting(config.weighting)
     abar, parameters = learner.backbone.alphas_cumprod, weighting.parameters
     fixed = fixed_weights(config.weighting, abar)
     if fixed is not None:
@@ -235,13 +247,11 @@ def _weights(
     if weighting.name == "auto":
         assert held_out is not None, "ScoringConfig asks for folds"
         return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))
-    from_errors = weightings.FROM_ERRORS.get(weighting.name)
+    if weighting.name in weightings.FROM_ERRORS:
+        assert shot_errors is not None, "scored for it"
+        return weightings.FROM_ERRORS[weighting.name](*shot_errors, len(abar))
     some = _spread_over_classes(groups, config.calibration_images)
-    images = [x for _, x in some]
-    if from_errors:
-        some_trials = grid[sorted(nested_order(len(grid))[:CALIBRATION_TRIALS])]
-        return from_errors(learner.shared_errors(bank, images, some_trials), some_trials, len(abar))
-    latents = learner.encode(images)
+    latents = learner.encode([x for _, x in some])
     order = sorted(groups)
     truth = torch.tensor([order.index(label) for label, _ in some])
     if weighting.name == "tif":

@@ -42,7 +42,7 @@ class Stage:
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}; a stage keeps one class or more")
 
-    def survivors(self, weighted_An: Tensor) -> Tensor:
+    def survivors(self, weighted_An: Tensor, positions_n: Tensor) -> Tensor:
         """Which classes stay, bool [A], by their weighted errors; a tie goes to the lower class index."""
         ranks_A = weighted_An.mean(1).argsort(stable=True).argsort()
         return ranks_A < self.keep
@@ -57,14 +57,15 @@ class Look:
     """One round of a race: the trials at `trial_positions`, then drop every class that cannot win any more.
 
     A class is dropped when its mean lies above the leader's by more than the bound on what the trials to come can make
-    up: with v the variance of the weighted errors after class and trial means are taken out, Student's quantile of
-    `error_rate` / (A - 1) times sqrt(2 v (1/n - 1/S)). After the last trial only the leader stays.
+    up: with v the variance of a class's weighted errors, Student's quantile of `error_rate` / (A - 1) times
+    sqrt(2 v (1/n - 1/S)). v is half the mean squared difference between trials that are neighbours in t, after the mean
+    over classes is taken out: the estimator for systematic samples (Wolter, "Introduction to Variance Estimation",
+    section 8.2), in which what changes slowly with t is no noise. -1/S is the correction for a finite population
+    (Cochran, "Sampling Techniques", section 2.6): the race is for the label of S trials, not of endless ones.
 
-    What it guarantees, and when: if these residuals are independent and normal with one variance, a look drops the
-    class that all S trials would choose with a probability of at most `error_rate`, whatever the other looks do. Given
-    the time-steps, the noise of the trials is independent; what differs between time-steps is counted in v as if it
-    were noise, which makes the bound wider than it need be. The term -1/S is the correction for a finite population
-    (Cochran, "Sampling Techniques", 1977, section 2.6): the race is for the label of S trials, not of endless ones.
+    What it guarantees, and when: given the time-steps, the noise of the trials is independent; if the noise of the
+    classes' errors is normal with one variance, a look drops the class that all S trials would choose with a
+    probability of about `error_rate` at most. A difference between classes that changes with t widens the bound.
 
     ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
     """
@@ -78,8 +79,8 @@ class Look:
         if not 0 < self.error_rate < 1:
             raise ValueError(f"error_rate = {self.error_rate}; give a probability between 0 and 1")
 
-    def survivors(self, weighted_An: Tensor) -> Tensor:
-        """Which classes stay, bool [A], by their weighted errors."""
+    def survivors(self, weighted_An: Tensor, positions_n: Tensor) -> Tensor:
+        """Which classes stay, bool [A], by their weighted errors; positions ascend with t."""
         classes, done = weighted_An.shape
         mean_A = weighted_An.mean(1)
         leader = int(mean_A.argmin())
@@ -87,10 +88,11 @@ class Look:
             return torch.arange(classes) == leader
         if done < 2:
             raise ValueError("a look after one trial cannot tell noise from difference; give the first look 2 or more")
-        residual_An = weighted_An - mean_A[:, None] - weighted_An.mean(0) + mean_A.mean()
+        in_order_An = (weighted_An - weighted_An.mean(0))[:, positions_n.argsort()]
         freedom = (classes - 1) * (done - 1)
-        variance = 2 * residual_An.square().sum() / freedom * (1 / done - 1 / self.trials)
-        bound = stats.t.isf(self.error_rate / (classes - 1), freedom) * variance.sqrt()
+        variance = in_order_An.diff().square().sum() / 2 / freedom
+        standard_error = (2 * variance * (1 / done - 1 / self.trials)).sqrt()
+        bound = stats.t.isf(self.error_rate / (classes - 1), freedom) * standard_error
         return mean_A - mean_A[leader] <= bound
 
     def over(self, num_alive: int) -> bool:
@@ -246,7 +248,7 @@ def eliminate(
         trials_NC[pairs[:, 0], pairs[:, 1]] = end
         for image in racing_N.nonzero().flatten().tolist():
             still_in = alive_NC[image].nonzero().flatten()
-            kept = stage.survivors(weighted_NCS[image, still_in, :end])
+            kept = stage.survivors(weighted_NCS[image, still_in, :end], torch.tensor(positions[:end]))
             alive_NC[image, still_in[~kept]] = False
         done = end
     return [_result(*image, len(positions)) for image in zip(weighted_NCS, trials_NC, alive_NC, strict=True)]

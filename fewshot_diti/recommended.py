@@ -8,13 +8,15 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from fewshot_diti.elimination import PUBLISHED_STAGES, Look, Stage, exhaustive, published_stages, racing
-from fewshot_diti.timesteps import even_grid, parse_weighting
+from fewshot_diti.timesteps import parse_weighting
 from fewshot_diti.training import TrainingConfig
+from fewshot_diti.trials import even_grid
 
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED_BLOCKS = ("narrow", "narrow", "narrow", "medium", "all")
 CALIBRATION_TRIALS = 16  # of each shot, at most, for weights estimated on errors, which are smooth in t
 
+DensityName = Literal["even", "importance"]
 DecideName = Literal["exhaustive", "published", "racing"]
 
 
@@ -24,7 +26,9 @@ class ScoringConfig:
 
     Attributes:
         trials: S, the (t, noise) pairs of every image and class.
-        timesteps: (lo, hi) that an even grid of trials covers.
+        timesteps: (lo, hi) that the trials' time-steps cover.
+        density: "even", or "importance": more trials where the weighted errors of the shots differ more between
+            classes (`timesteps.importance`); the score averages w / q times the error.
         decide: "exhaustive" gives every class every trial, "published" eliminates by `stages`, "racing" drops a class
             once it cannot win any more (`elimination.Look`).
         stages: (trials so far, classes kept) each, of "published".
@@ -43,9 +47,10 @@ class ScoringConfig:
 
     trials: int = 24
     timesteps: tuple[int, int] = (0, 1000)
+    density: DensityName = "even"
     decide: DecideName = "exhaustive"
     stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES
-    confidence: float = 0.95
+    confidence: float = 0.9
     weighting: str = "uniform"
     temperature: float | None = 0.001
     calibration_images: int = 24
@@ -62,8 +67,9 @@ class ScoringConfig:
         lo, hi = self.timesteps
         if not 0 <= lo < hi:
             raise ValueError(f"timesteps={self.timesteps}; pass (lo, hi) with 0 <= lo < hi.")
-        if self.decide not in get_args(DecideName):
-            raise ValueError(f"decide={self.decide!r}; pass one of {get_args(DecideName)}.")
+        for name, allowed in (("decide", get_args(DecideName)), ("density", get_args(DensityName))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; pass one of {allowed}.")
         if self.decide == "published" and self.stages[-1:] != ((self.trials, 1),):
             raise ValueError(
                 f"stages={self.stages} must end with ({self.trials}, 1): all trials done and one class left."
@@ -142,8 +148,15 @@ def recommended_training(num_shots: int, *, small: bool = True) -> TrainingConfi
 def recommended_scoring(*, small: bool = True) -> ScoringConfig:
     """The scoring that this package uses where the user names none; `small`: as `Backbone.small`."""
     if not small:
-        return ScoringConfig(trials=50, weighting="pdae", batch_size=32)
+        return ScoringConfig(trials=50, decide="racing", weighting="pdae", batch_size=32)
     # the temperature: fitted at 16 shots on images of the val split
     return ScoringConfig(
-        timesteps=(0, 900), weighting="relative", temperature=0.00025, unet_scale=1.0, text_encoder_scale=1.0
+        trials=32,
+        timesteps=(0, 900),
+        density="importance",
+        decide="racing",
+        weighting="relative",
+        temperature=0.00025,
+        unet_scale=1.0,
+        text_encoder_scale=1.0,
     )

@@ -1,4 +1,4 @@
-"""Time-step weights w(t), time-step grids, and the score that they give.
+"""Time-step weights w(t), the density of trials that suits them, and the score that they give.
 
 The *intervention*: restricting or weighting the diffusion time-steps that scoring may use. Functions take tensors and
 return tensors; `alphas_cumprod` is the backbone's own schedule, never a typed-in one (`tif_released` excepted, which
@@ -209,15 +209,22 @@ def relative(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) ->
 FROM_ERRORS = {"spread": spread, "relative": relative}  # weightings that are estimated on errors of shots
 
 
-def even_grid(num_trials: int, lo: int, hi: int) -> Tensor:
-    """Time-steps of `num_trials` trials, evenly spaced inside [lo, hi): midpoints of equal parts, int64 [S].
+def importance(weights_T: Tensor, spread_T: Tensor, lo: int, hi: int) -> Tensor:
+    """Density q of time-steps under which each trial moves the score by as much as any other, float64 [T], mean 1 on
+    [lo, hi) and 0 elsewhere.
 
-    The same on every machine. even_grid(500, 0, 1000) is the published 1, 3, .., 999. More trials than time-steps
-    repeat time-steps (with other noise). ValueError unless num_trials >= 1 and 0 <= lo < hi.
+    q is w divided by `spread_T`, the weights of `spread` (1 / standard deviation over classes): the density of least
+    variance for the mean of (w / q) times the classes' differences (Owen, "Monte Carlo theory, methods and examples",
+    section 9.1). A tenth of it is even over the time-steps that have a weight, so that w / q stays bounded.
+    ValueError: no weight inside [lo, hi).
     """
-    if num_trials < 1 or not 0 <= lo < hi:
-        raise ValueError(f"no grid of {num_trials} trials in [{lo}, {hi}); num_trials >= 1 and 0 <= lo < hi")
-    return lo + (2 * torch.arange(num_trials) + 1) * (hi - lo) // (2 * num_trials)
+    inside_T = window(torch.zeros_like(weights_T), lo, hi)
+    used_T = inside_T * (weights_T > 0)
+    if not used_T.any():
+        raise ValueError(f"no time-step in [{lo}, {hi}) has any weight; widen timesteps to those that have")
+    q_T = used_T * weights_T / spread_T
+    q_T = 0.9 * q_T / q_T.sum() + 0.1 * used_T / used_T.sum()
+    return q_T * (hi - lo)
 
 
 def trial_weights(weights_T: Tensor, timesteps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature, negative_log_likelihood
-from fewshot_diti.timesteps import even_grid
+from fewshot_diti.trials import even_grid
 
 
 def test_the_temperature_that_drew_the_labels_is_found():

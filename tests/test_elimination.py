@@ -19,7 +19,8 @@ from fewshot_diti.elimination import (
     published_stages,
     racing,
 )
-from fewshot_diti.timesteps import even_grid, score
+from fewshot_diti.timesteps import score
+from fewshot_diti.trials import even_grid
 
 SHAPES = {"seed": st.integers(0, 2**31), "C": st.integers(1, 12), "S": st.integers(1, 20)}
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import log_ndtr, logsumexp
 
 from fewshot_diti import timesteps as ts
+from fewshot_diti.trials import drawn_grid, even_grid
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ABAR = SCHEDULER.alphas_cumprod.double()
@@ -185,17 +186,17 @@ def test_spread_bounds_the_weight_of_a_time_step_at_which_classes_do_not_differ(
 
 @given(st.integers(1, 200), st.integers(0, 900), st.integers(1, 100))
 def test_an_even_grid_lies_inside_its_window_and_is_symmetric_about_the_middle(num_trials, lo, width):
-    grid = ts.even_grid(num_trials, lo, lo + width)
+    grid = even_grid(num_trials, lo, lo + width)
     assert grid.dtype == torch.int64 and len(grid) == num_trials
     assert grid.min() >= lo and grid.max() < lo + width and (grid.diff() >= 0).all()
     assert abs(grid.double().mean() - (lo + width / 2)) <= 1
 
 
 def test_five_hundred_even_trials_are_the_published_odd_time_steps():
-    assert ts.even_grid(500, 0, 1000).tolist() == list(range(1, 1000, 2))
+    assert even_grid(500, 0, 1000).tolist() == list(range(1, 1000, 2))
     for num_trials, lo, hi in [(0, 0, 10), (5, 10, 10), (5, -1, 10)]:
         with pytest.raises(ValueError, match="no grid"):
-            ts.even_grid(num_trials, lo, hi)
+            even_grid(num_trials, lo, hi)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
@@ -285,3 +286,38 @@ def test_a_weighting_reads_back_from_its_own_text(text, name, parameters):
 def test_a_weighting_that_does_not_exist_is_an_error_that_shows_how_to_write_one(text):
     with pytest.raises(ValueError, match=r"window\(lo, hi\)|window\(0, 300\)|above 0"):
         ts.parse_weighting(text)
+
+
+@given(num_trials=st.integers(1, 100))
+@settings(max_examples=30, deadline=None)
+def test_a_grid_drawn_from_an_even_density_is_the_even_grid(num_trials):
+    assert drawn_grid(torch.ones(1000), num_trials).tolist() == even_grid(num_trials, 0, 1000).tolist()
+
+
+def test_a_drawn_grid_has_the_densitys_share_of_trials_everywhere():
+    density = torch.cat([torch.zeros(100), torch.full((300,), 3.0), torch.full((600,), 0.5)])
+    grid = drawn_grid(density, 48)
+    assert grid.tolist() == sorted(grid.tolist()) and int(grid.min()) >= 100
+    assert int((grid < 400).sum()) == 36  # 900 of 1200
+    with pytest.raises(ValueError, match="num_trials >= 1"):
+        drawn_grid(density, 0)
+
+
+def test_importance_sampling_gives_the_score_of_an_even_grid_with_equal_shares_of_trials():
+    g = torch.Generator().manual_seed(0)
+    abar = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
+    size = torch.linspace(0.1, 3, 1000, dtype=torch.float64)  # classes differ by more at large t
+    apart = torch.rand(5, generator=g, dtype=torch.float64)
+    errors = (2 + size * apart[:, None])[None]  # [1, 5, 1000]
+    weights = ts.pdae(abar)
+    times = torch.arange(1000)
+    density = ts.importance(weights, ts.spread(errors, times, 1000), 0, 900)
+    assert density[:900].mean() == pytest.approx(1) and not density[900:].any()
+    grid = drawn_grid(density, 60)
+    sampled = ts.score(errors[:, :, grid], weights[grid], density[grid])
+    even = ts.score(errors[:, :, :900], weights[:900])
+    torch.testing.assert_close(sampled - sampled[:, :1], even - even[:, :1], rtol=0.02, atol=0)
+    moved = (weights * size / density)[grid]
+    assert moved[4:].max() / moved[4:].min() < 1.3  # but for the tenth that is even, all trials count alike
+    with pytest.raises(ValueError, match="no time-step in"):
+        ts.importance(ts.window(abar, 0, 10), torch.ones(1000), 10, 900)

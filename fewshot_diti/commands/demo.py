@@ -27,7 +27,7 @@ from fewshot_diti.files import write_atomically
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
 from fewshot_diti.scoring import Scorer, error_tensor
-from fewshot_diti.timesteps import even_grid
+from fewshot_diti.trials import even_grid
 
 _PICTURED_PER_CLASS = 2
 

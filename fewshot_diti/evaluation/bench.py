@@ -28,8 +28,8 @@ from fewshot_diti.learning import Groups
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
-from fewshot_diti.timesteps import even_grid
 from fewshot_diti.training import TrainingConfig
+from fewshot_diti.trials import even_grid
 
 FOLDS = 2  # of cross-validation on the shots
 POCKET_TRIALS = 16  # as in the demo: a table of three seeds takes hours

@@ -1,0 +1,90 @@
+"""What scoring and training cost, beside the published procedure, in one run on one machine.
+
+    python -m eval.speed --backbone pocket --dataset bundled --output_dir results/speed
+
+Trains class tokens, scores every test image under every class on every trial once (`errors.safetensors`), and decides
+on these errors as a race and by the published schedule would; then times whole pipelines from files to labels, the
+stacked U-Net beside the plain one, and training beside one class after another. Sections that are in `speed.json`
+already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's U-Net with random
+weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from time import perf_counter
+from typing import Any
+
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fewshot_diti.evaluation.measurement import Measurement, SpeedConfig
+from fewshot_diti.evaluation.speed_sections import SECTIONS
+from fewshot_diti.files import write_atomically
+
+
+def ratios(done: dict[str, Any]) -> dict[str, float]:
+    """The figures that a reader compares: below 1 (or above, for images a second) this package is the faster."""
+    found: dict[str, float] = {}
+    if "elimination" in done:
+        e = done["elimination"]
+        found["evaluations"] = e["all"]["evaluations"] / e["evaluations_published"]
+    if "pipeline" in done:
+        found["images_per_second"] = done["pipeline"]["ratio"]
+    if "overhead" in done:
+        found |= {f"stacked_overhead_{n}": done["overhead"][f"classes_{n}"] for n in (12, 100)}
+    if "training" in done:
+        found["training_time_per_class"] = done["training"]["ratio"]
+    return found
+
+
+def plot(done: dict[str, Any]) -> bytes:
+    """PNG: evaluations against agreement as confidence varies, and evaluations as classes grow."""
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curve = done["elimination"]["by_confidence"]
+    x = [v["evaluations"] for v in curve.values()]
+    left.plot(x, [100 * v["agreement"] for v in curve.values()], "o-", label="label of all trials, all images")
+    left.plot(x, [100 * v["agreement_on_clear"] for v in curve.values()], "s--", label="where that label is clear")
+    for confidence, v in curve.items():
+        left.annotate(
+            confidence, (v["evaluations"], 100 * v["agreement"]), fontsize=7, xytext=(3, -9), textcoords="offset points"
+        )
+    left.set_xlabel("evaluations an image (numbers: confidence)")
+    left.set_ylabel("the race ends with the (%)")
+    left.legend(fontsize=8)
+    g = done["growth"]
+    counts = [int(k) for k in g]
+    right.loglog(counts, [v["evaluations_exhaustive"] for v in g.values()], "o:", label="every class, every trial")
+    right.loglog(counts, [v["evaluations"] for v in g.values()], "o-", label="race")
+    right.set_xlabel("classes")
+    right.set_ylabel("evaluations an image")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def main(config: SpeedConfig) -> None:
+    """Runs the sections that are missing; writes speed.json after each, and the plot at the end."""
+    path = config.output_dir / "speed.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    m = Measurement(config)
+    for name, section in SECTIONS.items():
+        if name in done or (name == "full_size" and not config.full_size):
+            continue
+        start = perf_counter()
+        done[name] = section(m)
+        done["ratios"] = ratios(done)
+        write_atomically(path, (json.dumps(done, indent=1) + "\n").encode())
+        print(f"{name} ({perf_counter() - start:.0f} s): {json.dumps(done[name])}", flush=True)
+    write_atomically(config.output_dir / "speed.png", plot(done))
+    print(f"ratios: {json.dumps(done['ratios'], indent=1)}\nwrote {path} and speed.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SpeedConfig))

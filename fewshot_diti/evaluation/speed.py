@@ -1,0 +1,141 @@
+"""What scoring and training cost, piece by piece: measured functions, interleaved, on one machine in one run.
+
+Shapes in names: N images, C classes, S trials of an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.bank import Bank
+from fewshot_diti.elimination import Look, Stage, eliminate
+from fewshot_diti.reports import wilson_interval
+from fewshot_diti.scoring import Scorer
+from fewshot_diti.timesteps import score
+from fewshot_diti.trials import even_grid
+
+CLEAR = 2.0  # standard errors of the exhaustive margin beyond which a label counts as clear
+H100_FLOPS = 989e12 * 0.4  # dense bf16, at 40 % of the data sheet's peak
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each function, once a round in turn, so that a busy machine slows all alike; one round is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> float:
+    """Median over rounds of the ratio of two functions' seconds in one round."""
+    return float(np.median(np.divide(seconds[of], seconds[to])))
+
+
+def machine_peak(device: torch.device, dtype: torch.dtype, channels: int, size: tuple[int, int]) -> dict[str, float]:
+    """FLOP/s of a large matrix product and of a 3 x 3 convolution of the U-Net's kind: the best of five."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(64, channels, *size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    work = {"matmul": 2 * 2048**3, "convolution": 2 * 64 * channels**2 * 9 * size[0] * size[1]}
+    seconds = interleaved({"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(x, kernel, padding=1)}, 5)
+    return {name: flops / min(seconds[name]) for name, flops in work.items()}
+
+
+def flops_of_an_evaluation(backbone: Backbone, latent_size: tuple[int, int]) -> float:
+    """FLOP of one sample through the U-Net; a multiplication and an addition are two."""
+    latents = torch.zeros(1, backbone.latent_channels, *latent_size, device=backbone.device)
+    text = backbone.encode_text(backbone.tokenize([""]))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.errors(latents, latents, torch.tensor([0], device=backbone.device), text)
+    return float(counter.get_total_flops())
+
+
+def plain_evaluations(backbone: Backbone, latents: Tensor, count: int) -> Callable[[], object]:
+    """`count` samples of one image through the frozen U-Net, without LoRA."""
+    text = backbone.encode_text(backbone.tokenize([""])).expand(count, -1, -1)
+    x = latents.to(backbone.device).expand(count, *latents.shape).contiguous()
+    t = even_grid(count, 0, backbone.num_train_timesteps).to(backbone.device)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+
+    def run() -> None:
+        with torch.no_grad():
+            backbone.errors(x, noise, t, text)
+
+    return run
+
+
+def stacked_evaluations(scorer: Scorer, latents: Tensor, classes: Sequence[int], trials: int) -> Callable[[], object]:
+    """One image under `classes`, `trials` each, as the scorer batches them."""
+    grid = even_grid(trials, 0, scorer.backbone.num_train_timesteps).tolist()
+    return lambda: scorer.errors(latents, "an image", classes, range(trials), grid)
+
+
+def perturbed_bank(bank: Bank, num_classes: int, *, strength: float = 0.3, seed: int = 0) -> Bank:
+    """A bank of any size: the class tokens themselves, then copies whose weights are moved by `strength` of their own
+    standard deviation, piece by piece."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, rows = [], []
+    for n in range(num_classes):
+        c = n % len(bank)
+        pieces = bank.rows[c].split(bank.layout.sizes)
+        moved = [p if n < len(bank) else p + strength * p.std() * torch.randn(p.shape, generator=g) for p in pieces]
+        tokens.append(replace(bank.tokens[c], label=f"{bank.tokens[c].label} {n}"))
+        rows.append(torch.cat(moved))
+    return replace(bank, tokens=tuple(tokens), rows=torch.stack(rows))
+
+
+def against_exhaustive(
+    errors_NCS: Tensor, labels_N: np.ndarray, weights_S: Tensor, stages: Sequence[Stage | Look]
+) -> dict[str, Any]:
+    """What a schedule decides on kept errors, beside scoring every class on every trial.
+
+    Accuracy and differences in points. The interval of the difference is normal, over images; a label is clear where
+    the exhaustive margin over the second class exceeds two standard errors of their paired difference.
+    """
+    N, C, S = errors_NCS.shape
+    found = eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S)
+    chosen = np.array([f.label for f in found])
+    scores_NC = score(errors_NCS, weights_S)
+    best_N2 = scores_NC.topk(2, largest=False).indices
+    weighted = errors_NCS.double() * weights_S
+    rows = torch.arange(N)
+    apart_NS = weighted[rows, best_N2[:, 1]] - weighted[rows, best_N2[:, 0]]
+    clear = (apart_NS.mean(1) > CLEAR * apart_NS.std(1) / S**0.5).numpy()
+    exhaustive = best_N2[:, 0].numpy()
+    right, right_exhaustive = chosen == labels_N, exhaustive == labels_N
+    lost = right_exhaustive.astype(float) - right
+    half = 1.96 * lost.std(ddof=1) / N**0.5
+    agree = chosen == exhaustive
+    low, high = wilson_interval(int(agree[clear].sum()), int(clear.sum())) if clear.any() else (float("nan"),) * 2
+    evaluations = np.array([f.evaluations for f in found])
+    return {
+        "images": N,
+        "evaluations": float(evaluations.mean()),
+        "evaluations_exhaustive": C * S,
+        "decided_early": float(np.mean([f.decided for f in found])),
+        "accuracy": 100 * float(right.mean()),
+        "accuracy_exhaustive": 100 * float(right_exhaustive.mean()),
+        "points_lost": 100 * float(lost.mean()),
+        "points_lost_interval": [100 * float(lost.mean() - half), 100 * float(lost.mean() + half)],
+        "agreement": float(agree.mean()),
+        "clear_images": int(clear.sum()),
+        "agreement_on_clear": float(agree[clear].mean()) if clear.any() else float("nan"),
+        "agreement_on_clear_interval": [low, high],
+    }

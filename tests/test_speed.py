@@ -1,0 +1,94 @@
+"""The speed benchmark at tiny size: every section leaves its figures, and a second run does nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_grid import SCORING, TRAINING, data  # noqa: F401, data is a fixture
+from test_lora import random_bank
+
+from eval import speed as script
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.elimination import exhaustive, racing
+from fewshot_diti.evaluation import measurement, speed, speed_sections
+from fewshot_diti.evaluation.measurement import SpeedConfig
+from fewshot_diti.timesteps import score
+
+
+def test_every_section_leaves_its_figures_and_is_run_once(
+    backbone_folder: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scoring = replace(SCORING, trials=8, decide="racing", density="importance", batch_size=24)
+    for module in (measurement, speed_sections):
+        monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
+    monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
+    config = SpeedConfig(
+        backbone=str(backbone_folder),
+        dataset=f"folder:{data}",
+        concept="part",
+        num_shots=2,
+        pipeline_images=3,
+        published_images=1,
+        training_steps=2,
+        training_classes=1,
+        growth=(3, 8),
+        growth_images=1,
+        output_dir=tmp_path / "speed",
+    )
+    script.main(config)
+    found = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert set(found["ratios"]) == {
+        *("evaluations", "images_per_second", "stacked_overhead_12", "stacked_overhead_100", "training_time_per_class")
+    }
+    assert all(value > 0 for value in found["ratios"].values())
+    everything = found["elimination"]["all"]
+    assert everything["images"] == 6 and everything["evaluations"] <= everything["evaluations_exhaustive"] == 24
+    assert found["growth"]["8"]["evaluations_exhaustive"] == 64
+    assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
+    assert sum(found["breakdown"]["share"].values()) == pytest.approx(1)
+    assert (tmp_path / "speed" / "speed.png").is_file()
+    capsys.readouterr()
+    script.main(config)
+    assert "(" not in capsys.readouterr().out.split("ratios")[0]
+
+
+def test_a_schedule_is_measured_against_every_trial() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = np.arange(40) % 5
+    errors = torch.rand(40, 5, 32, generator=g)
+    errors[torch.arange(40), labels] -= 0.1
+    weights = torch.ones(32)
+    same = speed.against_exhaustive(errors, labels, weights, exhaustive(32))
+    assert same["agreement"] == 1 and same["points_lost"] == 0 and same["evaluations"] == 160
+    best = score(errors, weights).argmin(1).numpy()
+    assert same["accuracy"] == same["accuracy_exhaustive"] == pytest.approx(100 * (best == labels).mean())
+    raced = speed.against_exhaustive(errors, labels, weights, racing(32, confidence=0.9))
+    assert raced["evaluations"] < 160 and 0 < raced["clear_images"] < 40
+    assert raced["points_lost"] == pytest.approx(raced["accuracy_exhaustive"] - raced["accuracy"])
+    low, high = raced["agreement_on_clear_interval"]
+    assert low <= raced["agreement_on_clear"] <= high
+
+
+def test_synthetic_class_tokens_keep_the_real_ones_and_differ_from_each_other(backbone: Backbone) -> None:
+    bank = random_bank(backbone, 3, 2, 0)
+    many = speed.perturbed_bank(bank, 7)
+    assert len(set(many.labels)) == 7
+    assert torch.equal(many.rows[:3], bank.rows)
+    assert len({tuple(row[:50].tolist()) for row in many.rows}) == 7
+    assert (many.rows[3] - bank.rows[0]).norm() < bank.rows[0].norm()
+
+
+def test_interleaved_functions_take_turns() -> None:
+    calls: list[str] = []
+    found = speed.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3 and [len(v) for v in found.values()] == [2, 2]
