@@ -23,12 +23,11 @@ from torch import Tensor
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.bank import Bank
 from fewshot_diti.data.images import ImageSource
-from fewshot_diti.elimination import nested_order
 from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
-from fewshot_diti.trials import drawn_grid, even_grid
+from fewshot_diti.trials import even_grid
 
 WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
 LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
@@ -63,7 +62,7 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
         TrainingError: a class's loss was not finite in a fold.
     """
     config = _possible_scoring(learner, groups)
-    grid = even_grid(config.trials, *config.timesteps)
+    grid = config.grid()
     if len(groups) < 2:
         return uncalibrated(learner)
     weighting, big_t = weightings.parse_weighting(config.weighting), learner.backbone.num_train_timesteps
@@ -71,7 +70,7 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     if weighting.name == "auto":
         held_out = learner.held_out(groups, config.folds, partial(learner.shared_errors, grid=grid))
     if weighting.name in weightings.FROM_ERRORS or config.density == "importance":
-        some_trials = grid[sorted(nested_order(len(grid))[:CALIBRATION_TRIALS])]
+        some_trials = even_grid(min(CALIBRATION_TRIALS, config.trials), *config.timesteps)
         images = [x for _, x in _spread_over_classes(groups, config.calibration_images)]
         shot_errors = learner.shared_errors(bank, images, some_trials), some_trials
     weights_T = _weights(learner, weighting, config, groups, grid, held_out, shot_errors)
@@ -79,7 +78,7 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     if config.density == "importance":
         assert shot_errors is not None, "scored above"
         density_T = weightings.importance(weights_T, weightings.spread(*shot_errors, big_t), *config.timesteps)
-        grid = drawn_grid(density_T, config.trials)
+        grid = config.grid(density_T)
     weights = weightings.trial_weights(weights_T / density_T, grid)
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
     temperature, accuracy = config.temperature, None
@@ -102,7 +101,7 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
 def uncalibrated(learner: Learner) -> Calibration:
     """All trials count the same; the temperature is the scoring's, or what the package recommends."""
     config = without_folds(learner.scoring, small=learner.backbone.small)
-    grid = even_grid(config.trials, *config.timesteps)
+    grid = config.grid()
     return Calibration(
         timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
     )

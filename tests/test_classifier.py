@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 from small_classifier import SCORING, TRAINING, bank_of, make, shots_of
 
-from fewshot_diti import Backbone, Bank, DiTiClassifier
+from fewshot_diti import Backbone, Bank, DiTiClassifier, ScoringConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.learning import Groups, Learner
 
@@ -119,6 +119,34 @@ def test_classes_added_later_equal_those_trained_with_the_first(
     later = make(backbone).fit(*shots_of(pictures, ["a320", "dc-9"])).partial_fit(*shots_of(pictures, ["tu-154"]))
     # in fp32, Adam turns the rounding of a gradient near zero into a part of a step; in float64 see test_training
     assert (bank_of(later).rows - bank_of(fitted).rows).norm() < 1e-4 * bank_of(fitted).rows.norm()
+
+
+@pytest.mark.parametrize("weighting", ["relative", "window(100, 600)", "tif"])
+def test_a_race_gives_the_labels_of_all_trials_for_fewer_evaluations(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], weighting: str
+) -> None:
+    scoring = ScoringConfig(
+        trials=40, timesteps=(50, 950), density="importance", decide="racing", confidence=0.99, weighting=weighting
+    )
+    raced = make(backbone, scoring=scoring).fit(*shots_of(pictures, ["tu-154", "a320", "dc-9"]))
+    times = np.array(raced.calibration_.timesteps)
+    lo, hi = (100, 600) if weighting.startswith("window") else (50, 950)
+    assert lo <= times.min() and times.max() < hi and (np.diff(times) >= 0).all()
+    decisions = raced.decide(tests)
+    spent = [d.evaluations for d in decisions]
+    assert all(12 <= n <= 120 for n in spent) and sum(spent) < 3 * 120
+    errors = raced.errors(tests).double() * torch.tensor(raced.calibration_.weights)
+    assert [d.label for d in decisions] == errors.mean(2).argmin(1).tolist()
+    assert raced.predict(tests).tolist() == raced.classes_[raced.scores(tests).argmin(1).numpy()].tolist()
+
+
+def test_cross_validation_judges_shots_by_the_race_that_judges_new_images(
+    backbone: Backbone, pictures: dict[str, list[Path]]
+) -> None:
+    images, labels = shots_of(pictures, ["a320", "dc-9"])
+    scoring = ScoringConfig(trials=12, decide="racing", density="importance", folds=2, temperature=None)
+    calibration = make(backbone, scoring=scoring).fit(images, labels).calibration_
+    assert calibration.accuracy in (0, 0.25, 0.5, 0.75, 1) and calibration.temperature > 0
 
 
 def test_a_classifier_comes_back_with_the_same_predictions(

@@ -167,7 +167,16 @@ class Bench:
         everything = (0, self.backbone.num_train_timesteps)
         scoring = recommended_scoring(small=self.backbone.small)
         trials = self.trials or (POCKET_TRIALS if self.backbone.small else scoring.trials)
-        return replace(scoring, trials=trials, timesteps=everything, weighting="uniform", seed=seed)
+        return replace(
+            scoring,
+            trials=trials,
+            timesteps=everything,
+            density="even",
+            antithetic=False,
+            decide="exhaustive",
+            weighting="uniform",
+            seed=seed,
+        )
 
     def prepare(self, task: Task) -> None:
         """Trains and scores the task's class tokens, unless their errors are on disk; the processes share the work.

@@ -15,7 +15,7 @@ import torch
 from fewshot_diti.bank import Bank
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
-from fewshot_diti.elimination import count_evaluations, exhaustive, proportional_stages, published_stages, racing
+from fewshot_diti.elimination import count_evaluations, exhaustive, proportional_stages, published_stages
 from fewshot_diti.evaluation import speed
 from fewshot_diti.evaluation.full_size import full_size_round, gflop_of_an_evaluation
 from fewshot_diti.evaluation.measurement import Measurement
@@ -68,7 +68,7 @@ def elimination(m: Measurement) -> dict[str, Any]:
     }
     curve = {}
     for confidence in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
-        looks = racing(len(m.weights), confidence=confidence)
+        looks = replace(m.classifier.scoring, decide="racing", confidence=confidence).schedule(len(m.bank))
         curve[str(confidence)] = speed.against_exhaustive(m.errors, m.labels, m.weights, looks)
     return found | {"by_confidence": curve}
 
@@ -192,7 +192,7 @@ def growth(m: Measurement) -> dict[str, Any]:
             m.test.ids[: len(latents)],
             times,
             m.weights,
-            racing(len(times), confidence=m.classifier.scoring.confidence),
+            m.classifier.scoring.schedule(count),
         )
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
