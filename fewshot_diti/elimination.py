@@ -63,9 +63,6 @@ class Look:
     section 8.2), in which what changes slowly with t is no noise. -1/S is the correction for a finite population
     (Cochran, "Sampling Techniques", section 2.6): the race is for the label of S trials, not of endless ones.
 
-    Where trials come in pairs with opposite noise (`unit` 2, positions 2 j and 2 j + 1) they are not independent; n, S
-    and v are then of the means of pairs.
-
     What it guarantees, and when: given the time-steps, the noise of the trials is independent; if the noise of the
     classes' errors is normal with one variance, a look drops the class that all S trials would choose with a
     probability of about `error_rate` at most. A difference between classes that changes with t widens the bound.
@@ -76,7 +73,6 @@ class Look:
     trial_positions: tuple[int, ...]
     trials: int
     error_rate: float
-    unit: int = 1
 
     def __post_init__(self) -> None:
         _check_positions(self.trial_positions)
@@ -85,18 +81,17 @@ class Look:
 
     def survivors(self, weighted_An: Tensor, positions_n: Tensor) -> Tensor:
         """Which classes stay, bool [A], by their weighted errors; positions ascend with t."""
-        in_order_An = weighted_An[:, positions_n.argsort()]
-        units_An = in_order_An.unflatten(1, (-1, self.unit)).mean(2)
-        classes, done = units_An.shape
-        mean_A = units_An.mean(1)
+        classes, done = weighted_An.shape
+        mean_A = weighted_An.mean(1)
         leader = int(mean_A.argmin())
-        if done * self.unit >= self.trials or classes == 1:
+        if done >= self.trials or classes == 1:
             return torch.arange(classes) == leader
         if done < 2:
             raise ValueError("a look after one trial cannot tell noise from difference; give the first look 2 or more")
         freedom = (classes - 1) * (done - 1)
-        variance = (units_An - units_An.mean(0)).diff().square().sum() / 2 / freedom
-        standard_error = (2 * variance * (1 / done - self.unit / self.trials)).sqrt()
+        in_order_An = (weighted_An - weighted_An.mean(0))[:, positions_n.argsort()]
+        variance = in_order_An.diff().square().sum() / 2 / freedom
+        standard_error = (2 * variance * (1 / done - 1 / self.trials)).sqrt()
         bound = stats.t.isf(self.error_rate / (classes - 1), freedom) * standard_error
         return mean_A - mean_A[leader] <= bound
 
@@ -162,29 +157,26 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
     return (Stage(trial_positions=tuple(range(trials)), keep=1),)
 
 
-def racing(trials: int, *, confidence: float, first: int = 4, pairs: bool = False) -> tuple[Look, ...]:
+def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...]:
     """Looks after `first`, 2 x `first`, .. and all `trials`, each over time-steps spread evenly (`nested_order`).
 
-    `pairs`: trials 2 j and 2 j + 1 have one time-step and opposite noise, and stay together; `trials` is then even.
 
     `confidence`: the probability, at least, that a race ends with the label of all trials, under the assumptions of
     `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
-    `first` below 2 units.
+    `first` below 2.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}; give a probability between 0 and 1")
-    unit = 2 if pairs else 1
-    if first < 2 * unit or first % unit or trials % unit:
-        raise ValueError(f"first = {first}, trials = {trials}; a race starts with 2 trials or more, 2 pairs if paired")
-    order = [unit * position + member for position in nested_order(trials // unit) for member in range(unit)]
-    ends, end = [], first
+    if first < 2:
+        raise ValueError(f"first = {first}; a race starts with 2 trials or more")
+    order, ends, end = nested_order(trials), [], first
     while end < trials:
         ends.append(end)
         end *= 2
     ends.append(trials)
     rate = (1 - confidence) / max(1, len(ends) - 1)
     return tuple(
-        Look(trial_positions=tuple(order[start:end]), trials=trials, error_rate=rate, unit=unit)
+        Look(trial_positions=order[start:end], trials=trials, error_rate=rate)
         for start, end in zip([0, *ends], ends, strict=False)
     )
 

@@ -75,10 +75,7 @@ class Learner:
 
     def scorer(self, bank: Bank) -> Scorer:
         """The bank made ready to score."""
-        scoring = self.scoring
-        return Scorer(
-            self.backbone, bank, seed=scoring.seed, batch_size=scoring.batch_size, antithetic=scoring.antithetic
-        )
+        return Scorer(self.backbone, bank, seed=self.scoring.seed, batch_size=self.scoring.batch_size)
 
     def class_shots(self, label: Label, images: Sequence[ImageSource], config: TrainingConfig) -> ClassShots:
         """The latents of one class's shots and of their colour variants, with the prompt."""

@@ -31,8 +31,6 @@ class ScoringConfig:
         timesteps: (lo, hi) that the trials' time-steps cover.
         density: "even", or "importance": more trials where the weighted errors of the shots differ more between
             classes (`timesteps.importance`); the score averages w / q times the error.
-        antithetic: trials come in pairs of one time-step and opposite noise, whose mean varies less than that of two
-            others.
         decide: "exhaustive" gives every class every trial, "published" eliminates by `stages`, "racing" drops a class
             once it cannot win any more (`elimination.Look`).
         stages: (trials so far, classes kept) each, of "published".
@@ -52,7 +50,6 @@ class ScoringConfig:
     trials: int = 24
     timesteps: tuple[int, int] = (0, 1000)
     density: DensityName = "even"
-    antithetic: bool = False
     decide: DecideName = "exhaustive"
     stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES
     confidence: float = 0.9
@@ -81,11 +78,6 @@ class ScoringConfig:
             )
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence}; pass a probability between 0 and 1.")
-        if self.antithetic and (self.trials % 2 or self.decide == "published"):
-            raise ValueError(
-                f"antithetic trials come in pairs, and not in published stages: trials={self.trials}, "
-                f"decide={self.decide!r}; pass an even number of trials and another decide, or antithetic=False."
-            )
         self.schedule(1)
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 2 or more, or 0 for no cross-validation.")
@@ -108,15 +100,11 @@ class ScoringConfig:
         """What every image goes through."""
         if self.decide == "published":
             return published_stages(num_classes, self.trials, self.stages)
-        if self.decide == "racing":
-            return racing(self.trials, confidence=self.confidence, pairs=self.antithetic)
-        return exhaustive(self.trials)
+        return racing(self.trials, confidence=self.confidence) if self.decide == "racing" else exhaustive(self.trials)
 
     def grid(self, density_T: Tensor | None = None) -> Tensor:
         """Time-steps [S] of the trials, ascending: even, or drawn from a density."""
-        distinct = self.trials // 2 if self.antithetic else self.trials
-        grid = even_grid(distinct, *self.timesteps) if density_T is None else drawn_grid(density_T, distinct)
-        return grid.repeat_interleave(2) if self.antithetic else grid
+        return even_grid(self.trials, *self.timesteps) if density_T is None else drawn_grid(density_T, self.trials)
 
 
 def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:
@@ -172,7 +160,6 @@ def recommended_scoring(*, small: bool = True) -> ScoringConfig:
         trials=32,
         timesteps=(0, 900),
         density="importance",
-        antithetic=True,
         decide="racing",
         weighting="relative",
         temperature=0.00025,

@@ -31,18 +31,14 @@ class Scorer:
         bank: C class tokens.
         seed: of the noise, together with image id and trial number.
         batch_size: evaluations in one forward; never changes a result beyond rounding.
-        antithetic: whether trials 2 j and 2 j + 1 have opposite noise.
 
     Raises:
         ValueError: the bank belongs to another backbone.
     """
 
-    def __init__(
-        self, backbone: Backbone, bank: Bank, *, seed: int = 0, batch_size: int = 96, antithetic: bool = False
-    ) -> None:
+    def __init__(self, backbone: Backbone, bank: Bank, *, seed: int = 0, batch_size: int = 96) -> None:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
-        self.antithetic = antithetic
         self.rows_CP = bank.scaled_rows().to(backbone.device, backbone.dtype)
         self.text_CLD = self._encode_text()
 
@@ -56,10 +52,6 @@ class Scorer:
             ):
                 chunks.append(self.backbone.encode_text(self.backbone.tokenize(prompts[i : i + self.batch_size])))
         return torch.cat(chunks)
-
-    def _noise(self, image_id: str, trials: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        noise = trial_noise(self.seed, image_id, trials, shape, antithetic=self.antithetic)
-        return noise.to(self.backbone.device)
 
     def errors(
         self, latents: Tensor, image_id: str, classes: Sequence[int], trials: Sequence[int], timesteps: Sequence[int]
@@ -97,7 +89,10 @@ class Scorer:
         for i in range(0, len(pairs_P2), width):
             images, classes = pairs_P2[i : i + width].T
             present = images.unique().tolist()
-            noise = {n: noise[n] if n in noise else self._noise(image_ids[n], trials, shape) for n in present}
+            noise = {
+                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape).to(device)
+                for n in present
+            }
             index, groups = classes.to(device), len(classes)
             with adapted(self.backbone.networks, self.bank.layout, self.rows_CP[index], ("unet",)):
                 for j in range(0, len(trials), m):

@@ -24,19 +24,10 @@ def torch_generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int(stream(*key).integers(2**62)))
 
 
-def trial_noise(
-    seed: int, image_id: str, trials: Sequence[int], shape: tuple[int, ...], *, antithetic: bool = False
-) -> Tensor:
-    """Standard normal noise [trials, *shape], fp32, of the given trial numbers of one image.
-
-    Antithetic: trials 2 j and 2 j + 1 are a pair with opposite noise, that of number j and its negative.
-    """
-
-    def noise(trial: int) -> np.ndarray:
-        number, sign = (trial // 2, 1 - 2 * (trial % 2)) if antithetic else (trial, 1)
-        return np.float32(sign) * stream(seed, image_id, number).standard_normal(shape, np.float32)
-
-    return torch.from_numpy(np.stack([noise(int(t)) for t in trials]))
+def trial_noise(seed: int, image_id: str, trials: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise [trials, *shape], fp32, of the given trial numbers of one image."""
+    noise = np.stack([stream(seed, image_id, int(t)).standard_normal(shape, np.float32) for t in trials])
+    return torch.from_numpy(noise)
 
 
 def even_grid(num_trials: int, lo: int, hi: int) -> Tensor:

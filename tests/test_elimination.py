@@ -221,26 +221,7 @@ def test_a_race_misses_the_label_of_all_trials_no_more_often_than_its_confidence
     assert sum(r.evaluations for r in results) < 0.8 * N * classes * S
 
 
-def test_a_race_over_pairs_keeps_them_together_and_counts_a_pair_once():
-    looks = racing(32, confidence=0.9, pairs=True)
-    done = []
-    for look in looks:
-        assert {p ^ 1 for p in look.trial_positions} == set(look.trial_positions)
-        done += look.trial_positions
-        if len(done) < 32:  # what the pair's noise does to both alike is no noise of its mean
-            g = torch.Generator().manual_seed(len(done))
-            errors = torch.rand(5, len(done), generator=g, dtype=torch.float64)
-            opposite = 10 * torch.randn(5, len(done) // 2, generator=g).repeat_interleave(2, 1)
-            opposite[:, 1::2] *= -1
-            positions = torch.tensor(sorted(done))
-            assert torch.equal(look.survivors(errors, positions), look.survivors(errors + opposite, positions))
-    assert sorted(done) == list(range(32))
-
-
 def test_a_race_that_cannot_be_run_is_refused():
-    for first, trials in ((2, 8), (5, 8), (4, 9)):
-        with pytest.raises(ValueError, match="2 pairs if paired"):
-            racing(trials, confidence=0.9, first=first, pairs=True)
     with pytest.raises(ValueError, match=r"confidence = 1"):
         racing(8, confidence=1.0)
     with pytest.raises(ValueError, match="first = 1"):

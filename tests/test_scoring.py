@@ -119,13 +119,6 @@ def test_noise_hangs_on_seed_image_and_trial_number_alone() -> None:
     assert (many.std() - 1).abs() < 0.01
 
 
-def test_antithetic_trials_are_pairs_of_opposite_noise() -> None:
-    noise = trial_noise(0, "an image", range(6), (4, 8), antithetic=True)
-    assert torch.equal(noise[1::2], -noise[::2])
-    assert torch.equal(noise[::2], trial_noise(0, "an image", range(3), (4, 8)))
-    assert torch.equal(noise[[3, 4]], trial_noise(0, "an image", [3, 4], (4, 8), antithetic=True))
-
-
 def test_noise_is_the_same_on_every_machine() -> None:
     expected = torch.tensor([-1.7897560596466064, -1.0897003412246704, 0.6585617065429688, -0.7896870970726013])
     torch.testing.assert_close(trial_noise(0, "an image", [7], (4,))[0], expected, rtol=0, atol=1e-6)

@@ -172,7 +172,6 @@ class Bench:
             trials=trials,
             timesteps=everything,
             density="even",
-            antithetic=False,
             decide="exhaustive",
             weighting="uniform",
             seed=seed,
