@@ -72,7 +72,9 @@ def plot(done: dict[str, Any]) -> bytes:
 def main(config: SpeedConfig) -> None:
     """Runs the sections that are missing; writes speed.json after each, and the plot at the end."""
     path = config.output_dir / "speed.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"made_by": config.made_by()}
+    if done["made_by"] != config.made_by():
+        raise SystemExit(f"error: {path} holds a run with {done['made_by']}; pass another --output_dir.")
     m = Measurement(config)
     for name, section in SECTIONS.items():
         if name in done or (name == "full_size" and not config.full_size):

@@ -1,7 +1,9 @@
 """What turns errors into labels and probabilities: weights of the trials and a temperature, from the shots alone.
 
 Held out means: the errors of a shot come from class tokens trained without it. Errors on shots that a class token was
-trained on are too small for the true class, and would pick the time-steps at which training images are remembered.
+trained on are too small for the true class, and would pick the time-steps at which training images are remembered. So
+what sets the true class against others (`auto`, temperature, accuracy) reads held-out shots; `spread`, `relative` and
+the importance density ask how errors vary over all classes alike, and read the shots under the saved class tokens.
 
 Shapes in names: N images, C classes, S trials of an image.
 """
@@ -61,30 +63,34 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     Raises:
         TrainingError: a class's loss was not finite in a fold.
     """
-    config = _possible_scoring(learner, groups)
+    config, big_t = _possible_scoring(learner, groups), learner.backbone.num_train_timesteps
     grid = config.grid()
     if len(groups) < 2:
         return uncalibrated(learner)
-    weighting, big_t = weightings.parse_weighting(config.weighting), learner.backbone.num_train_timesteps
+    weighting = weightings.parse_weighting(config.weighting)
     held_out = shot_errors = None
     if weighting.name == "auto":
         held_out = learner.held_out(groups, config.folds, partial(learner.shared_errors, grid=grid))
     if weighting.name in weightings.FROM_ERRORS or config.density == "importance":
         some_trials = even_grid(min(CALIBRATION_TRIALS, config.trials), *config.timesteps)
-        images = [x for _, x in _spread_over_classes(groups, config.calibration_images)]
+        images = [x for _, x in _spread_over_classes(groups, config.calibration_images)][: config.calibration_images]
         shot_errors = learner.shared_errors(bank, images, some_trials), some_trials
     weights_T = _weights(learner, weighting, config, groups, grid, held_out, shot_errors)
-    density_T = weightings.window(learner.backbone.alphas_cumprod, *config.timesteps)
+    density_T = weightings.where_weighted(weights_T, *config.timesteps)
     if config.density == "importance":
         assert shot_errors is not None, "scored above"
-        density_T = weightings.importance(weights_T, weightings.spread(*shot_errors, big_t), *config.timesteps)
+        density_T = weightings.importance(density_T, weights_T, weightings.spread(*shot_errors, big_t))
+    if config.decide != "published":  # whose stages stand on a grid of their own
         grid = config.grid(density_T)
-    weights = weightings.trial_weights(weights_T / density_T, grid)
+    weights = weightings.trial_weights(weights_T, grid)
+    if config.density == "importance":
+        weights = weights / density_T[grid]
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
     temperature, accuracy = config.temperature, None
     if config.folds:
-        if held_out is not None and config.density == "even":
-            scores, truth = score(held_out[0], weights), held_out[1]
+        if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
+            even = weightings.trial_weights(weights_T, config.grid())
+            scores, truth = score(held_out[0], even / even.mean()), held_out[1]
         else:
             judge = partial(learner.shared_scores, grid=grid, weights=weights)
             scores, truth = learner.held_out(groups, config.folds, judge)

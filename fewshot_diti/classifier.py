@@ -73,7 +73,7 @@ class DiTiClassifier:
                 f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
             )
         fixed_weights(self.scoring.weighting, self.backbone.alphas_cumprod)  # refuses a window beyond the schedule
-        self._decisions: dict[str, Elimination] = {}
+        self._decisions: dict[tuple[str, ScoringConfig, Calibration], Elimination] = {}
         self._scorer: Scorer | None = None
 
     @property
@@ -190,15 +190,15 @@ class DiTiClassifier:
         An image decided before is not scored again.
         """
         scorer, calibration = self._ready(), self.calibration_
-        ids = [image_id(x) for x in images]
-        new = {i: x for i, x in zip(ids, images, strict=True) if i not in self._decisions}
+        keys = [(image_id(x), self.scoring, calibration) for x in images]
+        new = {key: x for key, x in zip(keys, images, strict=True) if key not in self._decisions}
         if new:
             latents = self.learner.encode(list(new.values()))
             weights = torch.tensor(calibration.weights, dtype=torch.float64)
             stages = self.scoring.schedule(len(scorer.bank))
-            decisions = decide(scorer, latents, list(new), calibration.timesteps, weights, stages)
+            decisions = decide(scorer, latents, [i for i, *_ in new], calibration.timesteps, weights, stages)
             self._decisions |= dict(zip(new, decisions, strict=True))
-        return [self._decisions[i] for i in ids]
+        return [self._decisions[key] for key in keys]
 
     def errors(self, images: Sequence[ImageSource]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
@@ -254,7 +254,8 @@ class DiTiClassifier:
         self.bank_, self._scorer, self._decisions = bank, None, {}
 
     def _ready(self) -> Scorer:
-        if self._scorer is None:
+        made_for = None if self._scorer is None else (self._scorer.seed, self._scorer.batch_size)
+        if self._scorer is None or made_for != (self.scoring.seed, self.scoring.batch_size):
             self._scorer = self.learner.scorer(self._fitted())
         return self._scorer
 

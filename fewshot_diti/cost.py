@@ -25,8 +25,8 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
     priors = training.prior_weight > 0
     samples = training.steps * num_classes * training.shots_per_step * (2 if priors else 1)
     scored = num_shots * scoring.trials if scoring.folds else 0
-    if parse_weighting(scoring.weighting).name in FROM_ERRORS:
-        scored += min(num_shots, max(scoring.calibration_images, num_classes)) * min(scoring.trials, CALIBRATION_TRIALS)
+    if parse_weighting(scoring.weighting).name in FROM_ERRORS or scoring.density == "importance":
+        scored += min(num_shots, scoring.calibration_images) * min(scoring.trials, CALIBRATION_TRIALS)
     return (
         3 * samples * (1 + scoring.folds)
         + (training.prior_images * _PRIOR_EVALUATIONS if priors else 0)

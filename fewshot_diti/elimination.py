@@ -65,7 +65,8 @@ class Look:
 
     What it guarantees, and when: given the time-steps, the noise of the trials is independent; if the noise of the
     classes' errors is normal with one variance, a look drops the class that all S trials would choose with a
-    probability of about `error_rate` at most. A difference between classes that changes with t widens the bound.
+    probability of about `error_rate` at most; with classes whose noise differs by a factor of 3 or more it is no bound.
+    A difference between classes that changes with t widens the bound.
 
     ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
     """
@@ -88,9 +89,9 @@ class Look:
             return torch.arange(classes) == leader
         if done < 2:
             raise ValueError("a look after one trial cannot tell noise from difference; give the first look 2 or more")
-        freedom = (classes - 1) * (done - 1)
         in_order_An = (weighted_An - weighted_An.mean(0))[:, positions_n.argsort()]
-        variance = in_order_An.diff().square().sum() / 2 / freedom
+        variance = in_order_An.diff().square().sum() / 2 / ((classes - 1) * (done - 1))
+        freedom = (classes - 1) * 2 * (done - 1) ** 2 / (3 * done - 4)  # neighbouring differences are correlated
         standard_error = (2 * variance * (1 / done - 1 / self.trials)).sqrt()
         bound = stats.t.isf(self.error_rate / (classes - 1), freedom) * standard_error
         return mean_A - mean_A[leader] <= bound
@@ -105,7 +106,7 @@ class Elimination(NamedTuple):
 
     `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error, and for another class the
     winner's plus the mean of their differences over the trials that both had, so that all can be compared; the label's
-    is the smallest. `evaluations`: samples through the U-Net. `decided`: one class was left before the trials ran out.
+    is the smallest. `evaluations`: samples through the U-Net. `decided`: one class was left before the last stage.
     """
 
     label: int
@@ -161,8 +162,8 @@ def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...
     """Looks after `first`, 2 x `first`, .. and all `trials`, each over time-steps spread evenly (`nested_order`).
 
 
-    `confidence`: the probability, at least, that a race ends with the label of all trials, under the assumptions of
-    `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
+    `confidence`: about the probability, at least, that a race ends with the label of all trials, under the assumptions
+    of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
     `first` below 2.
     """
     if not 0 < confidence < 1:
@@ -228,6 +229,7 @@ def eliminate(
     weighted_NCS = torch.zeros(num_images, num_classes, len(positions), dtype=torch.float64)  # in the order done
     trials_NC = torch.zeros(num_images, num_classes, dtype=torch.long)
     alive_NC = torch.ones(num_images, num_classes, dtype=torch.bool)
+    decided_N = torch.zeros(num_images, dtype=torch.bool)
     done = 0
     for number, stage in enumerate(stages, start=1):
         counts = alive_NC.sum(1).tolist()
@@ -251,10 +253,13 @@ def eliminate(
             kept = stage.survivors(weighted_NCS[image, still_in, :end], torch.tensor(positions[:end]))
             alive_NC[image, still_in[~kept]] = False
         done = end
-    return [_result(*image, len(positions)) for image in zip(weighted_NCS, trials_NC, alive_NC, strict=True)]
+        if number < len(stages):
+            decided_N = alive_NC.sum(1) == 1
+    images = zip(weighted_NCS, trials_NC, alive_NC, decided_N.tolist(), strict=True)
+    return [_result(*image) for image in images]
 
 
-def _result(weighted_CS: Tensor, trials_C: Tensor, alive_C: Tensor, all_trials: int) -> Elimination:
+def _result(weighted_CS: Tensor, trials_C: Tensor, alive_C: Tensor, decided: bool) -> Elimination:
     """What an image's race or schedule says, from the weighted errors that were asked for."""
     still_in = alive_C.nonzero().flatten()
     most = int(trials_C.max())
@@ -262,7 +267,7 @@ def _result(weighted_CS: Tensor, trials_C: Tensor, alive_C: Tensor, all_trials: 
     had = torch.arange(weighted_CS.shape[1]) < trials_C[:, None]
     behind_C = ((weighted_CS - weighted_CS[label]) * had).sum(1) / trials_C
     scores_C = weighted_CS[label, :most].mean() + behind_C.clamp(min=0)
-    return Elimination(label, scores_C, int(trials_C.sum()), len(still_in) == 1 and most < all_trials)
+    return Elimination(label, scores_C, int(trials_C.sum()), decided)
 
 
 def _check_positions(positions: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,14 +168,17 @@ def adapted(
 
     The networks are left as they were found. Rows are cast by the caller to the networks' dtype.
     """
-    changed: list[nn.Module] = []
+    before: dict[nn.Module, Any] = {}
     try:
         for target, adapters in layout.split(rows_GP).items():
             if target.network in only:
                 module = networks[target.network].get_submodule(target.name)
+                before[module] = module.__dict__.get("forward")
                 module.forward = partial(adapted_linear, module, *adapters)
-                changed.append(module)
         yield
     finally:
-        for module in changed:
-            del module.forward  # the class's own is seen again
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward  # the class's own is seen again
+            else:
+                module.forward = forward

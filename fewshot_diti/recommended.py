@@ -34,7 +34,7 @@ class ScoringConfig:
         decide: "exhaustive" gives every class every trial, "published" eliminates by `stages`, "racing" drops a class
             once it cannot win any more (`elimination.Look`).
         stages: (trials so far, classes kept) each, of "published".
-        confidence: of "racing", the probability that it ends with the label of all trials.
+        confidence: of "racing", about the probability, at least, that it ends with the label of all trials.
         weighting: as `timesteps.parse_weighting` reads it.
         temperature: of the softmax over -score; None fits it on out-of-fold scores of the shots.
         calibration_images: shots on which `spread`, `relative` and d of `tif` are estimated, spread over the classes.

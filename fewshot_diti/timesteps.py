@@ -209,22 +209,27 @@ def relative(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) ->
 FROM_ERRORS = {"spread": spread, "relative": relative}  # weightings that are estimated on errors of shots
 
 
-def importance(weights_T: Tensor, spread_T: Tensor, lo: int, hi: int) -> Tensor:
-    """Density q of time-steps under which each trial moves the score by as much as any other, float64 [T], mean 1 on
-    [lo, hi) and 0 elsewhere.
+def where_weighted(weights_T: Tensor, lo: int, hi: int) -> Tensor:
+    """The even density of time-steps over those of [lo, hi) that have a weight, float64 [T], mean 1 over [lo, hi).
 
-    q is w divided by `spread_T`, the weights of `spread` (1 / standard deviation over classes): the density of least
-    variance for the mean of (w / q) times the classes' differences (Owen, "Monte Carlo theory, methods and examples",
-    section 9.1). A tenth of it is even over the time-steps that have a weight, so that w / q stays bounded.
-    ValueError: no weight inside [lo, hi).
+    Trials drawn from it are never spent where the weight is 0. ValueError: no weight inside [lo, hi).
     """
-    inside_T = window(torch.zeros_like(weights_T), lo, hi)
-    used_T = inside_T * (weights_T > 0)
+    used_T = torch.zeros_like(weights_T, dtype=torch.float64)
+    used_T[lo:hi] = (weights_T[lo:hi] > 0).double()
     if not used_T.any():
         raise ValueError(f"no time-step in [{lo}, {hi}) has any weight; widen timesteps to those that have")
-    q_T = used_T * weights_T / spread_T
-    q_T = 0.9 * q_T / q_T.sum() + 0.1 * used_T / used_T.sum()
-    return q_T * (hi - lo)
+    return used_T * (hi - lo) / used_T.sum()
+
+
+def importance(density_T: Tensor, weights_T: Tensor, spread_T: Tensor) -> Tensor:
+    """Density q of time-steps under which each trial moves the score by as much as any other, float64 [T].
+
+    q is proportional to w divided by `spread_T`, the weights of `spread` (1 / standard deviation over classes): the
+    density of least variance for the mean of (w / q) times the classes' differences (Owen, "Monte Carlo theory, methods
+    and examples", section 9.1). A tenth of it is `density_T`, that of `where_weighted`, so that w / q stays bounded.
+    """
+    q_T = torch.where(density_T > 0, weights_T / spread_T, 0)
+    return 0.9 * q_T * density_T.sum() / q_T.sum() + 0.1 * density_T
 
 
 def trial_weights(weights_T: Tensor, timesteps: Tensor) -> Tensor:

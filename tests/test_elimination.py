@@ -221,6 +221,20 @@ def test_a_race_misses_the_label_of_all_trials_no_more_often_than_its_confidence
     assert sum(r.evaluations for r in results) < 0.8 * N * classes * S
 
 
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("done", [4, 8])
+def test_one_look_drops_a_class_as_good_as_the_others_no_more_often_than_its_error_rate(classes, done):
+    N, S, rate = 4000, 64, 0.05
+    look = Look(trial_positions=tuple(range(done)), trials=S, error_rate=rate)
+    g = torch.Generator().manual_seed(classes * done)
+    errors_NCS = torch.randn(N, classes, S, generator=g, dtype=torch.float64)
+    errors_NCS -= errors_NCS.mean(2, keepdim=True)  # over all trials every class is the best
+    dropped = sum(int(~look.survivors(e[:, :done], torch.arange(done))[0]) for e in errors_NCS)
+    assert dropped / N < rate + 3 * (rate / N) ** 0.5
+    if classes == 2:  # with one rival nothing is corrected for: the bound is met, not undercut
+        assert dropped / N > 0.6 * rate / 2
+
+
 def test_a_race_that_cannot_be_run_is_refused():
     with pytest.raises(ValueError, match=r"confidence = 1"):
         racing(8, confidence=1.0)

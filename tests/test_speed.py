@@ -55,11 +55,21 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     assert everything["images"] == 6 and everything["evaluations"] <= everything["evaluations_exhaustive"] == 24
     assert found["growth"]["8"]["evaluations_exhaustive"] == 64
     assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
-    assert sum(found["breakdown"]["share"].values()) == pytest.approx(1)
+    parts = found["breakdown"]["milliseconds"]
+    assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "text", "u-net", "lora", "the rest"}
     assert (tmp_path / "speed" / "speed.png").is_file()
     capsys.readouterr()
     script.main(config)
     assert "(" not in capsys.readouterr().out.split("ratios")[0]
+    with pytest.raises(SystemExit, match="holds a run with"):
+        script.main(replace(config, num_shots=1))
+
+
+def test_memory_is_measured_above_what_is_in_use() -> None:
+    kept = torch.ones(2**23)  # 32 MB that are there before
+    size, memory = speed.memory_beyond(lambda: len(torch.ones(2**24)))  # 64 MB that come and go
+    assert size == 2 * len(kept)
+    assert 48 * 2**20 < memory < 96 * 2**20 or memory != memory
 
 
 def test_a_schedule_is_measured_against_every_trial() -> None:

@@ -311,7 +311,7 @@ def test_importance_sampling_gives_the_score_of_an_even_grid_with_equal_shares_o
     errors = (2 + size * apart[:, None])[None]  # [1, 5, 1000]
     weights = ts.pdae(abar)
     times = torch.arange(1000)
-    density = ts.importance(weights, ts.spread(errors, times, 1000), 0, 900)
+    density = ts.importance(ts.where_weighted(weights, 0, 900), weights, ts.spread(errors, times, 1000))
     assert density[:900].mean() == pytest.approx(1) and not density[900:].any()
     grid = drawn_grid(density, 60)
     sampled = ts.score(errors[:, :, grid], weights[grid], density[grid])
@@ -320,4 +320,12 @@ def test_importance_sampling_gives_the_score_of_an_even_grid_with_equal_shares_o
     moved = (weights * size / density)[grid]
     assert moved[4:].max() / moved[4:].min() < 1.3  # but for the tenth that is even, all trials count alike
     with pytest.raises(ValueError, match="no time-step in"):
-        ts.importance(ts.window(abar, 0, 10), torch.ones(1000), 10, 900)
+        ts.where_weighted(ts.window(abar, 0, 10), 10, 900)
+
+
+@given(lo=st.integers(0, 500), width=st.integers(1, 499), num_trials=st.integers(1, 80))
+@settings(max_examples=30, deadline=None)
+def test_trials_are_drawn_only_where_they_have_a_weight(lo, width, num_trials):
+    weights = ts.window(torch.linspace(0.999, 0.005, 1000), lo, lo + width)
+    grid = drawn_grid(ts.where_weighted(weights, 0, 1000), num_trials)
+    assert grid.tolist() == even_grid(num_trials, lo, lo + width).tolist()

@@ -19,6 +19,7 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import image_id
 from fewshot_diti.data.sources import IMAGE_SUFFIXES
+from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
@@ -78,7 +79,7 @@ def score(config: ScoreConfig, console: Console) -> int:
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
-    evaluations = len(first) * len(classifier.classes_) * len(classifier.calibration_.timesteps)
+    evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), len(classes))
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,8 +36,11 @@ class SpeedConfig:
         pipeline_images: test images that this package's pipeline is timed on, from files to labels.
         published_images: of these, how many the published procedure is timed on.
         training_steps: of both ways of training; `training_classes` are trained one after another.
-        growth: numbers of classes, perturbed copies of the real class tokens beyond those.
-        full_size: whether one round of a race runs on Stable Diffusion 2.0's U-Net at 256 px, on random weights.
+        growth: numbers of classes, perturbed copies of the real class tokens beyond those; `growth_images` are scored.
+        full_size: whether a race runs on Stable Diffusion 2.0's U-Net at 256 px, on random weights.
+
+    Raises:
+        ValueError: more published images than images.
     """
 
     backbone: str = POCKET
@@ -54,6 +57,16 @@ class SpeedConfig:
     growth_images: int = 2
     full_size: bool = False
     output_dir: Path = Path("results/speed")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.published_images <= self.pipeline_images:
+            raise ValueError(
+                f"published_images={self.published_images}; pass 1 to pipeline_images={self.pipeline_images}."
+            )
+
+    def made_by(self) -> dict[str, str]:
+        """What must be the same for kept sections to be taken."""
+        return {k: str(v) for k, v in asdict(self).items() if k not in ("full_size", "output_dir")}
 
 
 class Measurement:
@@ -142,6 +155,8 @@ class Measurement:
         kept = torch.empty(0, len(self.bank), len(self.weights))
         if path.is_file() and beside.is_file() and json.loads(beside.read_text()) == made_by:
             kept = load_file(path)["errors"]
+        if not len(kept):
+            path.unlink(missing_ok=True)  # what something else made must not pass for this
         write_atomically(beside, (json.dumps(made_by) + "\n").encode())
         while len(kept) < len(self.test):
             rows = range(len(kept), min(len(kept) + CHUNK, len(self.test)))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import ColorJitter
 
@@ -64,9 +63,9 @@ class PublishedProcedure:
 
     def train(
         self,
-        shots: Sequence[Image.Image],
+        shots: Sequence[ImageSource],
         prompt: str,
-        prior: tuple[str, Sequence[Image.Image]],
+        prior: tuple[str, Sequence[ImageSource]],
         config: TrainingConfig,
     ) -> Tensor:
         """The row [P] of one class: one shot and one prior image a step, encoded at every step."""
@@ -85,7 +84,7 @@ class PublishedProcedure:
             p.requires_grad_(True)
         for _ in range(config.steps):
             which = (int(torch.randint(len(images), (), generator=generator)) for images in (shots, prior[1]))
-            images = [source[i] for source, i in zip((shots, prior[1]), which, strict=True)]
+            images = [open_image(source[i]) for source, i in zip((shots, prior[1]), which, strict=True)]
             pixels = torch.stack([self.geometry.pixels(jitter(images[0])), self.geometry.pixels(images[1])])
             mean, std = backbone.encode_images(pixels)
             latents = mean + std * torch.randn(mean.shape, generator=generator)

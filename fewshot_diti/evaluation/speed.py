@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.timesteps import score
 from fewshot_diti.trials import even_grid
+
+T = TypeVar("T")
 
 CLEAR = 2.0  # standard errors of the exhaustive margin beyond which a label counts as clear
 H100_FLOPS = 989e12 * 0.4  # dense bf16, at 40 % of the data sheet's peak
@@ -87,6 +90,24 @@ def stacked_evaluations(scorer: Scorer, latents: Tensor, classes: Sequence[int],
     return lambda: scorer.errors(latents, "an image", classes, range(trials), grid)
 
 
+def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
+    """What `run` gives, and by how many bytes memory rose at its peak above its level before; NaN where none tells."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return run(), float(torch.cuda.max_memory_allocated() - before)
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        return run(), float("nan")
+
+    def kilobytes(field: str) -> int:
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{field}:")))
+
+    clear.write_text("5")  # sets the peak, VmHWM, to what is in use (man 5 proc)
+    before = kilobytes("VmRSS")
+    return run(), float(1024 * (kilobytes("VmHWM") - before))
+
+
 def perturbed_bank(bank: Bank, num_classes: int, *, strength: float = 0.3, seed: int = 0) -> Bank:
     """A bank of any size: the class tokens themselves, then copies whose weights are moved by `strength` of their own
     standard deviation, piece by piece."""
@@ -123,7 +144,7 @@ def against_exhaustive(
     lost = right_exhaustive.astype(float) - right
     half = 1.96 * lost.std(ddof=1) / N**0.5
     agree = chosen == exhaustive
-    low, high = wilson_interval(int(agree[clear].sum()), int(clear.sum())) if clear.any() else (float("nan"),) * 2
+    low, high = wilson_interval(int(agree[clear].sum()), int(clear.sum())) if clear.any() else (None, None)
     evaluations = np.array([f.evaluations for f in found])
     return {
         "images": N,
@@ -136,6 +157,6 @@ def against_exhaustive(
         "points_lost_interval": [100 * float(lost.mean() - half), 100 * float(lost.mean() + half)],
         "agreement": float(agree.mean()),
         "clear_images": int(clear.sum()),
-        "agreement_on_clear": float(agree[clear].mean()) if clear.any() else float("nan"),
+        "agreement_on_clear": float(agree[clear].mean()) if clear.any() else None,
         "agreement_on_clear_interval": [low, high],
     }

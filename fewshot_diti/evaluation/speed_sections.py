@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-import resource
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fewshot_diti.bank import Bank
+from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
 from fewshot_diti.elimination import count_evaluations, exhaustive, proportional_stages, published_stages
@@ -24,6 +25,8 @@ from fewshot_diti.prior import prior_latents
 from fewshot_diti.recommended import recommended_training
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
+
+PARTS_IMAGES = 16  # that the parts' sum is set against
 
 
 def machine(m: Measurement) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def machine(m: Measurement) -> dict[str, Any]:
 
 
 def elimination(m: Measurement) -> dict[str, Any]:
-    """Decisions on the kept errors; the race's confidence was chosen on images of the first half of the classes."""
+    """Decisions on the kept errors, also for images of either half of the classes, and over the race's confidence."""
     stages = m.classifier.scoring.schedule(len(m.bank))
     half = torch.tensor(m.labels) < len(m.bank) // 2
     found = {
@@ -74,7 +77,10 @@ def elimination(m: Measurement) -> dict[str, Any]:
 
 
 def overhead(m: Measurement) -> dict[str, Any]:
-    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16."""
+    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16.
+
+    Of 100 classes, as many are in a batch as in a race's first round, with four trials each.
+    """
     batch, latents = m.learner.scoring.batch_size, m.learner.encode([m.test.image(0)])[0]
     layout = replace(m.bank.layout, rank=16)
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
@@ -125,7 +131,7 @@ def training(m: Measurement) -> dict[str, Any]:
     """Seconds a class, jointly and as published, over the same number of samples, and validation loss of both."""
     config, learner = m.config, m.learner
     names = list(m.bank.labels)
-    groups = {x: [m.shots.image(i) for i, c in enumerate(m.shots.labels) if m.shots.class_names[c] == x] for x in names}
+    groups = m.groups
     settings = replace(
         recommended_training(config.num_shots, small=m.backbone.small),
         steps=config.training_steps,
@@ -172,6 +178,8 @@ def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list
     scorer, grid, found = m.learner.scorer(bank), even_grid(16, 0, m.backbone.num_train_timesteps).tolist(), []
     for c, name in enumerate(names):
         rows = [i for i, label in enumerate(val.labels) if val.class_names[label] == name][:6]
+        if not rows:
+            raise ValueError(f"No image of class {name!r} is left to measure the validation loss on.")
         latents = m.learner.encode([val.image(i) for i in rows])
         errors = [scorer.errors(x, val.ids[i], [c], range(16), grid).mean() for x, i in zip(latents, rows, strict=True)]
         found.append(float(torch.stack(errors).mean()))
@@ -185,34 +193,23 @@ def growth(m: Measurement) -> dict[str, Any]:
     for count in m.config.growth:
         bank = speed.perturbed_bank(m.bank, count)
         scorer = m.learner.scorer(bank)
-        before = _memory()
-        decisions = decide(
-            scorer,
-            latents,
-            m.test.ids[: len(latents)],
-            times,
-            m.weights,
-            m.classifier.scoring.schedule(count),
-        )
+        stages, ids = m.classifier.scoring.schedule(count), m.test.ids[: len(latents)]
+        decisions, memory = speed.memory_beyond(partial(decide, scorer, latents, ids, times, m.weights, stages))
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
             "evaluations_exhaustive": count_evaluations(exhaustive(len(times)), count),
             "stacked_weights_mb": scorer.rows_CP.numel() * scorer.rows_CP.element_size() / 2**20,
-            "memory_beyond_mb": (_memory() - before) / 2**20,
+            "memory_beyond_mb": memory / 2**20,
         }
         print(f"{count} classes: {found[str(count)]}", flush=True)
     return found
 
 
-def _memory() -> int:
-    """Peak bytes of the process so far, or of the GPU's tensors."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def breakdown(m: Measurement) -> dict[str, Any]:
-    """Milliseconds an image of the race's parts; LoRA is what the stacked forward costs beyond the plain one."""
+    """Milliseconds an image of a race's parts.
+
+    LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
+    """
     path = m.test_file(0)
     pixels = m.learner.geometry.pixels(path)[None]
     latents = m.backbone.encode_images(pixels)[0]
@@ -232,17 +229,22 @@ def breakdown(m: Measurement) -> dict[str, Any]:
             12,
         )
     one = {name: float(np.median(values)) for name, values in seconds.items()}
-    raced = speed.against_exhaustive(m.errors, m.labels, m.weights, m.classifier.scoring.schedule(len(m.bank)))
-    per_image = raced["evaluations"] / evaluations
+    some = [m.test_file(i) for i in range(min(PARTS_IMAGES, len(m.test)))]
+    fresh = DiTiClassifier.from_pretrained(m.config.output_dir / "bank", m.backbone)  # nothing is decided yet
+    start = perf_counter()
+    decisions = fresh.decide(some)
+    whole = (perf_counter() - start) / len(some)
+    per_image = float(np.mean([d.evaluations for d in decisions])) / evaluations
     parts = {
         "decode": one["decode"],
         "vae": one["vae"],
-        "text, once for all images": one["text"] / len(m.test),
+        "text": one["text"] / len(some),
         "u-net": one["plain"] * per_image,
-        "lora, noise and batches": (one["stacked"] - one["plain"]) * per_image,
+        "lora": (one["stacked"] - one["plain"]) * per_image,
     }
-    whole = sum(parts.values())
+    parts["the rest"] = whole - sum(parts.values())
     return {
+        "images": len(some),
         "milliseconds": {k: 1000 * v for k, v in parts.items()},
         "share": {k: v / whole for k, v in parts.items()},
     }
