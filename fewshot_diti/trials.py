@@ -49,5 +49,6 @@ def drawn_grid(density_T: Tensor, num_trials: int) -> Tensor:
     if num_trials < 1:
         raise ValueError(f"no grid of {num_trials} trials; num_trials >= 1")
     cdf_T = density_T.double().cumsum(0)
-    quantiles = (2 * torch.arange(num_trials, dtype=torch.float64) + 1) / (2 * num_trials) * cdf_T[-1]
-    return torch.searchsorted(cdf_T.cpu(), quantiles.cpu(), right=True).clamp(max=len(density_T) - 1)
+    quantiles = (2 * torch.arange(num_trials, dtype=torch.float64) + 1) / (2 * num_trials) * cdf_T[-1].cpu()
+    # a quantile at the end of a time-step's share belongs to the next one, whatever the sum was rounded to
+    return torch.searchsorted(cdf_T.cpu(), quantiles * (1 + 1e-9), right=True)
