@@ -145,7 +145,7 @@ def recommended_training(num_shots: int, *, small: bool = True) -> TrainingConfi
         lr_unet=3e-3,
         lr_text_encoder=3e-3,
         lr_schedule="cosine",
-        shots_per_step=4,
+        shots_per_step=2,  # 4 cost twice as much, for 75.7 instead of 78.5 % on val images of one draw
         prior_weight=0.0,
         colour_variants=8,
         brightness=0.3,
@@ -165,7 +165,7 @@ def recommended_scoring(*, small: bool = True) -> ScoringConfig:
         density="importance",
         decide="racing",
         weighting="relative",
-        temperature=0.0003,
+        temperature=0.00026,
         unet_scale=1.0,
         text_encoder_scale=1.0,
     )

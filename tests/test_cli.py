@@ -166,7 +166,7 @@ def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
         ({}, 0),
         ({"weighting": "tif_released", "calibration_images": 10_000}, 0),
         ({"weighting": "spread"}, 3 * 4 * 3),
-            ({"density": "importance"}, 3 * 4 * 3),
+        ({"density": "importance"}, 3 * 4 * 3),
         ({"weighting": "spread", "calibration_images": 10_000}, 20 * 4 * 3),
         ({"folds": 2, "weighting": "auto"}, 20 * 4 * 3 + 2 * 3 * 4 * 4),
     ],
