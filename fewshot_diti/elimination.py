@@ -161,7 +161,6 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
 def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...]:
     """Looks after `first`, 2 x `first`, .. and all `trials`, each over time-steps spread evenly (`nested_order`).
 
-
     `confidence`: about the probability, at least, that a race ends with the label of all trials, under the assumptions
     of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
     `first` below 2.
@@ -248,9 +247,10 @@ def eliminate(
             )
         weighted_NCS[pairs[:, 0], pairs[:, 1], done:end] = new.double().cpu() * weights[done:]
         trials_NC[pairs[:, 0], pairs[:, 1]] = end
+        positions_n = torch.tensor(positions[:end])
         for image in racing_N.nonzero().flatten().tolist():
             still_in = alive_NC[image].nonzero().flatten()
-            kept = stage.survivors(weighted_NCS[image, still_in, :end], torch.tensor(positions[:end]))
+            kept = stage.survivors(weighted_NCS[image, still_in, :end], positions_n)
             alive_NC[image, still_in[~kept]] = False
         done = end
         if number < len(stages):

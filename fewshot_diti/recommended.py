@@ -76,6 +76,8 @@ class ScoringConfig:
             raise ValueError(
                 f"stages={self.stages} must end with ({self.trials}, 1): all trials done and one class left."
             )
+        if self.decide == "published" and self.density == "importance":
+            raise ValueError("Published stages stand on an even grid; pass density='even', or decide='racing'.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence}; pass a probability between 0 and 1.")
         self.schedule(1)

@@ -145,6 +145,10 @@ def test_errors_say_what_is_wrong(
         ({"folds": -1}, "folds=-1"),
         ({"weighting": "window(900, 1000)", "timesteps": (0, 900)}, "lies inside window"),
         ({"weighting": "nonsense"}, "no such weighting"),
+        ({"decide": "guess"}, "decide='guess'; pass one of"),
+        ({"decide": "published"}, r"must end with \(24, 1\)"),
+        ({"decide": "published", "trials": 500, "density": "importance"}, "stand on an even grid"),
+        ({"confidence": 1.0}, "confidence=1.0"),
     ],
 )
 def test_a_scoring_config_is_checked_before_anything_is_trained(changes: dict, message: str) -> None:
