@@ -158,8 +158,9 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
     return (Stage(trial_positions=tuple(range(trials)), keep=1),)
 
 
-def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...]:
-    """Looks after `first`, 2 x `first`, .. and all `trials`, each over time-steps spread evenly (`nested_order`).
+def racing(trials: int, *, confidence: float, first: int = 2) -> tuple[Look, ...]:
+    """Looks after 2, 4, 6, 8, 12, 18, 26, .. and all `trials`, spread evenly over t (`nested_order`).
+
 
     `confidence`: about the probability, at least, that a race ends with the label of all trials, under the assumptions
     of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
@@ -172,7 +173,7 @@ def racing(trials: int, *, confidence: float, first: int = 4) -> tuple[Look, ...
     order, ends, end = nested_order(trials), [], first
     while end < trials:
         ends.append(end)
-        end *= 2
+        end += max(2, end // 4 * 2)
     ends.append(trials)
     rate = (1 - confidence) / max(1, len(ends) - 1)
     return tuple(

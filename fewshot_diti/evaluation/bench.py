@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fewshot_diti.backbone import Backbone
+from fewshot_diti.backbone import Backbone, DtypeName, load_backbone
 from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
@@ -32,6 +32,7 @@ from fewshot_diti.training import TrainingConfig
 from fewshot_diti.trials import even_grid
 
 FOLDS = 2  # of cross-validation on the shots
+DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # as in the demo: a table of three seeds takes hours
 
 
@@ -97,21 +98,31 @@ class Bench:
 
     Args:
         backbone, clip, network: names, as `Backbone`, `OpenClip` and `ImageNetwork` take them.
+        dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
         trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
         folder: where errors are kept.
     """
 
     def __init__(
-        self, *, backbone: str, clip: str, network: str, concept: str, trials: int | None, folder: Path
+        self,
+        *,
+        backbone: str,
+        clip: str,
+        network: str,
+        concept: str,
+        trials: int | None,
+        folder: Path,
+        dtype: DtypeName = "auto",
     ) -> None:
         self._names = {"backbone": backbone, "clip": clip, "network": network}
+        self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
 
     @cached_property
     def backbone(self) -> Backbone:
         """The Stable Diffusion."""
-        return Backbone.from_pretrained(self._names["backbone"])
+        return load_backbone(self._names["backbone"], self._dtype)
 
     @cached_property
     def geometry(self) -> ImageGeometry:
@@ -176,6 +187,11 @@ class Bench:
             weighting="uniform",
             seed=seed,
         )
+
+    def error_settings(self, seed: int) -> str:
+        """All of the scoring that an error depends on; how rows weigh and judge errors is their own."""
+        scoring = self.scoring(seed)
+        return str({name: getattr(scoring, name) for name in DECIDES_ERRORS})
 
     def prepare(self, task: Task) -> None:
         """Trains and scores the task's class tokens, unless their errors are on disk; the processes share the work.
@@ -251,13 +267,13 @@ class Bench:
         return kept["errors"], float(kept["seconds"])
 
     def _diti_file(self, task: Task) -> tuple[Path, dict[str, str]]:
-        settings = f"{self.training(task.num_shots, task.seed)} {self.scoring(task.seed)} {FOLDS} {self.concept}"
+        settings = f"{self.training(task.num_shots, task.seed)} {self.error_settings(task.seed)} {FOLDS} {self.concept}"
         path = self.folder / f"diti-{task.num_shots}-{task.seed}.safetensors"
         return path, self._made_by(settings, fingerprint(task.shots), fingerprint(task.test))
 
     def _zero_shot_file(self, test: ImageSet) -> tuple[Path, dict[str, str]]:
         return self.folder / "zero-shot.safetensors", self._made_by(
-            f"{self.scoring(0)} {self.concept}", fingerprint(test)
+            f"{self.error_settings(0)} {self.concept}", fingerprint(test)
         )
 
     def _made_by(self, settings: str, *images: str) -> dict[str, str]:

@@ -98,7 +98,7 @@ def full_size_round(*, classes: int = 4, trials: int = 4, size: int = 256, rank:
     latents: Tensor = torch.randn(1, 4, size // 8, size // 8, generator=g)
     start = perf_counter()
     grid = even_grid(trials, 0, backbone.num_train_timesteps).tolist()
-    found = decide(scorer, latents, ["an image"], grid, torch.ones(trials), racing(trials, confidence=0.9, first=2))[0]
+    found = decide(scorer, latents, ["an image"], grid, torch.ones(trials), racing(trials, confidence=0.9))[0]
     return {
         "classes": classes,
         "evaluations": found.evaluations,

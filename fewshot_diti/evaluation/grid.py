@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from fewshot_diti.backbone import POCKET
+from fewshot_diti.backbone import POCKET, DtypeName
 from fewshot_diti.baselines.clip import VIT_H
 from fewshot_diti.baselines.imagenet import PACKAGED
 from fewshot_diti.data import (
@@ -41,6 +41,7 @@ from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
 from fewshot_diti.processes import process_state
+from fewshot_diti.recommended import recommended_scoring
 
 PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")
 AIRLINE = "airline"  # the attribute of the bundled images that a livery is
@@ -53,6 +54,8 @@ class GridConfig:
     Attributes:
         dataset: as `load_images` reads it, with splits train and test.
         backbone: "pocket", a folder, or a hub id.
+        dtype: of its U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32. A table that is
+            begun on one processor and ended on another names one.
         clip: as `OpenClip` takes it; by default the pocket's for the pocket, else ViT-H-14.
         network: as `ImageNetwork` takes it.
         methods: rows, keys of `METHODS`.
@@ -71,6 +74,7 @@ class GridConfig:
 
     dataset: str = "bundled"
     backbone: str = POCKET
+    dtype: DtypeName = "auto"
     clip: str | None = None
     network: str = PACKAGED
     methods: tuple[str, ...] = tuple(METHODS)
@@ -140,6 +144,7 @@ class Grid:
             )
         self.bench = Bench(
             backbone=config.backbone,
+            dtype=config.dtype,
             clip=config.clip or (POCKET if config.backbone == POCKET else VIT_H),
             network=config.network,
             concept=config.concept,
@@ -236,6 +241,8 @@ class Grid:
         config, bench = self.config, self.bench
         needs_tokens = run.method in NEEDS_CLASS_TOKENS
         reads_errors = needs_tokens or run.method in NEEDS_ZERO_SHOT
+        recommended = recommended_scoring(small=bench.backbone.small)
+        judged_by = f"{recommended.weighting}, temperature {recommended.temperature}"
         return {
             "method": run.method,
             "num_shots": run.num_shots,
@@ -249,7 +256,8 @@ class Grid:
             "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
             "network_hash": _hash(lambda: bench.network.hash) if run.method in NEEDS_NETWORK else None,
             "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
-            "scoring": str(bench.scoring(run.seed)) if reads_errors else None,
+            "errors": bench.error_settings(run.seed) if reads_errors else None,
+            "judged_by": judged_by if reads_errors else None,
             "concept": config.concept,
             "one_value_of": config.column if config.shifted else None,
         }
