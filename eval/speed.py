@@ -55,10 +55,10 @@ def plot(done: dict[str, Any]) -> bytes:
     left.set_xlabel("evaluations an image (numbers: confidence)")
     left.set_ylabel("the race ends with the (%)")
     left.legend(fontsize=8)
-    g = done["growth"]
-    counts = [int(k) for k in g]
+    for strength, g in done["growth"].items():
+        counts, raced = [int(k) for k in g], [v["evaluations"] for v in g.values()]
+        right.loglog(counts, raced, "o-", label=f"race, copies perturbed by {strength}")
     right.loglog(counts, [v["evaluations_exhaustive"] for v in g.values()], "o:", label="every class, every trial")
-    right.loglog(counts, [v["evaluations"] for v in g.values()], "o-", label="race")
     right.set_xlabel("classes")
     right.set_ylabel("evaluations an image")
     right.legend(fontsize=8)

@@ -44,6 +44,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
         training_classes=1,
         growth=(3, 8),
         growth_images=1,
+        growth_strengths=(0.5,),
         output_dir=tmp_path / "speed",
     )
     script.main(config)
@@ -54,7 +55,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     assert all(value > 0 for value in found["ratios"].values())
     everything = found["elimination"]["all"]
     assert everything["images"] == 6 and everything["evaluations"] <= everything["evaluations_exhaustive"] == 24
-    assert found["growth"]["8"]["evaluations_exhaustive"] == 64
+    assert found["growth"]["0.5"]["8"]["evaluations_exhaustive"] == 64
     assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
     parts = found["breakdown"]["milliseconds"]
     assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "text", "u-net", "lora", "the rest"}
@@ -97,7 +98,7 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
 
 def test_synthetic_class_tokens_keep_the_real_ones_and_differ_from_each_other(backbone: Backbone) -> None:
     bank = random_bank(backbone, 3, 2, 0)
-    many = speed.perturbed_bank(bank, 7)
+    many = speed.perturbed_bank(bank, 7, strength=0.3)
     assert len(set(many.labels)) == 7
     assert torch.equal(many.rows[:3], bank.rows)
     assert len({tuple(row[:50].tolist()) for row in many.rows}) == 7

@@ -108,7 +108,7 @@ def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
     return run(), float(1024 * (kilobytes("VmHWM") - before))
 
 
-def perturbed_bank(bank: Bank, num_classes: int, *, strength: float = 0.3, seed: int = 0) -> Bank:
+def perturbed_bank(bank: Bank, num_classes: int, *, strength: float, seed: int = 0) -> Bank:
     """A bank of any size: the class tokens themselves, then copies whose weights are moved by `strength` of their own
     standard deviation, piece by piece."""
     g = torch.Generator().manual_seed(seed)

@@ -86,7 +86,7 @@ def overhead(m: Measurement) -> dict[str, Any]:
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
     found: dict[str, Any] = {"batch_size": batch, "rank": 16}
     for count in (12, 100):
-        scorer = Scorer(m.backbone, speed.perturbed_bank(wide, count), batch_size=batch)
+        scorer = Scorer(m.backbone, speed.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
         trials = 4 if count > batch // 4 else batch // count
         classes = range(min(count, batch // trials))
         runs = {
@@ -187,11 +187,16 @@ def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list
 
 
 def growth(m: Measurement) -> dict[str, Any]:
-    """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows."""
+    """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
+    perturbation."""
+    return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
+
+
+def _growth(m: Measurement, strength: float) -> dict[str, Any]:
     times, found = m.classifier.calibration_.timesteps, {}
     latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
     for count in m.config.growth:
-        bank = speed.perturbed_bank(m.bank, count)
+        bank = speed.perturbed_bank(m.bank, count, strength=strength)
         scorer = m.learner.scorer(bank)
         stages, ids = m.classifier.scoring.schedule(count), m.test.ids[: len(latents)]
         decisions, memory = speed.memory_beyond(partial(decide, scorer, latents, ids, times, m.weights, stages))
@@ -201,7 +206,7 @@ def growth(m: Measurement) -> dict[str, Any]:
             "stacked_weights_mb": scorer.rows_CP.numel() * scorer.rows_CP.element_size() / 2**20,
             "memory_beyond_mb": memory / 2**20,
         }
-        print(f"{count} classes: {found[str(count)]}", flush=True)
+        print(f"perturbed by {strength}, {count} classes: {found[str(count)]}", flush=True)
     return found
 
 
