@@ -141,9 +141,9 @@ class RowAdamW:
 
     @torch.no_grad()
     def step(self, classes: Sequence[int], grad_GP: Tensor, lr_scale: float) -> None:
-        """One step of the rows `classes` with learning rate `lr * lr_scale`."""
+        """One step of the rows `classes` with learning rate `lr * lr_scale`; clips `grad_GP` in place."""
         norm = grad_GP.norm(dim=1, keepdim=True)
-        clipped = grad_GP * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        clipped = grad_GP.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         for c, row in zip(classes, clipped, strict=True):
             for p, piece in zip(self.pieces[c], row.split(self.widths), strict=True):
                 p.grad = piece
