@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.grid import Grid, GridConfig, Run
 from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS
-from fewshot_diti.evaluation.metrics import Drop, drop_from_matched_to_shifted
+from fewshot_diti.evaluation.metrics import accuracy_with_interval, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
@@ -104,14 +103,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
     ):
         write_atomically(folder / name, text.encode())
     write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
-    head, lines = table.shift_lines(config.methods, config.shots, partial(_drop, grid, records))
-    if any(cell for line in lines for cell in line[1:]):
-        caption = (
-            f"accuracy in %: matched / shifted, drop [95 % interval], mean over classes that have both; matched images "
-            f"share their {config.column} with the shots"
-        )
-        console.print(table.rich_lines(head, lines, caption))
-        write_atomically(folder / "shift.md", table.markdown_lines(head, lines).encode())
+    _report_matched(grid, records, console)
     comparisons = _comparisons(grid, against, records)
     if comparisons:
         head, lines = _comparison_lines(config.shots, comparisons)
@@ -169,13 +161,65 @@ def _comparison_lines(
     return head, [[method, *(cell(by.get(str(k))) for k in shots)] for method, by in comparisons.items()]
 
 
-def _drop(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_shots: int) -> Drop | None:
-    """Over the images of all seeds."""
+def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Console) -> None:
+    """Prints what matched and shifted images tell, and writes shift.md; nothing where no image is either."""
+    config = grid.config
+    held = {(m, k): found for m in config.methods for k in config.shots if (found := _matched(grid, records, m, k))}
+    parts = {
+        f"accuracy in %, matched / shifted, each [95 % interval, bootstrap over {config.column}], images of all seeds; "
+        f"matched images share their {config.column} with the shots of their class": _both,
+        "drop of accuracy from matched to shifted in points [95 % interval, bootstrap over classes], mean over the "
+        "classes that have both": _drop,
+    }
+    pages = []
+    for caption, cell in parts.items():
+        texts = {key: cell(images) for key, images in held.items()}
+        head, lines = table.lines_by_shots(config.methods, config.shots, texts)
+        if any(text for line in lines for text in line[1:]):
+            console.print(table.rich_lines(head, lines, caption))
+            pages.append(f"{caption}:\n\n{table.markdown_lines(head, lines)}")
+    if pages:
+        write_atomically(config.folder / "shift.md", "\n".join(pages).encode())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Matched:
+    """Test images of all seeds of a method and number of shots: [N] each."""
+
+    correct: np.ndarray
+    matched: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+
+
+def _matched(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_shots: int) -> _Matched | None:
     found = [r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)]
     if not found or any("matched_images" not in r for r in found):
         return None
-    names = np.array(grid.test.class_names)
     predicted = np.array([[p["label"] for p in r["predictions"]] for r in found])
     labels = np.tile(grid.test.labels, len(found))
-    matched = np.concatenate([r["matched_images"] for r in found]).astype(bool)
-    return drop_from_matched_to_shifted(predicted.ravel() == names[labels], matched, labels)
+    return _Matched(
+        correct=predicted.ravel() == np.array(grid.test.class_names)[labels],
+        matched=np.concatenate([r["matched_images"] for r in found]).astype(bool),
+        labels=labels,
+        groups=np.tile(np.array(grid.test.attributes[grid.config.column]), len(found)),
+    )
+
+
+def _both(images: _Matched) -> str:
+    cells = []
+    for kind in (images.matched, ~images.matched):
+        if kind.any():
+            figures = accuracy_with_interval(images.correct[kind], images.groups[kind].tolist())
+            low, high = figures["interval"]
+            cells.append(f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]")
+        else:
+            cells.append("no images")
+    return " / ".join(cells)
+
+
+def _drop(images: _Matched) -> str:
+    drop = drop_from_matched_to_shifted(images.correct, images.matched, images.labels)
+    if drop is None:
+        return ""
+    return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (drop.matched - drop.shifted, drop.low, drop.high)))

@@ -48,9 +48,9 @@ def summarize(
     parts = {} if matched is None else {"matched": matched, "shifted": ~matched}
     top_two = np.sort(probabilities_NC, axis=1)[:, -2:]
     return {
-        **_accuracy(correct, groups),
+        **accuracy_with_interval(correct, groups),
         **{
-            name: _accuracy(correct[mask], groups and [g for g, m in zip(groups, mask, strict=True) if m])
+            name: accuracy_with_interval(correct[mask], groups and [g for g, m in zip(groups, mask, strict=True) if m])
             for name, mask in parts.items()
             if mask.any()
         },
@@ -104,7 +104,8 @@ def drop_from_matched_to_shifted(correct_N: np.ndarray, matched_N: np.ndarray, l
     )
 
 
-def _accuracy(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
+def accuracy_with_interval(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
+    """Accuracy of images, 0 to 1, with its 95 % interval: bootstrap over their groups, else Wilson's."""
     if groups is None:
         interval = wilson_interval(int(correct.sum()), len(correct))
     else:

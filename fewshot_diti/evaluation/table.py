@@ -15,8 +15,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fewshot_diti.evaluation.metrics import Drop
-
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED = {  # accuracy in %, FGVC-Aircraft: Yue et al., CVPR 2024
     "zero-shot SD 2.0": (24.3,) * 5,
@@ -109,22 +107,11 @@ def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
     return markdown_lines([*_head(shots), "average"], _marked(rows, shots, "**{}**".format))
 
 
-def shift_lines(
-    names: Sequence[str], shots: Sequence[int], drop: Callable[[str, int], Drop | None]
+def lines_by_shots(
+    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of accuracy in % on matched and on shifted test images, and the drop between them.
-
-    Args:
-        drop: of (name, shots), None where there is none.
-    """
-
-    def cell(found: Drop | None) -> str:
-        if found is None:
-            return ""
-        points = [100 * x for x in (found.matched, found.shifted, found.matched - found.shifted, found.low, found.high)]
-        return "{:.0f} / {:.0f}, {:.0f} [{:.0f}, {:.0f}]".format(*points)
-
-    return _head(shots), [[name, *(cell(drop(name, k)) for k in shots)] for name in names]
+    """Head and lines of a table of cells by (name, shots); one that is not there stays empty."""
+    return _head(shots), [[name, *(cells.get((name, k), "") for k in shots)] for name in names]
 
 
 def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str | Text]], caption: str) -> Table:
