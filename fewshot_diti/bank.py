@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,9 @@ _WEIGHTS, _CLASSES, _CONFIG, _CARD, _MANIFEST = (
     "README.md",
     "manifest.json",
 )
+_LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 _FORMAT = 1
+_FILE = ("sha256", "size")  # what the manifest says of each file
 _HEX = 12
 
 
@@ -193,18 +196,19 @@ class Bank:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: as `read_files`.
+            FileNotFoundError, ValueError: as `read_files`, or another version wrote it.
         """
         contents = read_files(folder, (_WEIGHTS, _CLASSES, _CONFIG))
         config = json.loads(contents[_CONFIG])
-        return cls(
-            tokens=tuple(ClassToken(**t) for t in json.loads(contents[_CLASSES])),
-            layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"]),
-            rows=load_tensors(contents[_WEIGHTS])["rows"],
-            backbone_name=config["backbone_name"],
-            backbone_hash=config["backbone_hash"],
-            geometry=ImageGeometry.from_dict(config["geometry"]),
-        )
+        with written_here(folder):
+            return cls(
+                tokens=tuple(ClassToken(**t) for t in json.loads(contents[_CLASSES])),
+                layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"]),
+                rows=load_tensors(contents[_WEIGHTS])["rows"],
+                backbone_name=config["backbone_name"],
+                backbone_hash=config["backbone_hash"],
+                geometry=ImageGeometry.from_dict(config["geometry"]),
+            )
 
     def export(self, label: Label, folder: str | Path) -> Path:
         """Writes one class token as a diffusers LoRA, `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`.
@@ -212,9 +216,12 @@ class Bank:
         B is multiplied by the scoring scale, so that the loaded LoRA gives the bank's errors at weight 1.
 
         Raises:
-            ValueError: the class is not in the bank.
+            ValueError: the class is not in the bank, or the folder holds a bank or another class token.
         """
         one = self.select([label])
+        for name in (_MANIFEST, _LORA):
+            if (Path(folder) / name).exists():
+                raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
         pieces = one.layout.split(one.scaled_rows())
         tensors: dict[str, Tensor] = {}
         adapter_config: dict[str, Any] = {}
@@ -229,7 +236,7 @@ class Bank:
             config["target_modules"] = names
             adapter_config |= {f"{network}.{k}": v for k, v in config.items()}
         encoded = json.dumps(adapter_config, default=sorted, sort_keys=True)
-        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        path = Path(folder) / _LORA
         write_atomically(path, save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded}))
         card = f"# Class token {label!r}\n\nPrompt: `{one.tokens[0].prompt}`\n\nBackbone: `{self.backbone_name}`\n"
         write_atomically(Path(folder) / _CARD, card.encode())
@@ -267,6 +274,17 @@ def plain_labels(labels: Iterable[Any]) -> list[Label]:
     return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
+@contextmanager
+def written_here(folder: str | Path) -> Iterator[None]:
+    """Raises a ValueError where records of a bank lack a field or have one too many: another version wrote them."""
+    try:
+        yield
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} was written by another version of fewshot-diti ({error}); take that version, or train again."
+        ) from error
+
+
 def bank_fingerprint(folder: str | Path) -> str:
     """16 hex characters that change when any file of a saved bank does."""
     return hashlib.sha256((Path(folder) / _MANIFEST).read_bytes()).hexdigest()[:16]
@@ -285,8 +303,9 @@ def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
         raise FileNotFoundError(f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
     try:
         manifest = json.loads(path.read_bytes())
-        version, files = manifest["format"], manifest["files"]
-    except (ValueError, TypeError, KeyError) as error:
+        version = manifest["format"]
+        files = {n: {k: f[k] for k in _FILE} for n, f in manifest["files"].items()} if version == _FORMAT else {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no bank's manifest; it was changed or cut short. Copy the bank again.") from error
     if version != _FORMAT:
         raise ValueError(f"{path}: bank format {version!r}; this version of fewshot-diti reads {_FORMAT}. Upgrade.")

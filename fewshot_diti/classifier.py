@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone
-from fewshot_diti.bank import Bank, plain_labels, read_files
+from fewshot_diti.bank import Bank, plain_labels, read_files, written_here
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
@@ -131,11 +131,11 @@ class DiTiClassifier:
         if self.bank_ is None:
             return self.fit(images, labels)
         groups = _group(images, labels)
+        if len(self.bank_) and type(next(iter(groups))) is not type(self.bank_.labels[0]):
+            raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
         known = [x for x in groups if x in self.bank_.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove first, or leave them out.")
-        if len(self.bank_) and type(next(iter(groups))) is not type(self.bank_.labels[0]):
-            raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
         raise_failed(self._learn(groups, self.learner))
         return self
 
@@ -178,7 +178,13 @@ class DiTiClassifier:
         Raises:
             ValueError: not one label an image, or labels of another type than the classes.
         """
-        return float(accuracy_score(list(labels), self.predict(list(images))))
+        values = plain_labels(labels)
+        if len(values) != len(images):
+            raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
+        known = {type(x).__name__ for x in self._fitted().labels}
+        if others := {type(x).__name__ for x in values} - known:
+            raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
+        return float(accuracy_score(values, self.predict(list(images))))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
         """Scores [N, C], float64; the smallest wins."""
@@ -225,23 +231,26 @@ class DiTiClassifier:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
         Raises:
-            FileNotFoundError: no complete classifier in the folder.
+            FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         bank = Bank.load(folder)
         settings = json.loads(read_files(folder, [_SETTINGS])[_SETTINGS])
-        training = settings["training"]
-        classifier = cls(
-            backbone if backbone is not None else bank.backbone_name,
-            concept=settings["concept"],
-            prompt_template=settings["prompt_template"],
-            generic_prompt=settings["generic_prompt"],
-            training=None if training is None else TrainingConfig(**_tuples(training)),
-            scoring=ScoringConfig(**_tuples(settings["scoring"])),
-            geometry=bank.geometry,
-        )
+        with written_here(folder):
+            training = settings["training"] and TrainingConfig(**_tuples(settings["training"]))
+            scoring = ScoringConfig(**_tuples(settings["scoring"]))
+            calibration = Calibration(**_tuples(settings["calibration"]))
+            prompts = {key: settings[key] for key in ("concept", "prompt_template", "generic_prompt")}
+        try:
+            found = Backbone.from_pretrained(bank.backbone_name) if backbone is None else backbone
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The bank in {folder} was trained on backbone {bank.backbone_name!r}, which is not there ({error}); "
+                "pass backbone= with its folder or hub id."
+            ) from error
+        classifier = cls(found, training=training, scoring=scoring, geometry=bank.geometry, **prompts)
         bank.check_backbone(classifier.backbone)
-        classifier.calibration_ = Calibration(**_tuples(settings["calibration"]))
+        classifier.calibration_ = calibration
         classifier._set_bank(bank)
         return classifier
 
@@ -254,6 +263,8 @@ class DiTiClassifier:
         self.bank_, self._scorer, self._decisions = bank, None, {}
 
     def _ready(self) -> Scorer:
+        if not len(self._fitted()):
+            raise NotFittedError("All class tokens were removed; add some with partial_fit.")
         made_for = None if self._scorer is None else (self._scorer.seed, self._scorer.batch_size)
         if self._scorer is None or made_for != (self.scoring.seed, self.scoring.batch_size):
             self._scorer = self.learner.scorer(self._fitted())

@@ -18,7 +18,7 @@ from fewshot_diti.prior import prior_latents
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_training
 from fewshot_diti.scoring import Scorer, decide, error_tensor
-from fewshot_diti.training import ClassShots, Label, TrainingConfig, train_class_tokens
+from fewshot_diti.training import ClassShots, Label, TrainingConfig, check_can_train, train_class_tokens
 
 Groups: TypeAlias = Mapping[Label, Sequence[ImageSource]]  # the shots of each class
 
@@ -94,6 +94,8 @@ class Learner:
     def train(self, groups: Groups, *, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
         """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step."""
         config = self.config(groups)
+        check_can_train(self.backbone, config)  # before the dear work, as is the length of the prompts
+        self.backbone.tokenize([*map(self.class_prompt, groups), self.generic_prompt])
         prior = None
         if config.prior_weight > 0:
             latents = prior_latents(self.backbone, self.generic_prompt, config.prior_images, self.geometry.size)

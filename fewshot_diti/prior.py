@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -35,7 +36,7 @@ def prior_latents(
     folder = (cache or user_cache_path("fewshot-diti")) / "prior" / name
     # shared out before anyone looks for what is there: another process may be writing already
     mine = range(state.process_index, count, state.num_processes)
-    todo = [i for i in mine if not (folder / f"{i:05d}.safetensors").is_file()]
+    todo = [i for i in mine if _kept(folder, i) is None]
     bar = tqdm(total=len(todo), desc="prior images", disable=None if todo and state.is_main_process else True)
     for i in range(0, len(todo), _BATCH):
         part = todo[i : i + _BATCH]
@@ -46,3 +47,11 @@ def prior_latents(
     bar.close()
     state.wait_for_everyone()
     return torch.stack([load_tensors((folder / f"{i:05d}.safetensors").read_bytes())["latent"] for i in range(count)])
+
+
+def _kept(folder: Path, number: int) -> Tensor | None:
+    """A prior image's latent; None where the file is missing or cannot be read, and is to be made again."""
+    try:
+        return load_tensors((folder / f"{number:05d}.safetensors").read_bytes())["latent"]
+    except (OSError, SafetensorError, KeyError):
+        return None

@@ -9,7 +9,15 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from fewshot_diti.elimination import PUBLISHED_STAGES, Look, Stage, exhaustive, published_stages, racing
+from fewshot_diti.elimination import (
+    PUBLISHED_STAGES,
+    PUBLISHED_TRIALS,
+    Look,
+    Stage,
+    exhaustive,
+    published_stages,
+    racing,
+)
 from fewshot_diti.timesteps import parse_weighting
 from fewshot_diti.training import TrainingConfig
 from fewshot_diti.trials import drawn_grid, even_grid
@@ -133,6 +141,18 @@ def published_training(num_shots: int, steps: tuple[int, ...] = (60, 100, 200, 7
         steps=interpolate_steps(num_shots, steps),
         blocks=published_blocks(num_shots),
         samples_per_batch=16,  # with gradients, at 512 pixels, on a GPU with 80 GB
+    )
+
+
+def published_scoring(stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES) -> ScoringConfig:
+    """As in the paper: the weighting that its numbers were computed with, d being measured on all shots."""
+    return ScoringConfig(
+        trials=PUBLISHED_TRIALS,
+        decide="published",
+        stages=stages,
+        weighting="tif_released",
+        calibration_images=10_000,
+        batch_size=32,
     )
 
 

@@ -68,7 +68,7 @@ def accuracy_table(results: Sequence[MethodResult], subsets: Mapping[str, np.nda
         groups: of each image, such as its livery.
     """
     table = Table(
-        caption="accuracy in %; brackets: 95 % interval, bootstrap over liveries",
+        caption="accuracy in %; brackets: 95 % interval, bootstrap over groups of images such as liveries",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -110,6 +110,7 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
     for record in records:
         top = [f"{label} {100 * p:.1f} %" for label, p in record["probabilities"].items()]
         shown = os.path.relpath(record["path"], folder) if folder else record["path"]
+        shown = os.fsencode(shown).decode("utf-8", "replace")  # a name from an old archive may be no UTF-8
         table.add_row(shown, *top, f"{record['margin']:.2e}")
     return table
 

@@ -213,6 +213,16 @@ def class_losses(
     return loss if prompts == 1 else loss + prior_weight * errors[:, 1].mean(1)
 
 
+def check_can_train(backbone: Backbone, config: TrainingConfig) -> None:
+    """Raises a ValueError for time-steps beyond the schedule and for a backbone in float16."""
+    if config.timesteps[1] > backbone.num_train_timesteps:
+        raise ValueError(
+            f"timesteps={config.timesteps} exceed the schedule's {backbone.num_train_timesteps} time-steps."
+        )
+    if backbone.dtype == torch.float16:
+        raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
+
+
 def train_class_tokens(
     backbone: Backbone,
     classes: Sequence[ClassShots],
@@ -233,14 +243,9 @@ def train_class_tokens(
     labels = [c.label for c in classes]
     if not classes or len({(type(x), x) for x in labels}) < len(labels):
         raise ValueError(f"Class tokens need at least one class and distinct labels, got {labels}.")
-    if config.timesteps[1] > backbone.num_train_timesteps:
-        raise ValueError(
-            f"timesteps={config.timesteps} exceed the schedule's {backbone.num_train_timesteps} time-steps."
-        )
+    check_can_train(backbone, config)
     if config.prior_weight > 0 and prior is None:
         raise ValueError(f"prior_weight={config.prior_weight} needs prior images; pass them, or set prior_weight=0.")
-    if backbone.dtype == torch.float16:
-        raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
     state = process_state()
     prompts, prior_latents = ([prior[0]], prior[1]) if prior is not None and config.prior_weight > 0 else ([], None)
     layout = Layout(find_targets(backbone.unet, backbone.text_encoder, config.blocks), config.rank)
@@ -264,6 +269,8 @@ def train_class_tokens(
     bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
     for step in range(config.steps):
         alive = [c for c in mine if not failed_at[c]]
+        if not alive:
+            break
         for batch in (alive[i : i + width] for i in range(0, len(alive), width)):
             drawn = [streams[c].draw(config, prior_latents) for c in batch]
             latents, noise, timesteps = (torch.cat(parts).to(device) for parts in zip(*drawn, strict=True))
@@ -287,7 +294,7 @@ def train_class_tokens(
             kept = grad if all(finite) else grad[finite]
             optimizer.step([c for c, fine in zip(batch, finite, strict=True) if fine], kept, lr_scale(config, step))
         bar.update()
-        if step % 10 == 0 and alive:
+        if step % 10 == 0:
             bar.set_postfix(loss=f"{float(loss_G.detach().mean()):.4f}")
     bar.close()
     if config.gradient_checkpointing:

@@ -25,9 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
+from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
 
 
 def published(num_shots: int = 16) -> Experiment:
@@ -42,13 +41,7 @@ def published(num_shots: int = 16) -> Experiment:
         generic_prompt="a photo of an aircraft",
         banner_rows=20,
         training=published_training(num_shots),
-        scoring=ScoringConfig(
-            trials=PUBLISHED_TRIALS,
-            decide="published",
-            weighting="tif_released",  # what the published numbers were computed with
-            calibration_images=10_000,  # d is measured on all shots
-            batch_size=32,
-        ),
+        scoring=published_scoring(),
     )
 
 

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import POCKET
-from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
+from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
 
 
 def recommended(num_shots: int = 16) -> Experiment:
@@ -40,9 +39,7 @@ def published(num_shots: int = 16) -> Experiment:
         recommended(num_shots),
         output_dir=Path(f"runs/pocket_{num_shots}shot_published"),
         training=published_training(num_shots),
-        scoring=ScoringConfig(
-            trials=PUBLISHED_TRIALS, decide="published", weighting="tif_released", calibration_images=10_000
-        ),
+        scoring=published_scoring(),
     )
 
 

@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.elimination import PUBLISHED_TRIALS
 from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import ScoringConfig, published_training, recommended_scoring, recommended_training
+from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
 
 STEPS = (150, 200, 400, 500, 1000)  # at 1, 2, 4, 8, 16 shots
 STAGES = ((32, 50), (128, 20), (256, 5), (500, 1))  # (trials so far, classes kept)
@@ -40,15 +39,7 @@ def published(num_shots: int = 16) -> Experiment:
         generic_prompt="a photo of a car captured by surveillance camera.",
         resize="pad",
         training=published_training(num_shots, STEPS),
-        # the weighting that the published numbers were computed with, d being measured on all shots
-        scoring=ScoringConfig(
-            trials=PUBLISHED_TRIALS,
-            decide="published",
-            stages=STAGES,
-            weighting="tif_released",
-            calibration_images=10_000,
-            batch_size=32,
-        ),
+        scoring=published_scoring(STAGES),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import save_tiny_backbone
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
 
 from fewshot_diti.backbone import Backbone
 
@@ -121,6 +122,42 @@ def test_a_missing_part_is_an_os_error(folder: Path, missing: str) -> None:
     shutil.rmtree(folder / missing)
     with pytest.raises(OSError, match="backbone"):
         load(folder)
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_an_incomplete_tokenizer_is_refused(folder: Path, kept: tuple[str, ...]) -> None:
+    for path in (folder / "tokenizer").iterdir():
+        if path.name not in kept:
+            path.unlink()
+    with pytest.raises(ValueError, match=r"the tokenizer knows \d+ tokens, the text encoder .* tokenizer/"):
+        load(folder)
+
+
+def test_weights_that_are_cut_short_are_an_os_error_that_names_the_folder(folder: Path) -> None:
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match=f"weights file of {folder} is damaged or cut short"):
+        load(folder)
+    with pytest.raises(NotADirectoryError, match="is a file; pass the folder"):
+        load(weights)
+
+
+def test_the_hash_covers_schedule_prediction_type_and_vocabulary(backbone: Backbone, folder: Path) -> None:
+    assert load(folder).hash == backbone.hash
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    found = {backbone.hash}
+    for change in ({"beta_end": 0.02}, {"prediction_type": "v_prediction"}):
+        path.write_text(json.dumps(config | change))
+        found.add(load(folder).hash)
+    path.write_text(json.dumps(config))
+    tokenizer = load(folder).tokenizer
+    swapped = tokenizer.get_vocab()
+    first, second = list(swapped)[:2]
+    swapped[first], swapped[second] = swapped[second], swapped[first]
+    CLIPTokenizer(vocab=swapped, merges=[]).save_pretrained(folder / "tokenizer")
+    found.add(load(folder).hash)
+    assert len(found) == 4
 
 
 def test_the_schedule_is_read_whatever_sampler_the_folder_names(backbone: Backbone, folder: Path) -> None:

@@ -245,6 +245,8 @@ def test_export_multiplies_b_by_the_scale_and_saves_the_adapter_config(
     assert pipe.get_list_adapters().keys() == {"unet", "text_encoder"}
     with pytest.raises(ValueError, match="not in the bank"):
         bank.export("tu-154", tmp_path)
+    with pytest.raises(ValueError, match="is there already; export each class into a folder of its own"):
+        bank.export(bank.labels[0], tmp_path)
 
 
 def test_the_model_card(bank: Bank, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda label, _: label == "dc-9")
 
 
-def test_where_all_classes_fail_there_is_nobank_of(
+def test_where_all_classes_fail_there_is_no_bank(
     backbone: Backbone, pictures: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, lambda *_: True)

@@ -92,8 +92,8 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
         " --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
-        "eval": "--dataset --backbone --clip --network --methods --shots --seeds --concept --trials --max_test_images"
-        " --shift --group --output_dir --quick --dry_run --against",
+        "eval": "--dataset --backbone --dtype --clip --network --methods --shots --seeds --concept --trials"
+        " --max_test_images --shift --group --output_dir --quick --dry_run --against",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:
@@ -287,7 +287,7 @@ def test_errors_of_the_user_are_one_line_and_status_2(
     expected = {
         "holds no class sub-folder with images": train_command(tmp_path / "empty", backbone_folder, tmp_path / "bank"),
         "There is no folder": train_command(tmp_path / "nowhere", backbone_folder, tmp_path / "bank"),
-        "holds one class, 'bolt'": train_command(tmp_path / "single", backbone_folder, tmp_path / "bank"),
+        "holds the classes ['bolt']": train_command(tmp_path / "single", backbone_folder, tmp_path / "bank"),
         "but 'bolt' has 3": train_command(shots, backbone_folder, tmp_path / "bank", "--shots", "9"),
         "has no splits": train_command(shots, backbone_folder, tmp_path / "bank", "--split", "train"),
         "The bank was trained on backbone": ["score", "--bank", str(bank), "--backbone", str(other), picture],
@@ -317,6 +317,36 @@ def test_settings_out_of_range_are_refused_with_what_is_allowed(bank: Path, caps
         with pytest.raises(SystemExit) as exit_:
             cli.main(command)
         assert exit_.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_train_keeps_what_is_not_its_own_and_says_what_it_replaces(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "project")) == 2
+    assert "holds files and no whole bank" in capsys.readouterr().err
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    for _ in range(2):
+        assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    assert capsys.readouterr().out.count("is replaced when this one is done") == 1
+
+
+def test_score_names_an_image_below_the_banner_and_a_path_that_is_no_utf8(
+    shots: Path, tests: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0", "--banner_rows", "5")
+    assert cli.main(command) == 0
+    Image.new("RGB", (32, 4)).save(tmp_path / "low.png")
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    save_image(tmp_path / "plain.png", 1000).rename(odd)
+    output = tmp_path / "out.jsonl"
+    images = [str(tests / "1.png"), str(tmp_path / "low.png"), str(odd)]
+    assert cli.main(["score", "--bank", str(tmp_path / "bank"), *images, "--output", str(output)]) == 1
+    assert "low.png is 4 pixels high" in capsys.readouterr().out
+    assert [line["path"] for line in read_lines(output)] == [images[0], images[2]]
+    assert cli.main(["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 def test_other_exceptions_keep_their_traceback(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:

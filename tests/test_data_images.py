@@ -1,6 +1,7 @@
 """Opening images, their ids and their geometry."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewshot_diti.data.images import ImageGeometry, image_id, open_image
 from fewshot_diti.files import write_atomically
@@ -138,6 +139,13 @@ def test_crop_keeps_the_centre_and_the_aspect_squash_everything_and_pad_both():
     assert padded[:, [0, 1, 6, 7]].max() == -1 and padded[:, 2:6, 0].min() == 1
 
 
+def test_a_thin_image_is_cropped_before_it_is_enlarged():
+    pixels = ImageGeometry(size=(64, 64)).pixels(np.full((20_000, 1, 3), 255, np.uint8))
+    assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
+    rows = np.repeat(np.arange(240, dtype=np.uint8)[:, None, None], 3, 2).repeat(8, 1)
+    assert ImageGeometry(size=(8, 8)).pixels(rows).mean().item() == pytest.approx(119.5 / 127.5 - 1, abs=0.01)
+
+
 def test_the_banner_is_cut_from_the_bottom_before_the_resize():
     picture = np.zeros((28, 16, 3), np.uint8)
     picture[-20:] = 255
@@ -165,3 +173,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "deep" / "record.json", "text is not bytes")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["record.json"]
     assert (tmp_path / "deep" / "record.json").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("broken", ["open", "exif"])
+def test_whatever_a_decoder_raises_is_an_error_that_names_the_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def fail(*_, **__):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(*((Image, "open") if broken == "open" else (ImageOps, "exif_transpose")), fail)
+    with pytest.raises(ValueError, match=r"photo\.jpg.*unpack requires"):
+        open_image(path)

@@ -106,7 +106,8 @@ def test_a_pool_of_class_folders_has_no_splits_and_skips_hidden_and_other_files(
     (sources / "pool" / "A310" / "notes.txt").write_text("no image")
     (sources / "pool" / "A310" / "._9.png").write_text("no image")
     (sources / "pool" / ".cache").mkdir()
-    assert len(load_images(f"folder:{sources}/pool")) == 6
+    with pytest.warns(UserWarning, match=r"1 files are passed over \(1 \.txt\)"):
+        assert len(load_images(f"folder:{sources}/pool")) == 6
     with pytest.raises(ValueError, match="no splits"):
         load_images(f"folder:{sources}/pool", "train")
 
@@ -216,3 +217,42 @@ def test_manifests_and_lists_that_cannot_be_read_name_the_file_and_what_is_wrong
     file.write_text(lines + "0000009\n")
     with pytest.raises(ValueError, match=r"Line \d+ of .*images_variant_train\.txt is '0000009'"):
         load_images(f"fgvc:{tree}", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.csv", b"path,label\n", "lists no images"),
+        ("empty.json", b"[]", "lists no images"),
+        ("latin.csv", "path,label\n1.png,caf\xe9\n".encode("latin-1"), r"latin\.csv is no UTF-8"),
+        ("split.csv", b"path,label,split\n1.png,a,train\n2.png,b,\n", "1 rows of .* have no split, row 2 first"),
+    ],
+)
+def test_a_manifest_that_would_lose_rows_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_images(f"manifest:{tmp_path / name}", "train" if name == "split.csv" else None)
+
+
+def test_spaces_around_a_label_are_no_part_of_it_and_odd_line_ends_are(tmp_path):
+    save(tmp_path / "1.png", 1)
+    (tmp_path / "table.csv").write_text("path, label\n1.png,a\n1.png, a \n")
+    assert load_images(f"manifest:{tmp_path / 'table.csv'}").class_names == ("a",)
+    (tmp_path / "table.jsonl").write_text('{"path": "1.png", "label": "a\u2028b"}\n', encoding="utf-8")
+    assert load_images(f"manifest:{tmp_path / 'table.jsonl'}").class_names == ("a\u2028b",)
+
+
+def test_a_class_may_be_called_train_and_an_empty_val_is_no_split(tmp_path):
+    save(tmp_path / "things" / "train" / "1.png", 1)
+    save(tmp_path / "things" / "bus" / "2.png", 2)
+    assert load_images(f"folder:{tmp_path / 'things'}").class_names == ("bus", "train")
+    save(tmp_path / "split" / "train" / "a" / "1.png", 1)
+    (tmp_path / "split" / "val").mkdir()
+    with pytest.raises(ValueError, match="has the splits train, not 'val'"):
+        load_images(f"folder:{tmp_path / 'split'}", "val")
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"image": [], "label": []}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(f"hub:{tmp_path / 'none'}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewshot_diti.backbone import default_dtype
 from fewshot_diti.data.benchmarks import ISIC2019_CLASSES, load_duke, load_isic2019, load_veri
 from fewshot_diti.experiment import Experiment
 
@@ -120,11 +121,12 @@ def test_every_recipe_runs_with_the_published_schedule(recipe, trees, backbone_f
     assert {len(ids) for ids in shots["image_ids"].values()} == {results["experiment"]["num_shots"]}
 
 
-def test_recommended_settings_run_and_give_every_class_every_trial(trees, backbone_folder, tmp_path, monkeypatch):
+def test_recommended_settings_run_in_races(trees, backbone_folder, tmp_path, monkeypatch):
     flags = ["--data", str(trees["fgvc"]), "--backbone", str(backbone_folder), *FAST]
     results = run_recipe(monkeypatch, "aircraft_1shot", tmp_path, "--config", "recommended", *flags)
     assert results["experiment"]["scoring"]["weighting"] == "pdae"
-    assert results["evaluations_per_image"] == 3 * 4
+    assert results["experiment"]["scoring"]["decide"] == "racing"
+    assert 3 * 2 <= results["evaluations_per_image"] <= 3 * 4
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,8 @@ def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path
     assert one.keys() == two.keys()
     for image, line in one.items():
         assert line["prediction"] == two[image]["prediction"]
-        np.testing.assert_allclose(line["scores"], two[image]["scores"], rtol=1e-2)
+        rounding = 1e-5 if default_dtype(torch.device("cpu")) == torch.float32 else 1e-2
+        np.testing.assert_allclose(line["scores"], two[image]["scores"], rtol=rounding)
 
 
 def test_an_output_folder_of_another_experiment_is_refused(finished, monkeypatch):

@@ -247,11 +247,21 @@ def test_a_class_that_is_not_finite_is_named_and_leaves_the_others_alone(
     assert reference.failed == {}
 
 
-def test_training_ends_when_every_class_has_failed(backbone64: Backbone) -> None:
+def test_training_ends_when_every_class_has_failed(backbone64: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = random_shots(backbone64, "broken")
-    bad.mean[0] = float("nan")
+    bad.mean[:] = float("nan")
+    forwards = 0
+    errors = Backbone.errors
+
+    def counted(*args):
+        nonlocal forwards
+        forwards += 1
+        return errors(*args)
+
+    monkeypatch.setattr(Backbone, "errors", counted)
     config = replace(CONFIG, steps=20, prior_weight=0.0)
-    assert "broken" in train_class_tokens(backbone64, [bad], config).failed
+    assert train_class_tokens(backbone64, [bad], config).failed == {"broken": 1}
+    assert forwards == 1
 
 
 def test_the_random_stream_of_a_class_hangs_on_its_label_and_the_seed(backbone64: Backbone) -> None:

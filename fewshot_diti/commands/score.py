@@ -17,8 +17,8 @@ from fewshot_diti.backbone import DtypeName, load_backbone
 from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
-from fewshot_diti.data import image_id
-from fewshot_diti.data.sources import IMAGE_SUFFIXES
+from fewshot_diti.data import ImageGeometry, image_id, open_image
+from fewshot_diti.data.sources import IMAGE_SUFFIXES, visible_files
 from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
@@ -75,7 +75,9 @@ def score(config: ScoreConfig, console: Console) -> int:
         classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    ids, broken = _identify(paths)
+    if config.output is not None and config.output.is_dir():
+        raise ValueError(f"--output {config.output} is a folder; name a file for the JSON lines.")
+    ids, broken = _identify(paths, classifier.geometry)
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
@@ -87,7 +89,7 @@ def score(config: ScoreConfig, console: Console) -> int:
     found = spread_over_processes(first, partial(_predictions, classifier), parts, made_by, at_once=at_once)
     records = [{"path": p, "image_id": ids[p], **found[ids[p]]} for p in paths if p in ids]
     if config.output is not None and process_state().is_main_process:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: a path may be no UTF-8
         write_atomically(config.output, lines.encode())
     console.print(prediction_table(records))
     if config.output is not None:
@@ -98,13 +100,15 @@ def score(config: ScoreConfig, console: Console) -> int:
     return 1 if broken else 0
 
 
-def _identify(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Image id of each path that can be read, and what is wrong with the others; the processes share the reading."""
+def _identify(paths: Sequence[str], geometry: ImageGeometry) -> tuple[dict[str, str], dict[str, str]]:
+    """Image id of each path that can be used, and what is wrong with the others; the processes share the reading."""
     state = process_state()
     ids, broken = {}, {}
     for path in paths[state.process_index :: state.num_processes]:
         try:
-            ids[path] = image_id(path)
+            picture = open_image(path)
+            geometry.check(picture, path)
+            ids[path] = image_id(picture)
         except ValueError as error:
             broken[path] = str(error)
     return dict(gather_object(list(ids.items()))), dict(gather_object(list(broken.items())))
@@ -122,13 +126,7 @@ def _list_images(named: Sequence[str]) -> list[str]:
         if not root.exists():
             raise FileNotFoundError(f"There is no image file or folder {name}; check the path.")
         if root.is_dir():
-            inside = [
-                str(path)
-                for path in sorted(root.rglob("*"))
-                if path.suffix.lower() in IMAGE_SUFFIXES
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(root).parts)
-            ]
+            inside = [str(path) for path in visible_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
             if not inside:
                 raise FileNotFoundError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder.")
             paths += inside

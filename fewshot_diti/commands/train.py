@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
+from fewshot_diti.backbone import POCKET, load_backbone
+from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import (
     ImageGeometry,
@@ -22,6 +23,7 @@ from fewshot_diti.data import (
     load_images,
     sample_shots,
 )
+from fewshot_diti.data.sources import folder_splits
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.validation import validation_losses, validation_table
@@ -69,7 +71,7 @@ class TrainConfig:
     banner_rows: int = 0
     split: str | None = None
     val_split: str | None = None
-    dtype: DtypeName = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
     batch_size: int | None = None
     seed: int = 0
 
@@ -89,9 +91,10 @@ def train(config: TrainConfig, console: Console) -> None:
         OSError, ValueError: images or backbone cannot be loaded, or there are fewer than two classes.
         TrainingError: a class's loss was not finite; the other classes are saved.
     """
+    replaced = _check_output(config.output_dir)
     data, val = _load(config)
     if len(data.class_names) < 2:
-        raise ValueError(f"{config.data} holds one class, {data.class_names[0]!r}; a classifier needs two or more.")
+        raise ValueError(f"{config.data} holds the classes {list(data.class_names)}; a classifier needs two or more.")
     shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
     if val is not None:
         check_disjoint(shots, val)
@@ -111,6 +114,10 @@ def train(config: TrainConfig, console: Console) -> None:
         training = replace(training, samples_per_batch=config.batch_size)
         scoring = replace(scoring, batch_size=config.batch_size)
     config.output_dir.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
+    if replaced:
+        console.out(
+            f"The bank that is in {config.output_dir} ({', '.join(replaced)}) is replaced when this one is done."
+        )
     geometry = ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows)
     classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring, geometry=geometry)
     # paths stay paths: they are decoded a few at a time
@@ -137,13 +144,25 @@ def train(config: TrainConfig, console: Console) -> None:
     console.out(f"  fewshot-diti score --bank {shlex.quote(str(config.output_dir))} IMAGE_OR_DIR")
 
 
+def _check_output(folder: Path) -> list[str]:
+    """The classes of the bank that the folder holds, if any; raises ValueError where it holds other files."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    try:
+        return [str(label) for label in Bank.load(folder).labels]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds files and no whole bank ({error}); pass another --output_dir, or empty that folder."
+        ) from error
+
+
 def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """The pool of shots, and the validation images where there are any."""
     root = Path(config.data)
     if root.is_dir() or not (":" in config.data or config.data == "bundled"):
-        split = config.split or ("train" if (root / "train").is_dir() else None)
-        has_val = split == "train" and (root / "val").is_dir()
-        val_split = config.val_split or ("val" if has_val else None)
+        splits = folder_splits(root) if root.is_dir() else []
+        split = config.split or ("train" if "train" in splits else None)
+        val_split = config.val_split or ("val" if split == "train" and "val" in splits else None)
         return load_folder(root, split), load_folder(root, val_split) if val_split else None
     fgvc = config.data.startswith("fgvc:")
     split = config.split or ("train" if fgvc or config.data == "bundled" else None)

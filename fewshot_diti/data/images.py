@@ -16,9 +16,6 @@ from torch import Tensor
 ImageSource = str | Path | Image.Image | np.ndarray | bytes
 ResizeRule = Literal["crop", "squash", "pad"]
 
-# What Pillow raises for files that are cut short, damaged or absurdly large.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
 
 def open_image(source: ImageSource) -> Image.Image:
     """Decodes one image to RGB.
@@ -50,7 +47,7 @@ def open_image(source: ImageSource) -> Image.Image:
             image.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that Pillow knows; replace it, or leave it out.") from error
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # what the decoders raise for damaged files has no end
         raise ValueError(f"Cannot decode the image {name} ({error}); replace it, or leave it out.") from error
     return _to_rgb(image, name)
 
@@ -83,7 +80,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # a broken EXIF field alone raises struct.error or TypeError
         raise ValueError(f"Cannot convert {name} to RGB: {error}.") from error
 
 
@@ -134,6 +131,13 @@ class ImageGeometry:
         """The geometry that `to_dict` wrote; raises ValueError for bad values and TypeError for unknown fields."""
         return cls(**fields | {"size": tuple(fields["size"])})
 
+    def check(self, picture: Image.Image, name: str) -> None:
+        """Raises a ValueError naming the picture where it is no higher than `banner_rows`."""
+        if picture.height <= self.banner_rows:
+            raise ValueError(
+                f"{name} is {picture.height} pixels high, no more than banner_rows={self.banner_rows}; lower it."
+            )
+
     def pixels(self, image: ImageSource) -> Tensor:
         """float32 [3, height, width] in [-1, 1], resized by Pillow's antialiased bicubic filter.
 
@@ -142,11 +146,7 @@ class ImageGeometry:
             FileNotFoundError, ValueError, TypeError: as `open_image`.
         """
         picture = open_image(image)
-        if picture.height <= self.banner_rows:
-            which = f"Image {image}" if isinstance(image, str | Path) else "The image"
-            raise ValueError(
-                f"{which} is {picture.height} pixels high, no more than banner_rows={self.banner_rows}; lower it."
-            )
+        self.check(picture, f"Image {image}" if isinstance(image, str | Path) else "The image")
         picture = picture.crop((0, 0, picture.width, picture.height - self.banner_rows))
         height, width = self.size
         if self.resize == "squash":
@@ -155,9 +155,8 @@ class ImageGeometry:
             picture = ImageOps.pad(picture, (width, height), Image.Resampling.BICUBIC, color="black")
         else:
             scale = max(height / picture.height, width / picture.width)
-            covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            picture = picture.resize(covering, Image.Resampling.BICUBIC)
-            left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))
+            left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+            centre = (max(0, left), max(0, top), picture.width - max(0, left), picture.height - max(0, top))
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=centre)
         pixels_HWC = torch.from_numpy(np.array(picture))
         return pixels_HWC.permute(2, 0, 1).contiguous().float() / 127.5 - 1

@@ -49,12 +49,14 @@ class Shots:
     @classmethod
     def load(cls, path: str | Path) -> Shots:
         """Reads what `save` wrote; raises FileNotFoundError, or ValueError for a file that is something else."""
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or set(record) != {"k", "seed", "image_ids"}:
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            ids = {name: tuple(map(str, ids)) for name, ids in record.pop("image_ids").items()}
+            return cls(**record, image_ids=ids)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no file of shots: it must hold k, seed and image_ids, as Shots.save writes them."
-            )
-        return cls(**record | {"image_ids": {name: tuple(ids) for name, ids in record["image_ids"].items()}})
+                f"{path} is no file of shots ({error}): it must hold k, seed and image_ids, as Shots.save writes them."
+            ) from error
 
     def rows(self, data: ImageSet) -> list[int]:
         """Positions of the shots in `data`, class by class, in drawn order; of duplicates within a class the first.

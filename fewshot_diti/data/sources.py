@@ -6,6 +6,8 @@ import csv
 import importlib.resources
 import io
 import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,7 +58,10 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
     images = list(lists[level])
     attributes = {key: tuple(by_image.get(image, "") for image in images) for key, by_image in lists.items()}
     if (root / "attributes.csv").is_file():
-        rows = {row["image"]: row for row in _read_csv(root / "attributes.csv")}
+        table = _read_csv(root / "attributes.csv")
+        if table and "image" not in table[0]:
+            raise ValueError(f"{root / 'attributes.csv'} has the columns {list(table[0])}; one must be image.")
+        rows = {row["image"]: row for row in table}
         for key in dict.fromkeys(key for row in rows.values() for key in row if key not in ("image", *lists)):
             attributes[key] = tuple(rows.get(image, {}).get(key, "") for image in images)
     if "airline" in attributes:
@@ -79,32 +84,58 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
 def load_folder(folder: str | Path, split: str | None = None) -> ImageSet:
     """A folder of class sub-folders, either one pool (no split) or below `train`, `val` and `test` folders.
 
-    The classes are those of all splits, so that labels agree between them. Hidden and non-image files are passed over.
+    The classes are those of all splits, so that labels agree between them. Hidden files are passed over; of others that
+    are, such as loose images beside the class folders, a warning gives the number.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
-        ValueError: a split is asked of a pool, none of a folder with splits, or one that is not there.
+        ValueError: a split is asked of a pool, none of a folder with splits, or one that is not there; or the name of a
+            class folder is not UTF-8.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}; pass a folder with one sub-folder of images a class.")
-    splits = [name for name in get_args(FolderSplit) if (root / name).is_dir()]
-    _check_split(str(root), split, splits)
+    splits = folder_splits(root)
+    _check_has_split(str(root), split, splits)
     pool = root / split if split else root
     class_folders = [c for s in splits or ["."] for c in (root / s).iterdir() if c.is_dir() and c.name[0] != "."]
-    paths = sorted(
-        path
-        for path in pool.glob("*/**/*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(pool).parts)
-    )
+    files = visible_files(pool)
+    paths = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and len(p.relative_to(pool).parts) > 1]
     if not paths:
         raise FileNotFoundError(
             f"{pool} holds no class sub-folder with images ({', '.join(IMAGE_SUFFIXES)}); make one sub-folder a class."
         )
+    if len(paths) < len(files):
+        passed_over = Counter(p.suffix.lower() or "no suffix" for p in set(files) - set(paths))
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed_over.items()))
+        warnings.warn(
+            f"{pool}: {passed_over.total()} files are passed over ({kinds}); images lie in a class's sub-folder and "
+            f"end in {', '.join(IMAGE_SUFFIXES)}.",
+            stacklevel=2,
+        )
+    for name in {c.name for c in class_folders}:
+        if not name.isprintable():  # as bytes that are no UTF-8 are not
+            raise ValueError(f"The name of the class folder {name!r} in {root} is no printable UTF-8; rename it.")
     labels, class_names = index_labels([p.relative_to(pool).parts[0] for p in paths], [c.name for c in class_folders])
     return ImageSet(images=paths, labels=labels, class_names=class_names, names=tuple(map(str, paths)))
+
+
+def folder_splits(root: Path) -> list[str]:
+    """Which of train, val and test stand in a folder with class sub-folders of their own."""
+    return [
+        name
+        for name in get_args(FolderSplit)
+        if (root / name).is_dir() and any(c.is_dir() and c.name[0] != "." for c in (root / name).iterdir())
+    ]
+
+
+def visible_files(root: Path) -> list[Path]:
+    """All files below a folder in alphabetical order, without hidden ones and those in hidden folders."""
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
+    ]
 
 
 def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
@@ -114,27 +145,35 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
 
     Raises:
         FileNotFoundError: the manifest or an image is missing.
-        ValueError: another file type, a row without path or label, a split that is not there.
+        ValueError: another file type, no row, a row without path or label, a split that is not there, or a row without
+            one where others have it.
     """
     file = Path(file)
     _check("suffix", file.suffix.lower(), (".csv", ".json", ".jsonl"))
     if file.suffix.lower() == ".csv":
         rows = _read_csv(file)
     else:
-        text = file.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.splitlines() if line.strip()]
+        text = read_utf8(file)
+        lines = [line for line in text.split("\n") if line.strip()]
         try:
             parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {error}; {error.doc[:80]!r}.") from error
         if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
             raise ValueError(f"{file} must hold a list of objects, each with path and label.")
-        rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in parsed]
+        rows = [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in parsed]
+    if not rows:
+        raise ValueError(f"{file} lists no images; it needs a row with path and label for each.")
     for number, row in enumerate(rows, start=1):
         if not row.get("path") or not row.get("label"):
             raise ValueError(f"Row {number} of {file} is {row}; every row needs the columns path and label.")
     splits = list(dict.fromkeys(row["split"] for row in rows if row.get("split")))
-    _check_split(str(file), split, splits)
+    if splits and (without := [n for n, row in enumerate(rows, start=1) if not row.get("split")]):
+        raise ValueError(
+            f"{len(without)} rows of {file} have no split, row {without[0]} first, and others have; name one of "
+            f"{', '.join(splits)} in every row, or leave the column out."
+        )
+    _check_has_split(str(file), split, splits)
     chosen = [row for row in rows if split is None or row.get("split") == split]
     paths = [file.parent / row["path"] for row in chosen]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -162,18 +201,23 @@ def load_hub(
     Scalar columns become attributes.
 
     Raises:
-        ValueError: no such split or column, or an image without a label.
+        ValueError: no such split or column, no row, or an image without a label.
     """
     folder = Path(id_or_path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        stored = datasets.load_from_disk(id_or_path)
+        try:
+            stored = datasets.load_from_disk(id_or_path)
+        except IndexError as error:  # how `datasets` fails on a set without rows
+            raise ValueError(f"{id_or_path} holds no images; pass another data set.") from error
         if isinstance(stored, datasets.Dataset):
-            _check_split(id_or_path, split, [str(stored.split)] if stored.split else [])
+            _check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
     else:
         stored = datasets.load_dataset(id_or_path, split=split)
     if isinstance(stored, datasets.DatasetDict):
-        _check_split(id_or_path, split, list(stored))
+        _check_has_split(id_or_path, split, list(stored))
         stored = stored[split]
+    if not len(stored):
+        raise ValueError(f"{id_or_path} {split or ''} holds no images; pass another data set or split.")
     for column in (image_column, label_column):
         _check(f"column of {id_or_path}", column, stored.column_names)
     if not isinstance(stored.features[image_column], datasets.Image):
@@ -262,7 +306,7 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} {value!r}; pass one of {', '.join(allowed)}.")
 
 
-def _check_split(name: str, split: str | None, splits: Sequence[str]) -> None:
+def _check_has_split(name: str, split: str | None, splits: Sequence[str]) -> None:
     """Raises ValueError where a split is asked of a source without any, or the other way round."""
     if splits and split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
@@ -284,13 +328,21 @@ def _read_fgvc_list(path: Path) -> dict[str, str]:
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV with a header; raises ValueError naming a row that has more or fewer cells."""
-    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""), restval=None))
+    rows = list(csv.DictReader(io.StringIO(read_utf8(file), newline=""), restval=None))
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise ValueError(
                 f"Row {number} of {file} has more or fewer cells than the header; quote cells with commas."
             )
-    return rows
+    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+
+
+def read_utf8(file: Path) -> str:
+    """A text file, with or without a byte order mark; raises ValueError naming it where it is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 ({error}); save it as UTF-8.") from error
 
 
 def _texts(stored: datasets.Dataset, column: str) -> tuple[str, ...]:

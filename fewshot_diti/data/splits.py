@@ -46,11 +46,10 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
     elif content.startswith(b"\x80") or suffix in (".pkl", ".pickle"):
         raise ValueError(f"{file} {_NO_PICKLES}")
     elif suffix == ".json":
-        lists = json.loads(content)
-        if not isinstance(lists, dict) or split not in lists:
-            raise ValueError(f"{file} has no list {split!r}; pass one of {list(lists) if lists else []}.")
-        entries = [tuple(entry) for entry in lists[split]]
-        known = [tuple(entry) for each in lists.values() for entry in each]
+        lists = _coop_lists(content, str(file))
+        if split not in lists:
+            raise ValueError(f"{file} has no list {split!r}; pass one of {list(lists)}.")
+        entries, known = lists[split], [entry for each in lists.values() for entry in each]
     else:
         entries = known = _text_entries(content.decode("utf-8-sig"), str(file))
     if not entries:
@@ -66,6 +65,19 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
         class_names=tuple(class_name for _, class_name in classes),
         names=tuple(map(str, paths)),
     )
+
+
+def _coop_lists(content: bytes, file: str) -> dict[str, list[tuple[str, int, str]]]:
+    """(path, label, class name) of each entry, by split."""
+    try:
+        return {
+            split: [(str(path), int(label), str(class_name)) for path, label, class_name in entries]
+            for split, entries in json.loads(content).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no split of CoOp ({error}): it must hold {{split: [[path, label, class name], ...]}}."
+        ) from error
 
 
 def _text_entries(text: str, file: str) -> list[tuple[str, int, str]]:
