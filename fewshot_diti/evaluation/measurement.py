@@ -53,8 +53,8 @@ class SpeedConfig:
     max_images: int | None = None
     pipeline_images: int = 24
     published_images: int = 2
-    training_steps: int = 40
-    training_classes: int = 3
+    training_steps: int = 160
+    training_classes: int = 2
     growth: tuple[int, ...] = (10, 30, 100, 300, 1000)
     growth_images: int = 2
     growth_strengths: tuple[float, ...] = (0.3, 0.8)
