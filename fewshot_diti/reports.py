@@ -60,15 +60,18 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def accuracy_table(results: Sequence[MethodResult], subsets: Mapping[str, np.ndarray], groups: Sequence[str]) -> Table:
+def accuracy_table(
+    results: Sequence[MethodResult], subsets: Mapping[str, np.ndarray], groups: Sequence[str], grouped_by: str
+) -> Table:
     """Accuracy in % of each method on each subset of the N test images, with bootstrap intervals over groups.
 
     Args:
         subsets: title -> bool [N]; a column each, with its number of images.
         groups: of each image, such as its livery.
+        grouped_by: what the groups are, in the plural.
     """
     table = Table(
-        caption="accuracy in %; brackets: 95 % interval, bootstrap over groups of images such as liveries",
+        caption=f"accuracy in %; brackets: 95 % interval, bootstrap over {grouped_by}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,

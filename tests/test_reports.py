@@ -75,7 +75,7 @@ def test_accuracy_table_shows_every_method_on_every_subset_with_its_number_of_im
         MethodResult(name="ours", correct=correct, seconds=12.4),
         MethodResult(name="other", correct=~correct, seconds=3),
     ]
-    text = rendered(accuracy_table(results, subsets, ["x", "y", "x", "y"]))
+    text = rendered(accuracy_table(results, subsets, ["x", "y", "x", "y"], "liveries"))
     rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     assert ["ours", "75.0 [50, 100]", "100.0 [100, 100]", "50.0 [0, 100]", "no images", "12"] in rows
     assert ["other", "25.0 [0, 50]", "0.0 [0, 0]", "50.0 [0, 100]", "no images", "3"] in rows

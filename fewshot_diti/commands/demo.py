@@ -156,7 +156,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     results = (few_shot, zero_shot, nearest)
     subsets = {"all": np.ones(len(test), dtype=bool), "liveries seen": seen, "liveries unseen": ~seen}
-    console.print(accuracy_table(results, subsets, test.attributes["airline"]))
+    console.print(accuracy_table(results, subsets, test.attributes["airline"], "liveries"))
     shown = [row for c in range(len(names)) for row in np.flatnonzero(test.labels == c)[:_PICTURED_PER_CLASS]]
     picture = config.output_dir / "predictions.png"
     png = predictions_picture(
