@@ -207,7 +207,7 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
     assert len({grid.task(8, 1).shots.attributes["airline"][i] for i in range(8)}) > 1  # no livery has eight images
     page = (few.folder / "shift.md").read_text()
     assert "bootstrap over airline" in page and "drop of accuracy" in page
-    assert page.count("| nn-latents |") == 2
+    assert page.count("| nn-latents |") == 3
     with pytest.raises(ValueError, match="No attribute 'colour'; these images have"):
         Grid(replace(few, group="colour"))
 

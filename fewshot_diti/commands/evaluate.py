@@ -165,9 +165,10 @@ def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Con
     """Prints what matched and shifted images tell, and writes shift.md; nothing where no image is either."""
     config = grid.config
     held = {(m, k): found for m in config.methods for k in config.shots if (found := _matched(grid, records, m, k))}
+    how = f"accuracy in % [95 % interval, bootstrap over {config.column}], images of all seeds"
     parts = {
-        f"accuracy in %, matched / shifted, each [95 % interval, bootstrap over {config.column}], images of all seeds; "
-        f"matched images share their {config.column} with the shots of their class": _both,
+        f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
+        f"shifted test images, which do not: {how}": _on_shifted,
         "drop of accuracy from matched to shifted in points [95 % interval, bootstrap over classes], mean over the "
         "classes that have both": _drop,
     }
@@ -206,16 +207,20 @@ def _matched(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_sh
     )
 
 
-def _both(images: _Matched) -> str:
-    cells = []
-    for kind in (images.matched, ~images.matched):
-        if kind.any():
-            figures = accuracy_with_interval(images.correct[kind], images.groups[kind].tolist())
-            low, high = figures["interval"]
-            cells.append(f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]")
-        else:
-            cells.append("no images")
-    return " / ".join(cells)
+def _on_matched(images: _Matched) -> str:
+    return _share(images, images.matched)
+
+
+def _on_shifted(images: _Matched) -> str:
+    return _share(images, ~images.matched)
+
+
+def _share(images: _Matched, kind: np.ndarray) -> str:
+    if not kind.any():
+        return ""
+    figures = accuracy_with_interval(images.correct[kind], images.groups[kind].tolist())
+    low, high = figures["interval"]
+    return f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _drop(images: _Matched) -> str:

@@ -118,7 +118,7 @@ def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str | Text]], capti
     """Lines of text as a table for the screen."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     for i, title in enumerate(head):
-        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+        table.add_column(title, justify="right" if i else "left", no_wrap=not i)
     for line in lines:
         table.add_row(*line)
     return table
