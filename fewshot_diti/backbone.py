@@ -75,9 +75,8 @@ def hash_weights(*modules: nn.Module) -> str:
 
 
 def _hash_of_all(weights: str, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> str:
-    schedule = {
-        key: scheduler.config[key] for key in _SCHEDULE
-    }  # its numbers, not its tensors: these round by processor
+    # the schedule's numbers, not its tensors: these are rounded differently from processor to processor
+    schedule = {key: scheduler.config[key] for key in _SCHEDULE}
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr((weights, schedule, vocabulary)).encode()).hexdigest()[:32]
 

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, Backbone
+from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, plain_labels, read_files, written_here
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
@@ -242,11 +242,10 @@ class DiTiClassifier:
             calibration = Calibration(**_tuples(settings["calibration"]))
             prompts = {key: settings[key] for key in ("concept", "prompt_template", "generic_prompt")}
         try:
-            found = Backbone.from_pretrained(bank.backbone_name) if backbone is None else backbone
-        except OSError as error:
+            found = load_backbone(bank.backbone_name) if backbone is None else backbone
+        except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"The bank in {folder} was trained on backbone {bank.backbone_name!r}, which is not there ({error}); "
-                "pass backbone= with its folder or hub id."
+                f"The backbone of the bank in {folder} is not there; pass backbone= with its folder or hub id. {error}"
             ) from error
         classifier = cls(found, training=training, scoring=scoring, geometry=bank.geometry, **prompts)
         bank.check_backbone(classifier.backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,3 +155,17 @@ def test_errors_say_what_is_wrong(
 def test_a_scoring_config_is_checked_before_anything_is_trained(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScoringConfig(**changes)
+
+
+def test_a_bank_whose_backbone_has_moved_says_which_and_what_to_pass(
+    backbone_folder: Path, pictures: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(backbone_folder, tmp_path / "sd"))
+    make(Backbone.from_pretrained(moved)).fit(*shots_of(pictures, ["a320", "dc-9"])).save_pretrained(tmp_path / "bank")
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"backbone of the bank in .*bank is not there; pass backbone= .*/sd"):
+        DiTiClassifier.from_pretrained(tmp_path / "bank")
+    assert DiTiClassifier.from_pretrained(tmp_path / "bank", tmp_path / "elsewhere").classes_.tolist() == [
+        "a320",
+        "dc-9",
+    ]

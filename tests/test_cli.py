@@ -1,4 +1,4 @@
-"""The command line, run in-process on a tiny backbone and a tiny folder of images."""
+"""`train` and `score` from the command line, run in-process on a tiny backbone and a tiny folder of images."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from conftest import save_tiny_backbone
 from PIL import Image
 
 from fewshot_diti import Bank, DiTiClassifier, backbone, cli
-from fewshot_diti.commands import demo
 from fewshot_diti.commands import score as score_command
 from fewshot_diti.commands import train as train_module
 from fewshot_diti.cost import training_evaluations
@@ -48,9 +47,8 @@ def save_classes(folder: Path, count: int, seed: int = 0) -> Path:
 def small_settings() -> Iterator[None]:
     """Recommended settings that take a second."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, demo):
-            patch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
-            patch.setattr(module, "recommended_scoring", lambda small: SCORING)
+        patch.setattr(train_module, "recommended_training", lambda num_shots, small: TRAINING)
+        patch.setattr(train_module, "recommended_scoring", lambda small: SCORING)
         yield
 
 
@@ -353,35 +351,3 @@ def test_other_exceptions_keep_their_traceback(shots: Path, monkeypatch: pytest.
     monkeypatch.setattr(cli, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", str(shots), "--output_dir", "B", "--concept", "part"])
-
-
-def test_demo_compares_three_methods_and_writes_bank_and_picture(
-    backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["demo", "--output_dir", str(tmp_path), "--shots", "2", "--test_images", "24", "--trials", "2"]
-    assert cli.main([*command, "--zero_shot_trials", "1", "--backbone", str(backbone_folder)]) == 0
-    out = capsys.readouterr().out
-    for text in (
-        "12 classes, 2 shots each; 24 test images",
-        "class tokens  ",
-        "zero-shot backbone",
-        "nearest neighbour",
-    ):
-        assert text in out
-    assert len(Bank.load(tmp_path / "bank")) == 12 and str(tmp_path / "bank") in out
-    picture = Image.open(tmp_path / "predictions.png")
-    assert min(picture.size) > 500 and str(tmp_path / "predictions.png") in out
-
-
-def test_balanced_rows_are_equal_over_classes_and_liveries_and_depend_on_the_seed_alone() -> None:
-    labels = np.repeat(np.arange(4), 10)
-    seen = np.arange(40) % 10 < 3
-    for count in (4, 8, 20, 24, 40):
-        rows = demo.balanced_rows(labels, seen, count, seed=1)
-        assert rows == demo.balanced_rows(labels, seen, count, seed=1)
-        assert len(set(rows)) == count and set(np.bincount(labels[rows])) == {count // 4}
-        if count <= 24:
-            assert seen[rows].sum() == count // 2
-    assert demo.balanced_rows(labels, seen, 20, seed=1) != demo.balanced_rows(labels, seen, 20, seed=2)
-    with pytest.raises(ValueError, match="there are 40"):
-        demo.balanced_rows(labels, seen, 41, seed=0)

@@ -23,7 +23,6 @@ from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.prior import prior_latents
 from fewshot_diti.training import (
     ClassShots,
-    RowAdamW,
     Trained,
     TrainingConfig,
     _ClassStream,
@@ -85,44 +84,6 @@ def test_neither_order_nor_batches_change_a_class_token(
     joint = train_class_tokens(backbone64, shots, replace(config, samples_per_batch=samples), prior=prior)
     i = order.index("A320")
     torch.testing.assert_close(joint.rows[i], reference.rows[0], rtol=0, atol=1e-9)
-
-
-def test_row_adamw_equals_adamw_run_alone_on_the_rows_that_take_part() -> None:
-    g = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 50, generator=g, dtype=torch.float64)
-    lrs = [1e-2, 3e-3]
-    parameters = [[torch.nn.Parameter(r[:30].clone()), torch.nn.Parameter(r[30:].clone())] for r in rows]
-    alone = [
-        torch.optim.AdamW([{"params": [p], "lr": x} for p, x in zip(ps, lrs, strict=True)], weight_decay=0.1)
-        for ps in parameters
-    ]
-    optimizer = RowAdamW(rows, [(30, lrs[0]), (20, lrs[1])], weight_decay=0.1, max_grad_norm=1.0)
-    for step in range(30):
-        present = [c for c in range(3) if c != 1 or step % 3]
-        grad = torch.randn(len(present), 50, generator=g, dtype=torch.float64) * torch.rand((), generator=g)
-        scale = lr_scale(TrainingConfig(steps=30, lr_schedule="cosine"), step)
-        optimizer.step(present, grad.clone(), scale)
-        for c, of_class in zip(present, grad, strict=True):
-            for p, part in zip(parameters[c], of_class.split([30, 20]), strict=True):
-                p.grad = part.clone()
-            torch.nn.utils.clip_grad_norm_(parameters[c], 1.0)
-            for group, x in zip(alone[c].param_groups, lrs, strict=True):
-                group["lr"] = x * scale
-            alone[c].step()
-    expected = torch.stack([torch.cat([p.detach() for p in ps]) for ps in parameters])
-    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_a_row_that_is_absent_keeps_its_value_moments_and_step_count() -> None:
-    rows = torch.ones(2, 4)
-    optimizer = RowAdamW(rows, [(4, 0.1)], weight_decay=0.1, max_grad_norm=1.0)
-    optimizer.step([0, 1], torch.ones(2, 4), 1.0)
-    states = [optimizer.optimizer.state[p] for (p,) in optimizer.pieces]
-    before = [rows[1].clone(), *(x.clone() for x in states[1].values())]
-    optimizer.step([0], torch.ones(1, 4), 1.0)
-    assert all(torch.equal(x, y) for x, y in zip(before, [rows[1], *states[1].values()], strict=True))
-    assert [int(s["step"]) for s in states] == [2, 1]
-    assert not torch.equal(rows[0], rows[1])
 
 
 def test_our_loop_equals_peft_layers_with_torch_adamw(backbone64: Backbone) -> None:

@@ -106,7 +106,8 @@ def report(grid: Grid, against: str, console: Console) -> None:
     _report_matched(grid, records, console)
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = _comparison_lines(config.shots, comparisons)
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons))
+        head[0] = "against"
         caption = f"accuracy of {against} minus the method's, in points, with its 95 % interval"
         console.print(table.rich_lines(head, lines, caption))
         write_atomically(folder / "comparisons.md", table.markdown_lines(head, lines).encode())
@@ -144,21 +145,14 @@ def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -
     return found
 
 
-def _comparison_lines(
-    shots: Sequence[int], comparisons: dict[str, dict[str, Any]]
-) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of comparisons."""
-
-    def cell(comparison: dict[str, Any] | None) -> str:
-        if comparison is None:
-            return ""
-        points = [
-            f"{100 * comparison[key]:+.{digits}f}" for key, digits in (("difference", 1), ("low", 0), ("high", 0))
-        ]
-        return f"{points[0]} [{points[1]}, {points[2]}]"
-
-    head = ["against", *(f"{k} shots" if k > 1 else "1 shot" for k in shots)]
-    return head, [[method, *(cell(by.get(str(k))) for k in shots)] for method, by in comparisons.items()]
+def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str, int], str]:
+    """What the table of comparisons says of each method and number of shots."""
+    cells = {}
+    for method, by_shots in comparisons.items():
+        for k, comparison in by_shots.items():
+            difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
+            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}]"
+    return cells
 
 
 def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Console) -> None:

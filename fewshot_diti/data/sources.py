@@ -153,7 +153,7 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
     if file.suffix.lower() == ".csv":
         rows = _read_csv(file)
     else:
-        text = read_utf8(file)
+        text = _read_utf8(file)
         lines = [line for line in text.split("\n") if line.strip()]
         try:
             parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
@@ -328,7 +328,7 @@ def _read_fgvc_list(path: Path) -> dict[str, str]:
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV with a header; raises ValueError naming a row that has more or fewer cells."""
-    rows = list(csv.DictReader(io.StringIO(read_utf8(file), newline=""), restval=None))
+    rows = list(csv.DictReader(io.StringIO(_read_utf8(file), newline=""), restval=None))
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise ValueError(
@@ -337,7 +337,7 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
     return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
 
 
-def read_utf8(file: Path) -> str:
+def _read_utf8(file: Path) -> str:
     """A text file, with or without a byte order mark; raises ValueError naming it where it is no UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")

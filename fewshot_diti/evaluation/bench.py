@@ -33,7 +33,7 @@ from fewshot_diti.trials import even_grid
 
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
-POCKET_TRIALS = 16  # as in the demo: a table of three seeds takes hours
+POCKET_TRIALS = 16  # a table of three seeds takes hours
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
