@@ -90,7 +90,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
         " --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
-        "eval": "--dataset --backbone --dtype --clip --network --methods --shots --seeds --concept --trials"
+        "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
         " --max_test_images --shift --group --output_dir --quick --dry_run --against",
     }
     for command, options in expected.items():

@@ -70,6 +70,7 @@ def config(data: Path, backbone_folder: Path, tmp_path_factory: pytest.TempPathF
         backbone=str(backbone_folder),
         clip=f"local-dir:{save_tiny_clip(tmp_path_factory.mktemp('clip'), 'transformer')}",
         network="test_resnet",
+        siblings="test_resnet",
         concept="part",
         shots=(1, 2),
         seeds=(1,),
@@ -212,11 +213,12 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
         Grid(replace(few, group="colour"))
 
 
-def test_tables_mark_the_best_measured_number_and_name_the_source_of_published_ones() -> None:
+def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apart() -> None:
     rows = [
         *published_rows((1, 16))[-1:],
         Row(name="diti", accuracy={1: (40.0, 44.0), 16: (80.0, 82.0)}),
         Row(name="tip_adapter", accuracy={1: (45.0, 45.0)}),
+        Row(name="siblings", accuracy={1: (85.0,), 16: (97.0,)}, told="told more"),
     ]
     assert markdown(rows, (1, 16)).splitlines() == [
         "| method | 1 shot | 16 shots | average |",
@@ -224,6 +226,7 @@ def test_tables_mark_the_best_measured_number_and_name_the_source_of_published_o
         "| DiTi, SD 2.0 (published, Yue et al., CVPR 2024) | 48.5 | 79.9 | 64.2 |",
         "| diti | 42.0 ± 2.8 | **81.0 ± 1.4** | **61.5** |",
         "| tip_adapter | **45.0 ± 0.0** |  |  |",
+        "| siblings (told more) | 85.0 | 97.0 | 91.0 |",
     ]
     assert r"tip\_adapter & \textbf{45.0 $\pm$ 0.0} &  &  \\" in latex(rows, (1, 16))
     assert "diti,1,42.000,2.828,2,\n" in comma_separated(rows, (1, 16))
@@ -232,5 +235,8 @@ def test_tables_mark_the_best_measured_number_and_name_the_source_of_published_o
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match=r"methods \['magic'\]; pass some of zeroshot-sd"):
         EvalConfig(methods=("magic",))
+    with pytest.raises(ValueError, match=r"siblings needs a network .*--siblings local-dir:FOLDER"):
+        EvalConfig(backbone="some/other", methods=("diti", "siblings"))
+    assert "siblings" in EvalConfig().methods and "siblings" not in EvalConfig(backbone="some/other").methods
     with pytest.raises(ValueError, match="against='diti'; pass one of the methods ncm-sd"):
         EvalConfig(methods=("ncm-sd",))

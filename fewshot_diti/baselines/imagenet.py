@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fewshot_diti.backbone import default_device, hash_weights
+from fewshot_diti.backbone import POCKET, default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import random_crop
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
@@ -39,7 +40,7 @@ class ImageNetwork:
 
     Args:
         name: "efficientnet-lite0", whose weights come in packages; a timm model, whose weights the hub holds; or
-            "local-dir:FOLDER", a network that `pretraining.siblings` left.
+            "local-dir:FOLDER", a network that `pretraining.siblings` left, "pocket" being the one that ships.
         size: (height, width) that images are squashed to; the last has its own.
 
     Raises:
@@ -48,6 +49,8 @@ class ImageNetwork:
     """
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
+        if name == POCKET:
+            name = f"local-dir:{resources.files('fewshot_diti') / 'assets' / 'pocket-siblings'}"
         self.name, self.batch_size = name, batch_size
         self.device = default_device()
         if name.startswith("local-dir:"):

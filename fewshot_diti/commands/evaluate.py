@@ -13,7 +13,7 @@ from rich.console import Console
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.grid import Grid, GridConfig, Run
-from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS
+from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
 from fewshot_diti.evaluation.metrics import accuracy_with_interval, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
@@ -92,7 +92,9 @@ def report(grid: Grid, against: str, console: Console) -> None:
     images have the attribute, shift.md."""
     config, folder = grid.config, grid.config.folder
     records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
-    rows = [table.Row(name=m, accuracy=_accuracy(records, m, config.shots)) for m in config.methods]
+    rows = [
+        table.Row(name=m, accuracy=_accuracy(records, m, config.shots), told=TOLD.get(m, "")) for m in config.methods
+    ]
     if config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
         rows = table.published_rows(config.shots) + rows
     console.print(table.rich_table(rows, config.shots))

@@ -31,6 +31,7 @@ from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recomme
 from fewshot_diti.training import TrainingConfig
 from fewshot_diti.trials import even_grid
 
+SIBLINGS = "siblings"  # the row that stands on another network than its neighbours
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
@@ -97,7 +98,7 @@ class Bench:
     """Models and what they have computed.
 
     Args:
-        backbone, clip, network: names, as `Backbone`, `OpenClip` and `ImageNetwork` take them.
+        backbone, clip, network, siblings: names, as `Backbone`, `OpenClip` and, twice, `ImageNetwork` take them.
         dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
         trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
@@ -110,12 +111,13 @@ class Bench:
         backbone: str,
         clip: str,
         network: str,
+        siblings: str,
         concept: str,
         trials: int | None,
         folder: Path,
         dtype: DtypeName = "auto",
     ) -> None:
-        self._names = {"backbone": backbone, "clip": clip, "network": network}
+        self._names = {"backbone": backbone, "clip": clip, "network": network, "siblings": siblings}
         self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
 
@@ -148,6 +150,20 @@ class Bench:
     def network_features(self) -> KeptFeatures:
         """Its features."""
         return KeptFeatures(self.network.features)
+
+    @cached_property
+    def siblings(self) -> ImageNetwork:
+        """The network that was told the labels of sibling classes."""
+        return ImageNetwork(self._names["siblings"])
+
+    def network_of(self, method: str) -> ImageNetwork:
+        """The network that a row of the table stands on."""
+        return self.siblings if method == SIBLINGS else self.network
+
+    @cached_property
+    def siblings_features(self) -> KeptFeatures:
+        """Its features."""
+        return KeptFeatures(self.siblings.features)
 
     @cached_property
     def unet_features(self) -> UnetFeatures:

@@ -29,7 +29,7 @@ from fewshot_diti.data import (
     sample_shots_of_one_value,
     seen_attribute,
 )
-from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
+from fewshot_diti.evaluation.bench import SIBLINGS, Bench, Task, fingerprint
 from fewshot_diti.evaluation.methods import (
     METHODS,
     NEEDS_CLASS_TOKENS,
@@ -58,7 +58,9 @@ class GridConfig:
             begun on one processor and ended on another names one.
         clip: as `OpenClip` takes it; by default the pocket's for the pocket, else ViT-H-14.
         network: as `ImageNetwork` takes it.
-        methods: rows, keys of `METHODS`.
+        siblings: a network trained with labels of sibling classes, as `ImageNetwork` takes it; by default the pocket's
+            for the pocket, else none.
+        methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
         shots, seeds: columns, and draws of each.
         concept: what all classes are.
         trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
@@ -69,7 +71,7 @@ class GridConfig:
         output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
-        ValueError: an unknown method, or nothing to run.
+        ValueError: an unknown method, nothing to run, or the row `siblings` without a network.
     """
 
     dataset: str = "bundled"
@@ -77,7 +79,8 @@ class GridConfig:
     dtype: DtypeName = "auto"
     clip: str | None = None
     network: str = PACKAGED
-    methods: tuple[str, ...] = tuple(METHODS)
+    siblings: str | None = None
+    methods: tuple[str, ...] = ()
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     concept: str = "aircraft"
@@ -88,12 +91,25 @@ class GridConfig:
     output_dir: Path = Path("results")
 
     def __post_init__(self) -> None:
+        if not self.methods:
+            usable = (m for m in METHODS if self.has_siblings or m != SIBLINGS)
+            object.__setattr__(self, "methods", tuple(usable))
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
             raise ValueError(f"methods {unknown}; pass some of {', '.join(METHODS)}.")
-        for name in ("methods", "shots", "seeds"):
+        if not self.has_siblings and SIBLINGS in self.methods:
+            raise ValueError(
+                "The row siblings needs a network that was trained with labels of sibling classes; pass "
+                "--siblings local-dir:FOLDER (recipes/pocket_siblings.py trains one), or other --methods."
+            )
+        for name in ("shots", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"No {name}; pass at least one.")
+
+    @property
+    def has_siblings(self) -> bool:
+        """Whether there is a network for the row `siblings`."""
+        return self.siblings is not None or self.backbone == POCKET
 
     @property
     def column(self) -> str:
@@ -147,6 +163,7 @@ class Grid:
             dtype=config.dtype,
             clip=config.clip or (POCKET if config.backbone == POCKET else VIT_H),
             network=config.network,
+            siblings=config.siblings or POCKET,
             concept=config.concept,
             trials=config.trials,
             folder=config.folder / "errors",
@@ -254,7 +271,7 @@ class Grid:
             "backbone_hash": self.bench.backbone.hash,
             "dtype": str(self.bench.backbone.dtype),
             "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
-            "network_hash": _hash(lambda: bench.network.hash) if run.method in NEEDS_NETWORK else None,
+            "network_hash": _hash(lambda: bench.network_of(run.method).hash) if run.method in NEEDS_NETWORK else None,
             "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
             "errors": bench.error_settings(run.seed) if reads_errors else None,
             "judged_by": judged_by if reads_errors else None,

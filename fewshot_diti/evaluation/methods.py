@@ -26,7 +26,7 @@ from fewshot_diti.baselines import (
 from fewshot_diti.baselines.imagenet import FineTuned
 from fewshot_diti.baselines.unet_features import TIMESTEPS
 from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature, fixed_weights
-from fewshot_diti.evaluation.bench import FOLDS, Bench, DitiErrors, Task
+from fewshot_diti.evaluation.bench import FOLDS, SIBLINGS, Bench, DitiErrors, Task
 from fewshot_diti.recommended import recommended_scoring
 
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
@@ -213,6 +213,7 @@ METHODS: dict[str, Method] = {
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(lambda bench, task: FineTuned(bench.network, seed=task.seed)),
+    SIBLINGS: _logistic(lambda bench: {"siblings": bench.siblings_features}),
     "diti": lambda bench, task: diti(recommended_scoring(small=bench.backbone.small).weighting, bench, task),
     "diti-all-t": partial(diti, "uniform"),
     "diti-small-t": lambda bench, task: diti(_window(bench, 0, SMALL_T), bench, task),
@@ -225,4 +226,5 @@ METHODS: dict[str, Method] = {
 NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti"))  # what `Bench.prepare` leaves
 NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` leaves
 NEEDS_CLIP = frozenset(name for name in METHODS if "clip" in name or name.startswith("tip-"))
-NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune"})
+NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune", SIBLINGS})
+TOLD = {SIBLINGS: "told labels of sibling classes"}  # what a method knows beyond the shots

@@ -33,11 +33,24 @@ class Row:
         name: of the method.
         accuracy: by shots, one number a seed.
         source: of published numbers, "" for measured ones.
+        told: what the method knows beyond the shots of the others, "" where they compete on equal terms.
     """
 
     name: str
     accuracy: Mapping[int, Sequence[float]]
     source: str = ""
+    told: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, with what sets the row apart."""
+        apart = f"published, {self.source}" if self.source else self.told
+        return f"{self.name} ({apart})" if apart else self.name
+
+    @property
+    def competes(self) -> bool:
+        """Whether it is measured, on equal terms with the others."""
+        return not self.source and not self.told
 
     def mean(self, num_shots: int) -> float:
         """Over seeds; NaN where there is no run."""
@@ -72,23 +85,22 @@ def _cells(row: Row, shots: Sequence[int]) -> list[str]:
 
 
 def _best(rows: Sequence[Row], shots: Sequence[int]) -> list[float]:
-    """The largest measured number of each column."""
-    measured = [row for row in rows if not row.source]
-    columns = [[row.mean(k) for row in measured] for k in shots] + [[row.average(shots) for row in measured]]
+    """The largest number of each column among the rows that compete."""
+    competing = [row for row in rows if row.competes]
+    columns = [[row.mean(k) for row in competing] for k in shots] + [[row.average(shots) for row in competing]]
     return [max((v for v in column if not np.isnan(v)), default=float("nan")) for column in columns]
 
 
 def _marked(rows: Sequence[Row], shots: Sequence[int], bold: Callable[[str], Any]) -> list[list[Any]]:
-    """Lines of the table, the best measured number of each column as `bold` makes it."""
+    """Lines of the table, the best number of each column as `bold` makes it."""
     best, lines = _best(rows, shots), []
     for row in rows:
         numbers = [row.mean(k) for k in shots] + [row.average(shots)]
-        name = f"{row.name} (published, {row.source})" if row.source else row.name
         cells = [
-            bold(cell) if not row.source and number == top else cell
+            bold(cell) if row.competes and number == top else cell
             for cell, number, top in zip(_cells(row, shots), numbers, best, strict=True)
         ]
-        lines.append([name, *cells])
+        lines.append([row.title, *cells])
     return lines
 
 
@@ -157,15 +169,14 @@ def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def plot(rows: Sequence[Row], shots: Sequence[int]) -> bytes:
-    """PNG of accuracy over shots; bands are one standard deviation over seeds, published numbers are dotted."""
+    """PNG of accuracy over shots; bands are one standard deviation over seeds; dotted is what does not compete."""
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(rows):
         known = [k for k in shots if len(row.accuracy.get(k, ()))]
         means = np.array([row.mean(k) for k in known])
-        style = ":" if row.source else ("-", "--", "-.")[i // 10 % 3]
-        label = f"{row.name} (published)" if row.source else row.name
-        axes.plot(known, means, style, marker="o", markersize=3, color=f"C{i % 10}", label=label)
+        style = ("-", "--", "-.")[i // 10 % 3] if row.competes else ":"
+        axes.plot(known, means, style, marker="o", markersize=3, color=f"C{i % 10}", label=row.title)
         if not row.source:
             spread = np.array([np.std(row.accuracy[k], ddof=1) if len(row.accuracy[k]) > 1 else 0.0 for k in known])
             axes.fill_between(known, means - spread, means + spread, color=f"C{i % 10}", alpha=0.12, lw=0)
