@@ -13,7 +13,9 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from fewshot_diti.backbone import resolve
+from fewshot_diti.baselines import LogisticProbe
 from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.data import load_bundled, sample_shots
 from fewshot_diti.pretraining.clip import ClipConfig, contrastive_loss, train_clip
 from fewshot_diti.pretraining.renders import random_crops
 from fewshot_diti.pretraining.siblings import SiblingsConfig, train_siblings
@@ -96,6 +98,16 @@ def test_crops_without_zoom_and_shift_are_the_images_and_shifts_repeat_the_borde
     assert shifted.shape == images.shape
     assert not torch.allclose(shifted, images)
     assert shifted.min() >= images.min()
+
+
+def test_the_network_of_siblings_that_ships_tells_new_variants_apart() -> None:
+    network = ImageNetwork("pocket")
+    pool, test = load_bundled("train"), load_bundled("test").first_of_each_class(2)
+    shots = pool.subset(sample_shots(pool, 2, 0).rows(pool))
+    probe = LogisticProbe({"siblings": network.features})
+    probe.fit([shots.image(i) for i in range(len(shots))], list(shots.labels))
+    right = probe.predict([test.image(i) for i in range(len(test))]) == test.labels
+    assert right.mean() > 0.5  # a twelfth by chance
 
 
 def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(

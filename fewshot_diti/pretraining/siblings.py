@@ -48,13 +48,13 @@ class SiblingsConfig(LoopConfig):
     data: Path
     held_out: Path
     size: tuple[int, int] = (64, 128)
-    network: str = "regnetx_002"
+    network: str = "cs3darknet_s"
     false_colours: float = 0.5
     false_copies: int = 3
-    zoom: float = 0.25
-    shift: float = 0.08
+    zoom: float = 0.15
+    shift: float = 0.06
     label_smoothing: float = 0.1
-    steps: int = 1_500
+    steps: int = 3_000
     batch_size: int = 64
     lr: float = 2e-3
     warmup: int = 100
