@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fewshot_diti.files import shipped
 from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
@@ -53,7 +53,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def resolve(name_or_path: str | Path) -> str:
     """The folder or hub id that a backbone's name stands for; `pocket` is the one that ships."""
     if str(name_or_path) == POCKET:
-        return str(resources.files("fewshot_diti") / "assets" / "pocket-sd")
+        return str(shipped("pocket-sd"))
     return str(name_or_path)
 
 

@@ -1,10 +1,16 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and folders that ship with the package."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from importlib import resources
 from pathlib import Path
+
+
+def shipped(name: str) -> Path:
+    """The folder of that name among what ships with the package: images or weights."""
+    return Path(str(resources.files("fewshot_diti"))) / "assets" / name
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import resources
 
 import numpy as np
 import open_clip
@@ -16,6 +15,7 @@ from torch import Tensor
 from fewshot_diti.backbone import POCKET, default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline, KeptFeatures
 from fewshot_diti.data.images import ImageSource
+from fewshot_diti.files import shipped
 
 VIT_H = "ViT-H-14/laion2b_s32b_b79k"  # what the published figures stand on
 
@@ -34,7 +34,7 @@ class OpenClip:
 
     def __init__(self, name: str = VIT_H, *, batch_size: int = 32) -> None:
         if name == POCKET:
-            name = f"local-dir:{resources.files('fewshot_diti') / 'assets' / 'pocket-clip'}"
+            name = f"local-dir:{shipped('pocket-clip')}"
         architecture, _, weights = (name, "", None) if name.startswith("local-dir:") else name.partition("/")
         self.name, self.device, self._batch_size = name, default_device(), batch_size
         model, _, self._preprocess = open_clip.create_model_and_transforms(

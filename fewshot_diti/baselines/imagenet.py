@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fewshot_diti.backbone import POCKET, default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import random_crop
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
+from fewshot_diti.files import shipped
 
 PACKAGED = "efficientnet-lite0"
 EPOCHS = 20
@@ -50,7 +50,7 @@ class ImageNetwork:
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
         if name == POCKET:
-            name = f"local-dir:{resources.files('fewshot_diti') / 'assets' / 'pocket-siblings'}"
+            name = f"local-dir:{shipped('pocket-siblings')}"
         self.name, self.batch_size = name, batch_size
         self.device = default_device()
         if name.startswith("local-dir:"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.resources
 import io
 import json
 import warnings
@@ -17,6 +16,7 @@ import datasets
 import numpy as np
 
 from fewshot_diti.data.image_set import ImageSet, index_labels
+from fewshot_diti.files import shipped
 
 FgvcLevel = Literal["variant", "family", "manufacturer"]
 FgvcSplit = Literal["train", "val", "trainval", "test"]
@@ -254,7 +254,7 @@ def load_bundled(split: str = "train") -> ImageSet:
         ValueError: a split other than train and test.
     """
     _check("split", split, ("train", "test"))
-    folder = Path(str(importlib.resources.files("fewshot_diti"))) / "assets" / "aircraft"
+    folder = shipped("aircraft")
     table = _read_csv(folder / "attributes.csv")
     rows = [row for row in table if row["split"] == split]
     labels, class_names = index_labels([row["variant"] for row in rows], [row["variant"] for row in table])
