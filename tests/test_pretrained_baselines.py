@@ -73,6 +73,7 @@ def test_open_clip_loads_it_with_its_tokenizer_and_preprocessing(config: ClipCon
         ):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
         assert not torch.allclose(*model.encode_text(ids))
+    assert [name for name, _ in model.visual.named_modules() if name.endswith("qkv")]  # CLIP-LoRA adapts it
 
 
 def test_the_loss_is_clips_own_where_all_captions_differ_and_shares_out_what_is_the_same() -> None:

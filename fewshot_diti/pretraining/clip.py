@@ -40,7 +40,8 @@ class ClipConfig(LoopConfig):
         kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
         tokenizer: folder of a CLIP tokenizer whose end-of-text has the largest id, as the backbone's has.
         size: (height, width) of the images in pixels.
-        image_tower: a timm architecture.
+        image_tower: a timm architecture that ends in a feature map; attention pools it, which gives CLIP-LoRA something
+            to adapt.
         embed_dim, text_width, text_layers: as in an open_clip configuration.
         false_colours, false_copies: as in `UnetConfig`.
         zoom, shift: of the random crops: an image is enlarged by up to this share, and shifted by up to this share.
@@ -54,14 +55,14 @@ class ClipConfig(LoopConfig):
     tokenizer: Path
     kinds: Path | None = None
     size: tuple[int, int] = (64, 128)
-    image_tower: str = "edgenext_small"
+    image_tower: str = "cs3darknet_s"
     embed_dim: int = 192
     text_width: int = 192
     text_layers: int = 3
     false_colours: float = 0.5
     false_copies: int = 5
-    zoom: float = 0.25
-    shift: float = 0.08
+    zoom: float = 0.15
+    shift: float = 0.06
     steps: int = 4_000
     batch_size: int = 128
     lr: float = 1e-3
@@ -91,7 +92,12 @@ def model_config(config: ClipConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
-            "vision_cfg": {"timm_model_name": config.image_tower, "image_size": list(config.size)},
+            "vision_cfg": {
+                "timm_model_name": config.image_tower,
+                "timm_pool": "abs_attn",
+                "timm_proj": "",  # attention pooling ends in one
+                "image_size": list(config.size),
+            },
             "text_cfg": {
                 "context_length": tokenizer.model_max_length,
                 "vocab_size": len(tokenizer),
