@@ -31,7 +31,7 @@ def config(data: Path, tmp_path: Path) -> ClipConfig:  # noqa: F811
         tokenizer=Path(resolve("pocket")) / "tokenizer",
         output_dir=tmp_path / "whole",
         size=(32, 64),
-        image_tower="test_resnet",
+        image_tower="test_byobnet",
         embed_dim=16,
         text_width=16,
         text_layers=1,

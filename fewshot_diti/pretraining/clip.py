@@ -40,8 +40,8 @@ class ClipConfig(LoopConfig):
         kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
         tokenizer: folder of a CLIP tokenizer whose end-of-text has the largest id, as the backbone's has.
         size: (height, width) of the images in pixels.
-        image_tower: a timm architecture that ends in a feature map; attention pools it, which gives CLIP-LoRA something
-            to adapt.
+        image_tower: a timm architecture that ends in a map of a multiple of 64 features; attention pools it, which
+            gives CLIP-LoRA something to adapt.
         embed_dim, text_width, text_layers: as in an open_clip configuration.
         false_colours, false_copies: as in `UnetConfig`.
         zoom, shift: of the random crops: an image is enlarged by up to this share, and shifted by up to this share.
