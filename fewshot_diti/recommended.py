@@ -45,7 +45,8 @@ class ScoringConfig:
         confidence: of "racing", about the probability, at least, that it ends with the label of all trials.
         weighting: as `timesteps.parse_weighting` reads it.
         temperature: of the softmax over -score; None fits it on out-of-fold scores of the shots.
-        calibration_images: shots on which `spread`, `relative` and d of `tif` are estimated, spread over the classes.
+        calibration_images: shots whose errors `spread`, `relative` and the importance density read, spread over the
+            classes.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
         unet_scale, text_encoder_scale: LoRA scale at scoring.
         batch_size: evaluations in one forward; decides memory and speed, never the result beyond rounding.
@@ -145,13 +146,12 @@ def published_training(num_shots: int, steps: tuple[int, ...] = (60, 100, 200, 7
 
 
 def published_scoring(stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES) -> ScoringConfig:
-    """As in the paper: the weighting that its numbers were computed with, d being measured on all shots."""
+    """As in the paper, with the weighting that its numbers were computed with."""
     return ScoringConfig(
         trials=PUBLISHED_TRIALS,
         decide="published",
         stages=stages,
         weighting="tif_released",
-        calibration_images=10_000,
         batch_size=32,
     )
 

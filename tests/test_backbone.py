@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,20 @@ def test_the_hash_covers_schedule_prediction_type_and_vocabulary(backbone: Backb
     CLIPTokenizer(vocab=swapped, merges=[]).save_pretrained(folder / "tokenizer")
     found.add(load(folder).hash)
     assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("vae", {"scaling_factor": 1.0}), ("text_encoder", {"hidden_act": "relu"}), ("unet", {"norm_eps": 1e-3})],
+)
+def test_the_hash_covers_settings_that_no_weight_shows(
+    backbone: Backbone, folder: Path, part: str, change: dict[str, Any]
+) -> None:
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text())
+    assert config != config | change
+    path.write_text(json.dumps(config | change))
+    assert load(folder).hash != backbone.hash
 
 
 def test_the_schedule_is_read_whatever_sampler_the_folder_names(backbone: Backbone, folder: Path) -> None:

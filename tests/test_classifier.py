@@ -161,12 +161,23 @@ def test_a_classifier_comes_back_with_the_same_predictions(
     assert Bank.load(tmp_path).labels == ("a320", "dc-9", "tu-154")
 
 
+def test_a_merged_bank_is_scored_uncalibrated_with_a_warning(
+    fitted: DiTiClassifier, backbone: Backbone, tests: list[Path], tmp_path: Path
+) -> None:
+    bank = bank_of(fitted)
+    bank.select(bank.labels[:1]).merge(bank.select(bank.labels[1:])).save(tmp_path)
+    with pytest.warns(UserWarning, match=r"a bank without a classifier's settings.*uncalibrated"):
+        merged = DiTiClassifier.from_pretrained(tmp_path, backbone)
+    assert merged.classes_.tolist() == fitted.classes_.tolist()
+    merged.scoring = replace(merged.scoring, decide="exhaustive")
+    grid = torch.tensor(merged.calibration_.timesteps)
+    expected = merged.learner.shared_errors(bank, tests, grid).double().mean(2)
+    torch.testing.assert_close(merged.scores(tests), expected)
+
+
 def test_what_does_not_belong_together_is_not_loaded(
     fitted: DiTiClassifier, backbone: Backbone, tmp_path: Path
 ) -> None:
-    bank_of(fitted).save(tmp_path / "bank")
-    with pytest.raises(FileNotFoundError, match=r"names no classifier\.json"):
-        DiTiClassifier.from_pretrained(tmp_path / "bank", backbone)
     fitted.save_pretrained(tmp_path / "all")
     other = Backbone.from_pretrained(save_tiny_backbone(tmp_path / "sd", seed=1), dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="was trained on backbone"):
