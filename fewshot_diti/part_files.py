@@ -19,7 +19,7 @@ Image = TypeVar("Image")
 def spread_over_processes(
     images: Mapping[str, Image],
     predict: Callable[[Sequence[Image]], Sequence[dict[str, Any]]],
-    folder: Path | None,
+    folder: Path,
     made_by: str,
     *,
     at_once: int,
@@ -29,19 +29,17 @@ def spread_over_processes(
     Args:
         images: image id -> what `predict` gets.
         folder: gets `part-*.jsonl`, one a process, lines as soon as they are known; lines of an earlier run are kept,
-            and their images are not predicted again. None writes nothing.
+            and their images are not predicted again.
         at_once: images that `predict` gets in one call, at most.
         made_by: identifies what decides a prediction; lines that another one made are dropped.
     """
     state = process_state()
-    done: dict[str, dict[str, Any]] = {}
-    if folder is not None:
-        if state.is_main_process:
-            _drop_unusable_lines(folder, made_by)
-        state.wait_for_everyone()
-        done = _read(folder)
-        state.wait_for_everyone()  # no process writes before all have read
-        folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        _drop_unusable_lines(folder, made_by)
+    state.wait_for_everyone()
+    done = _read(folder)
+    state.wait_for_everyone()  # no process writes before all have read
+    folder.mkdir(parents=True, exist_ok=True)
     mine = [image for image in images if image not in done][state.process_index :: state.num_processes]
     new: dict[str, dict[str, Any]] = {}
     bar = tqdm(total=len(mine), desc="images", unit="image", disable=None if state.is_main_process else True)
@@ -49,10 +47,9 @@ def spread_over_processes(
         ids = mine[start : start + at_once]
         found = dict(zip(ids, predict([images[i] for i in ids]), strict=True))
         new |= found
-        if folder is not None:
-            lines = [json.dumps({"image_id": i, **record, "made_by": made_by}) + "\n" for i, record in found.items()]
-            with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
-                part.write("".join(lines))
+        lines = [json.dumps({"image_id": i, **record, "made_by": made_by}) + "\n" for i, record in found.items()]
+        with open(folder / f"part-{state.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
+            part.write("".join(lines))
         bar.update(len(ids))
     bar.close()
     known = done | dict(gather_object(list(new.items())))

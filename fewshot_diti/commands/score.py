@@ -40,8 +40,8 @@ class ScoreConfig:
         bank: folder that `fewshot-diti train` wrote.
         output: file for one JSON line an image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
-            and the scores of all classes. Beside it, in FILE.parts, each process keeps what it has scored, so that the
-            same command goes on where it was cut short.
+            and the scores of all classes. A file of that name is replaced. Beside it, in FILE.parts, each process keeps
+            what it has scored, so that the same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -52,7 +52,7 @@ class ScoreConfig:
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
     bank: Path
-    output: Path | None = None
+    output: Path = Path("predictions.jsonl")
     backbone: str | None = None
     dtype: DtypeName = "auto"
     batch_size: int | None = None
@@ -75,7 +75,7 @@ def score(config: ScoreConfig, console: Console) -> int:
         classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    if config.output is not None and config.output.is_dir():
+    if config.output.is_dir():
         raise ValueError(f"--output {config.output} is a folder; name a file for the JSON lines.")
     ids, broken = _identify(paths, classifier.geometry)
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
@@ -83,17 +83,16 @@ def score(config: ScoreConfig, console: Console) -> int:
         first.setdefault(ids[path], path)
     evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), len(classes))
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
-    parts = None if config.output is None else config.output.with_name(f"{config.output.name}.parts")
+    parts = config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     at_once = in_flight(classifier.scoring.schedule(len(classes)))
     found = spread_over_processes(first, partial(_predictions, classifier), parts, made_by, at_once=at_once)
     records = [{"path": p, "image_id": ids[p], **found[ids[p]]} for p in paths if p in ids]
-    if config.output is not None and process_state().is_main_process:
+    if process_state().is_main_process:
         lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: a path may be no UTF-8
         write_atomically(config.output, lines.encode())
     console.print(prediction_table(records))
-    if config.output is not None:
-        console.out(f"JSON lines: {config.output}")
+    console.out(f"JSON lines: {config.output}")
     for path in (path for path in paths if path in broken):
         console.out(f"not scored: {broken[path]}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1

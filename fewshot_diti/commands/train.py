@@ -126,6 +126,7 @@ def train(config: TrainConfig, console: Console) -> None:
         classifier.fit(images, [shots.class_names[label] for label in shots.labels])
     finally:  # what is trained is kept, whatever happened to the rest
         if classifier.bank_ is not None:
+            classifier.training = None  # what is added later is trained as suits its own number of shots
             classifier.save_pretrained(config.output_dir)
     accuracy = classifier.calibration_.accuracy
     if accuracy is not None:
