@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import is_xformers_available
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
@@ -167,26 +168,34 @@ class Backbone:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        xformers: bool = False,
     ) -> Backbone:
         """Loads "pocket", a folder in diffusers' layout, or a hub id; SD 1.x and 2.x.
 
         Args:
             dtype: of U-Net and text encoder; by default bfloat16 where the hardware has it, else float32.
             device: by default CUDA where there is any, else the CPU.
+            xformers: its attention instead of torch's, on CUDA; the extra `xformers` installs it.
 
         Whatever sampler the folder names (PNDM on the hub), its betas are read, and images are made by DDIM.
 
         Raises:
             OSError: no such folder or hub id, or a part of it is missing or damaged.
-            ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x, or its tokenizer is incomplete.
+            ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x, or its tokenizer is incomplete; or
+                xformers cannot be used here.
         """
         where = resolve(name_or_path)
         if Path(where).is_file():
             raise NotADirectoryError(f"{where} is a file; pass the folder of a Stable Diffusion in diffusers' layout.")
         device = torch.device(device) if device is not None else default_device()
+        if xformers and not (device.type == "cuda" and is_xformers_available()):
+            raise ValueError(
+                f"xformers=True on {device.type}; it needs CUDA and `pip install 'fewshot-diti[xformers]'`. Without it "
+                "torch's own attention is used."
+            )
         load = {"dtype": torch.float32, "use_safetensors": True}  # nothing is ever unpickled
         try:
-            return cls(
+            backbone = cls(
                 name=_portable_name(name_or_path),
                 vae=AutoencoderKL.from_pretrained(where, subfolder="vae", **load),
                 tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
@@ -201,6 +210,9 @@ class Backbone:
             raise OSError(
                 f"A weights file of {where} is damaged or cut short ({error}); get the folder again."
             ) from error
+        if xformers:
+            backbone.unet.enable_xformers_memory_efficient_attention()
+        return backbone
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -272,7 +284,8 @@ class Backbone:
             count = len(self.tokenizer(prompt).input_ids)
             if count > length:
                 raise ValueError(
-                    f"Prompt {prompt!r} has {count} tokens, backbone {self.name!r} reads {length}; shorten it."
+                    f"Prompt {prompt!r} has {count} tokens, backbone {self.name!r} reads {length}; shorten it, or the "
+                    "name of the class in it."
                 )
         encoded = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
         return encoded.input_ids.to(self.device)

@@ -78,6 +78,8 @@ class Bank:
         labels = self.labels
         if len({(type(x), x) for x in labels}) < len(labels):
             raise ValueError(f"A bank holds each class once, got {list(labels)}.")
+        if len(types := sorted({type(x).__name__ for x in labels})) > 1:
+            raise ValueError(f"Labels of a bank are all str, all int or all bool, got {types}: {list(labels)}.")
         if self.rows.shape != (len(labels), self.layout.num_parameters):
             raise ValueError(
                 f"A bank of {len(labels)} classes needs weights [{len(labels)}, {self.layout.num_parameters}], got "
@@ -97,7 +99,8 @@ class Bank:
         if backbone.hash != self.backbone_hash:
             raise ValueError(
                 f"The bank was trained on backbone {self.backbone_name!r} (hash {self.backbone_hash}), not on "
-                f"{backbone.name!r} (hash {backbone.hash}); load that backbone, or train the class tokens again."
+                f"{backbone.name!r} (hash {backbone.hash}); load that backbone, or train the class tokens again. "
+                "Under one name, weights or settings have changed, or another version of fewshot-diti made the bank."
             )
 
     def scaled_rows(self) -> Tensor:
@@ -270,7 +273,9 @@ class Bank:
 
 
 def plain_labels(labels: Iterable[Any]) -> list[Label]:
-    """Labels as Python has them, whatever numpy made of them."""
+    """Labels as Python has them, whatever numpy made of them; ValueError for one label that is not in a list."""
+    if isinstance(labels, str | bytes):
+        raise ValueError(f"labels={labels!r} is one text; pass a list of labels, [{labels!r}].")
     return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 

@@ -179,13 +179,13 @@ class DiTiClassifier:
         Raises:
             ValueError: not one label an image, or labels of another type than the classes.
         """
-        values = plain_labels(labels)
+        images, values = _many(images), plain_labels(labels)
         if len(values) != len(images):
             raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
         known = {type(x).__name__ for x in self._fitted().labels}
         if others := {type(x).__name__ for x in values} - known:
             raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
-        return float(accuracy_score(values, self.predict(list(images))))
+        return float(accuracy_score(values, self.predict(images)))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
         """Scores [N, C], float64; the smallest wins."""
@@ -280,21 +280,27 @@ class DiTiClassifier:
 
 def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
     """Shots by label; a picture given twice under one label counts once."""
-    values = plain_labels(labels)
-    if len(images) != len(values) or not values:
+    images, values = _many(images), plain_labels(labels)
+    if len(images) != len(values):
         raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
     types = {type(x) for x in values}
     if len(types) > 1 or not types <= {str, int, bool}:
-        raise ValueError(f"Labels must be all str, all int or all bool, got {sorted(t.__name__ for t in types)}.")
+        strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
+        which = "" if strange is None else f", label {strange} being {values[strange]!r}"
+        raise ValueError(
+            f"Labels must be all str, all int or all bool, got {sorted(t.__name__ for t in types)}{which}."
+        )
     label_of: dict[str, Label] = {}
+    names: dict[str, str] = {}
     groups: dict[Label, list[ImageSource]] = {}
     for image, label in zip(images, values, strict=True):
         i = image_id(image)
         if i not in label_of:
             groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
+        name = names.setdefault(i, f"{image}" if isinstance(image, str | Path) else f"image id {i}")
         if label_of.setdefault(i, label) != label:
-            which = f"{image}" if isinstance(image, str | Path) else f"image id {i}"
-            raise ValueError(f"One picture ({which}) is given as {label_of[i]!r} and as {label!r}; keep one.")
+            both = f"{name} and {image}" if isinstance(image, str | Path) else name
+            raise ValueError(f"One picture ({both}) is given as {label_of[i]!r} and as {label!r}; keep one.")
     return groups
 
 
@@ -322,9 +328,18 @@ def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[Im
     pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OU" and images.ndim < 4
     if pixels or isinstance(images, str | Path | bytes | Image.Image):
         return True, [images]  # type: ignore[list-item]
-    if not len(images):
+    many = list(images)  # generators too
+    if not many:
         raise ValueError("No images were passed.")
-    return False, list(images)
+    return False, many
+
+
+def _many(images: Sequence[ImageSource]) -> list[ImageSource]:
+    """Images that go with a list of labels."""
+    one, many = _as_list(images)
+    if one:
+        raise ValueError("One image was passed where a list is needed, as for its labels; pass [image].")
+    return many
 
 
 def _tuples(value: Any) -> Any:

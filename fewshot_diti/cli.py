@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -28,7 +29,8 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 1 (some images could not be scored) or 2 (the user's error).
+    """Runs the command and returns its exit status: 0, 1 (some images could not be scored), 2 (the user's error) or
+    130 (interrupted).
 
     Args:
         arguments: by default those of the process.
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         use_underscores=True,
     )
+    # a warning is for the user of the command, who has no use for the line of code that gave it
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     disable_progress_bar()  # of reading weights from disk, which takes a second; downloads and training keep theirs
     try:
         console = Console(quiet=not process_state().is_main_process, markup=False, emoji=False, highlight=False)
@@ -52,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(command, EvalConfig):
             return evaluate(command, console)
         return score(command, console)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError as error:
         print(
             "error: out of GPU memory; train and score take a lower --batch_size.",

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
 
-from fewshot_diti.backbone import load_backbone
+from fewshot_diti.backbone import Backbone, load_backbone
 from fewshot_diti.bank import bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
@@ -64,6 +64,8 @@ class Experiment:
         data: folder of the data set in its official layout; not for the bundled images.
         output_dir: folder for shots, bank, predictions and results; a run that was cut short goes on from there.
         backbone: "pocket", a folder, or a hub id.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32. It decides, not the
+            mixed precision of `accelerate launch`: frozen weights are kept in it.
         dataset: whose layout `data` has.
         num_shots: training images a class.
         seed: of the draw of the shots.
@@ -89,6 +91,7 @@ class Experiment:
     training: TrainingConfig
     scoring: ScoringConfig
     seed: int = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
     resize: ResizeRule = "crop"
     banner_rows: int = 0
     max_test_images: int | None = None
@@ -163,12 +166,13 @@ def run(experiment: Experiment) -> Result:
     if experiment.max_test_images is not None:
         test = test.first_of_each_class(experiment.max_test_images)
     shots = sample_shots(pool, experiment.num_shots, experiment.seed)
+    backbone = load_backbone(experiment.backbone, experiment.dtype)  # a wrong name claims no folder
     _claim(experiment, shots)
     shots_set = pool.subset(shots.rows(pool))
     check_disjoint(shots_set, test)
     num_classes = len(pool.class_names)
     to_score = len(test) * count_evaluations(experiment.scoring.schedule(num_classes), num_classes)
-    classifier = _class_tokens(experiment, shots_set, to_score)
+    classifier = _class_tokens(experiment, backbone, shots_set, to_score)
     predictions = _predict(experiment, classifier, test)
     truth = [test.class_names[label] for label in test.labels]
     predicted = [record["prediction"] for record in predictions]
@@ -200,7 +204,7 @@ def _claim(experiment: Experiment, shots: Shots) -> None:
     folder, settings = experiment.output_dir, json.loads(_json(_settings(asdict(experiment))))
     path, way_out = folder / _SETTINGS, "pass another --output_dir, or remove that folder."
     if path.is_file():
-        theirs, mine = _flat(json.loads(path.read_text())), _flat(settings)
+        theirs, mine = _flat(_read_json(path)), _flat(settings)
         different = [key for key, value in mine.items() if theirs.get(key) != value]
         if different:
             changes = ", ".join(f"{key} {theirs.get(key)} there and {mine[key]} here" for key in different)
@@ -234,13 +238,12 @@ def _settings(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_tokens(experiment: Experiment, shots_set: ImageSet, evaluations: int) -> DiTiClassifier:
+def _class_tokens(experiment: Experiment, backbone: Backbone, shots_set: ImageSet, evaluations: int) -> DiTiClassifier:
     """The bank that an earlier run left, or a new one trained on the shots; `evaluations` of scoring will follow.
 
     Where something failed, what is trained is saved in a folder of its own, which no later run takes for the bank.
     """
     folder = experiment.output_dir / _BANK
-    backbone = load_backbone(experiment.backbone)
     if (folder / "classifier.json").is_file():  # written last
         classifier = DiTiClassifier.from_pretrained(folder, backbone)
         classifier.scoring = experiment.scoring  # may share batches in another way
@@ -286,6 +289,14 @@ def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet)
     at_once = in_flight(experiment.scoring.schedule(len(names)))
     records = spread_over_processes(rows, predict, folder, made_by, at_once=at_once)
     return [records[image] for image in test.ids]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of an earlier run; raises ValueError naming it where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove its folder, or pass another --output_dir.") from error
 
 
 def _json(value: object) -> bytes:

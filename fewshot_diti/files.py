@@ -13,6 +13,16 @@ def shipped(name: str) -> Path:
     return Path(str(resources.files("fewshot_diti"))) / "assets" / name
 
 
+def check_writable(folder: str | Path) -> None:
+    """Makes the folder where it is missing; raises ValueError where it cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder that can be written to ({error}); pass another folder.") from error
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes `content` to `path`: a temporary file in the same folder, fsync, then `os.replace`.
 

@@ -99,7 +99,7 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
     The folder that all images share stands above, once.
     """
     folder = _shared_folder([record["path"] for record in records])
-    title = f"images in {folder}" if folder else None
+    title = f"images in {printable(folder)}" if folder else None
     table = Table(
         title=title,
         title_justify="left",
@@ -113,9 +113,13 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
     for record in records:
         top = [f"{label} {100 * p:.1f} %" for label, p in record["probabilities"].items()]
         shown = os.path.relpath(record["path"], folder) if folder else record["path"]
-        shown = os.fsencode(shown).decode("utf-8", "replace")  # a name from an old archive may be no UTF-8
-        table.add_row(shown, *top, f"{record['margin']:.2e}")
+        table.add_row(printable(shown), *top, f"{record['margin']:.2e}")
     return table
+
+
+def printable(path: str) -> str:
+    """A path, or a text with paths, as any terminal takes it: a name from an old archive may be no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _shared_folder(paths: Sequence[str]) -> str:

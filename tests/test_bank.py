@@ -218,6 +218,10 @@ def test_a_bank_refuses_classes_it_has_not_or_has_already(bank: Bank) -> None:
         bank.select(["tu-154"])
     with pytest.raises(ValueError, match=r"Classes \['tu-154'\] are not in the bank"):
         bank.remove(["tu-154"])
+    with pytest.raises(ValueError, match=r"labels='a320' is one text; pass a list of labels, \['a320'\]"):
+        bank.remove("a320")
+    with pytest.raises(ValueError, match=r"all str, all int or all bool, got \['int', 'str'\]"):
+        bank.merge(replace(bank.select(bank.labels[:1]), tokens=(replace(bank.tokens[0], label=1),)))
     with pytest.raises(ValueError, match="holds each class once"):
         replace(bank, tokens=(bank.tokens[0],) * 3)
     with pytest.raises(ValueError, match=r"needs weights \[3, "):

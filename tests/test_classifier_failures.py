@@ -103,13 +103,17 @@ def test_errors_say_what_is_wrong(
     new = make(backbone)
     with pytest.raises(ValueError, match="2 images but 1 labels"):
         new.fit([a, b], ["x"])
-    with pytest.raises(ValueError, match="0 images but 0 labels"):
+    with pytest.raises(ValueError, match="No images were passed"):
         new.fit([], [])
+    with pytest.raises(ValueError, match=r"labels='xy' is one text"):
+        new.fit([a, b], "xy")
+    with pytest.raises(ValueError, match=r"One image was passed where a list is needed"):
+        new.fit(a, ["x"])
     with pytest.raises(ValueError, match=r"two classes or more, got \['x'\]"):
         new.fit([a, b], ["x", "x"])
     with pytest.raises(ValueError, match=r"all str, all int or all bool, got \['int', 'str'\]"):
         new.fit([a, b], ["x", 1])
-    with pytest.raises(ValueError, match=r"all str, all int or all bool, got \['float'\]"):
+    with pytest.raises(ValueError, match=r"all str, all int or all bool, got \['float'\], label 0 being 1\.0"):
         new.fit([a, b], [1.0, 2.0])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"One picture \(.+\) is given as 'x' and as 'y'"):
         new.fit([a, b, Image.open(a)], ["x", "y", "y"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def read_lines(file: Path) -> list[dict]:
 
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
-        "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --seed",
+        "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --dtype --seed",
         "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
         " --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
@@ -251,6 +252,21 @@ def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
     assert last.startswith("not scored: ") and str(broken) in last
 
 
+def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(tests / "0.png", folder)
+    (folder / "notes.txt").write_text("")
+    before = (folder / "0.png").read_bytes()
+    assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(folder / "0.png")]) == 2
+    assert (folder / "0.png").read_bytes() == before
+    for _ in range(2):
+        assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert "1 files are passed over (1 .txt)" in capsys.readouterr().out
+
+
 def test_two_processes_score_as_one_and_no_image_twice(
     bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,6 +325,7 @@ def test_settings_out_of_range_are_refused_with_what_is_allowed(bank: Path, caps
         "folds=1": [*part, "--folds", "1"],
         "concept is empty": [*part[:-1], " "],
         "test_images=241": ["demo", "--test_images", "241"],
+        "batch_size=0": [*part, "--batch_size", "0"],
         "No images": ["score", "--bank", str(bank)],
     }
     for text, command in expected.items():
@@ -344,7 +361,7 @@ def test_score_names_an_image_below_the_banner_and_a_path_that_is_no_utf8(
     assert "low.png is 4 pixels high" in capsys.readouterr().out
     assert [line["path"] for line in read_lines(output)] == [images[0], images[2]]
     assert cli.main(["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path)]) == 2
-    assert "is a folder; name a file" in capsys.readouterr().err
+    assert "is there already and no output of score" in capsys.readouterr().err
 
 
 def test_other_exceptions_keep_their_traceback(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:

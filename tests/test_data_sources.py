@@ -214,6 +214,12 @@ def test_manifests_and_lists_that_cannot_be_read_name_the_file_and_what_is_wrong
     file.write_text(lines + "0000009 no such variant\n")
     with pytest.raises(ValueError, match=r"names \['no such variant'\], which variants\.txt does not list"):
         load_images(f"fgvc:{tree}", "train")
+    file.write_text(lines + lines.splitlines()[0].split()[0] + " another\n")
+    with pytest.raises(ValueError, match=r"gives image \d+ the class 'another', an earlier line"):
+        load_images(f"fgvc:{tree}", "train")
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"images_variant_train\.txt lists no images"):
+        load_images(f"fgvc:{tree}", "train")
     file.write_text(lines + "0000009\n")
     with pytest.raises(ValueError, match=r"Line \d+ of .*images_variant_train\.txt is '0000009'"):
         load_images(f"fgvc:{tree}", "train")
@@ -225,6 +231,9 @@ def test_manifests_and_lists_that_cannot_be_read_name_the_file_and_what_is_wrong
         ("empty.csv", b"path,label\n", "lists no images"),
         ("empty.json", b"[]", "lists no images"),
         ("latin.csv", "path,label\n1.png,caf\xe9\n".encode("latin-1"), r"latin\.csv is no UTF-8"),
+        ("quote.csv", b'path,label\n1.png,a\n2.png,"b\n3.png,c\n', r"quote\.csv is no CSV after line 2"),
+        ("twice.csv", b"path,label,label\n1.png,a,b\n", "name label once"),
+        ("nan.json", b'[{"path": "1.png", "label": NaN}]', "Row 1 of .* has the label nan"),
         ("split.csv", b"path,label,split\n1.png,a,train\n2.png,b,\n", "1 rows of .* have no split, row 2 first"),
     ],
 )
@@ -250,6 +259,48 @@ def test_a_class_may_be_called_train_and_an_empty_val_is_no_split(tmp_path):
     (tmp_path / "split" / "val").mkdir()
     with pytest.raises(ValueError, match="has the splits train, not 'val'"):
         load_images(f"folder:{tmp_path / 'split'}", "val")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train/a/1.png", "train/b/2.png", "valid/a/3.png"], "splits train and beside them images in valid"),
+        (["Train/a/1.png", "Test/a/2.png"], r"sub-folders of .* \(Test, Train\) are named as splits"),
+        (["train/1.png", "test/2.png"], "named as splits, not as classes"),
+        (["images/1.png", "masks/1.png", "images_variant_train.txt"], "has FGVC-Aircraft's layout.*pass fgvc:"),
+    ],
+)
+def test_a_folder_whose_sub_folders_may_be_splits_or_classes_is_refused(tmp_path, files, message):
+    for number, name in enumerate(files):
+        save(tmp_path / name, number) if name.endswith(".png") else (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=message):
+        load_images(f"folder:{tmp_path}", "train" if files[0].startswith("train/a") else None)
+
+
+def test_links_are_followed_but_not_in_circles_and_a_dead_one_is_named(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png", 1)
+    save(tmp_path / "root" / "a" / "2.png", 2)
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "circle").symlink_to(tmp_path / "root")
+    data = load_images(f"folder:{tmp_path / 'root'}")
+    assert data.class_names == ("a", "b") and len(data) == 2
+    (tmp_path / "root" / "a" / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    data = load_images(f"folder:{tmp_path / 'root'}")
+    with pytest.raises(FileNotFoundError, match=r"dead\.png"):
+        data.image(1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [1, 2], "label": ["a", "b"]}, "Column 'image' of .* not images"),
+        ({"image": ["a.png"], "label": [0.5]}, r"Column 'label' of .* labels are texts, whole numbers or ClassLabels"),
+    ],
+)
+def test_columns_that_hold_no_images_or_no_labels_are_refused(tmp_path, columns, message):
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(ValueError, match=message):
+        load_images(f"hub:{tmp_path / 'set'}")
 
 
 def test_an_empty_data_set_is_refused(tmp_path):

@@ -150,6 +150,23 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monke
     assert [r.method for r in Grid(few).missing()] == ["nn-latents"]
 
 
+def test_where_every_run_fails_the_reasons_are_printed(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "nn-latents", lambda *_: 1 / 0)
+    alone = replace(config, methods=("nn-latents",), against="nn-latents", shots=(1,))
+    assert evaluate(alone, Console(width=200)) == 1
+    assert "1-1.json: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_made_again(config: EvalConfig) -> None:
+    few = replace(config, methods=("ncm-sd",), against="ncm-sd", shots=(1,))
+    assert evaluate(few, QUIET) == 0
+    for damage in ("{", "{}"):
+        (few.folder / "ncm-sd" / "1-1.json").write_text(damage)
+        assert len(Grid(few).missing()) == 1
+
+
 def test_a_dry_run_says_what_is_missing_and_runs_nothing(
     config: EvalConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,5 +255,14 @@ def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match=r"siblings needs a network .*--siblings local-dir:FOLDER"):
         EvalConfig(backbone="some/other", methods=("diti", "siblings"))
     assert "siblings" in EvalConfig().methods and "siblings" not in EvalConfig(backbone="some/other").methods
+    for wrong, text in (
+        ({"shots": (0,)}, r"shots=\(0,\)"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"trials": 0}, "trials=0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            EvalConfig(**wrong)
+    with pytest.raises(ValueError, match="has 24 train images, 100 are needed; pass fewer --shots"):
+        Grid(EvalConfig(shots=(100,)))
     with pytest.raises(ValueError, match="against='diti'; pass one of the methods ncm-sd"):
         EvalConfig(methods=("ncm-sd",))

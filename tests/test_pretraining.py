@@ -86,7 +86,7 @@ def test_airlines_are_named_and_registrations_are_not(raw: str, name: str) -> No
     assert airline_name(raw) == name
 
 
-def test_about_one_caption_in_ten_names_the_variant() -> None:
+def test_about_one_caption_in_eight_names_the_variant() -> None:
     rng = random.Random(0)
     captions = [
         write_caption(rng, airline="Delta", sky="a grey sky", manufacturer="Boeing", variant="717") for _ in range(4000)

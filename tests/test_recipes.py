@@ -280,7 +280,7 @@ def test_aircraft_recipes_differ_in_the_number_of_shots_alone(k):
 def test_the_flags_of_a_recipe_are_these():
     assert [f.name for f in fields(Experiment)] == [
         *("data", "output_dir", "backbone", "dataset", "num_shots", "prompt_template", "generic_prompt", "training"),
-        *("scoring", "seed", "resize", "banner_rows", "max_test_images"),
+        *("scoring", "seed", "dtype", "resize", "banner_rows", "max_test_images"),
     ]
 
 

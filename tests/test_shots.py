@@ -66,7 +66,7 @@ def test_adding_a_class_leaves_the_shots_of_the_others():
 def test_duplicates_within_a_class_count_once():
     data = image_set([("A", 1), ("A", 1), ("A", 2), ("B", 3), ("B", 4)])
     assert len(set(sample_shots(data, 2, seed=0).image_ids["A"])) == 2
-    with pytest.raises(ValueError, match=r"3 different images.*'A' has 2, 'B' has 2.*k=2"):
+    with pytest.raises(ValueError, match=r"3 different images.*'A' has 2, 'B' has 2.*ask for 2"):
         sample_shots(data, 3, seed=0)
 
 
@@ -196,6 +196,16 @@ def test_every_list_of_a_coop_file_has_the_same_labels(tmp_path, root):
     assert len(test.class_names) == 3
     with pytest.raises(ValueError, match=r"'middle'.*train"):
         import_path_list(tmp_path / "split_zhou_Pets.json", root, "middle")
+
+
+def test_a_list_two_of_whose_images_lead_to_one_file_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "list.txt").write_text("a/1.png\nb/1.png\n")
+    with pytest.raises(ValueError, match=r"lists a/1\.png and b/1\.png, and both lead to .*check image_root"):
+        import_path_list(tmp_path / "list.txt", tmp_path)
+    (tmp_path / "list.txt").write_text("1.png\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*list\.txt is '1\.png'"):
+        import_path_list(tmp_path / "list.txt", tmp_path)
 
 
 class Trap:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from fewshot_diti.backbone import POCKET, load_backbone
+from fewshot_diti.baselines.base import LazyImages
+from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
@@ -26,7 +29,6 @@ from fewshot_diti.data import (
 from fewshot_diti.files import write_atomically
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
-from fewshot_diti.scoring import Scorer, error_tensor
 from fewshot_diti.trials import even_grid
 
 _PICTURED_PER_CLASS = 2
@@ -44,6 +46,7 @@ class DemoConfig:
             no further ones.
         zero_shot_trials: the same for the zero-shot backbone.
         backbone: "pocket", a folder in diffusers' layout, or a hub id.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         seed: of the draw of images, of training and of scoring.
 
     Raises:
@@ -54,8 +57,9 @@ class DemoConfig:
     shots: int = 16
     test_images: int = 120
     trials: int = 32
-    zero_shot_trials: int = 2
+    zero_shot_trials: int = 8
     backbone: str = POCKET
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +93,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
         OSError, ValueError: as the backbone's loader.
         TrainingError: a class's loss was not finite.
     """
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone, config.dtype)
     pool, all_tests = load_bundled("train"), load_bundled("test")
     shots = pool.subset(sample_shots(pool, config.shots, config.seed).rows(pool))
     seen = seen_attribute(shots, all_tests)
@@ -119,11 +123,14 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     )
     scored = len(test) * len(names) * (config.trials + config.zero_shot_trials)
     announce_time(backbone, classifier.geometry.size, scored, "scoring")
-    classifier.fit([shots.image(row) for row in range(len(shots))], np.array(names)[shots.labels].tolist())
+    shot_images, shot_labels = LazyImages(shots), np.array(names)[shots.labels].tolist()
+    test_images = LazyImages(test)
+    classifier.fit(shot_images, shot_labels)
+    classifier.training = None  # what is added later is trained as suits its own number of shots
     classifier.save_pretrained(config.output_dir / "bank")
     trained = perf_counter()
     console.out(f"{trained - start:.0f} s. Scoring {len(test)} images with up to {config.trials} trials a class ...")
-    decisions = classifier.decide([test.image(row) for row in range(len(test))])
+    decisions = classifier.decide(test_images)
     probabilities = classifier.probabilities(torch.stack([decision.scores for decision in decisions]))
     predicted = classifier.classes_[[decision.label for decision in decisions]]
     few_shot = MethodResult(name="class tokens", correct=predicted == truth, seconds=perf_counter() - start)
@@ -133,12 +140,11 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"The backbone without class tokens, {config.zero_shot_trials} trials ...")
     start = perf_counter()
-    test_latents = classifier.learner.encode([test.image(row) for row in range(len(test))])
-    scorer = Scorer(
-        backbone, zero_shot_bank(backbone, names, classifier.geometry, classifier.concept), seed=config.seed
+    learner = classifier.learner
+    bare_prompts = zero_shot_bank(backbone, names, classifier.geometry, classifier.concept)
+    errors = learner.shared_errors(
+        bare_prompts, test_images, even_grid(config.zero_shot_trials, *classifier.scoring.timesteps)
     )
-    grid = even_grid(config.zero_shot_trials, *classifier.scoring.timesteps).tolist()
-    errors = error_tensor(scorer, test_latents, test.ids, grid)
     zero_shot = MethodResult(
         name="zero-shot backbone",
         correct=errors.mean(2).argmin(1).numpy() == test.labels,
@@ -146,11 +152,10 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     )
     console.out(f"{zero_shot.seconds:.0f} s. The nearest shot in VAE latents ...")
     start = perf_counter()
-    shot_latents = classifier.learner.encode([shots.image(row) for row in range(len(shots))])
-    distances = torch.cdist(test_latents.flatten(1), shot_latents.flatten(1))
+    neighbour = NearestNeighbour(lambda images: learner.encode(images).flatten(1).numpy())
     nearest = MethodResult(
         name="nearest neighbour",
-        correct=shots.labels[distances.argmin(1).numpy()] == test.labels,
+        correct=neighbour.fit(shot_images, shot_labels).predict(test_images) == truth,
         seconds=perf_counter() - start,
     )
 

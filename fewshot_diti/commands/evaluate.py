@@ -55,7 +55,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
         console.out(plan(grid))
         return 0
     failed = grid.run_missing()
-    if process_state().is_main_process:
+    if process_state().is_main_process and any(grid.record(run) for run in grid.runs()):
         report(grid, config.against, console)
     for run in failed:
         console.out(f"failed: {run.path}: {json.loads(run.path.read_text(encoding='utf-8'))['error']}")

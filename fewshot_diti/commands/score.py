@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,12 @@ from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageGeometry, image_id, open_image
-from fewshot_diti.data.sources import IMAGE_SUFFIXES, visible_files
+from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over, visible_files
 from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
-from fewshot_diti.reports import prediction_table
+from fewshot_diti.reports import prediction_table, printable
 from fewshot_diti.scoring import in_flight
 
 _TOP = 3
@@ -58,6 +59,8 @@ class ScoreConfig:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
         if not self.images:
             raise ValueError("No images; name image files or folders.")
 
@@ -68,22 +71,24 @@ def score(config: ScoreConfig, console: Console) -> int:
     Raises:
         OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
     """
-    paths = _list_images(config.images)
+    paths, others = _list_images(config.images)
+    parts = config.output.with_name(f"{config.output.name}.parts")
+    if os.path.lexists(config.output) and not (config.output.is_file() and parts.is_dir()):
+        raise ValueError(
+            f"--output {config.output} is there already and no output of score; remove it, or name another file."
+        )
     backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype)
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
     if config.batch_size is not None:
         classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    if config.output.is_dir():
-        raise ValueError(f"--output {config.output} is a folder; name a file for the JSON lines.")
     ids, broken = _identify(paths, classifier.geometry)
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
     evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), len(classes))
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
-    parts = config.output.with_name(f"{config.output.name}.parts")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     at_once = in_flight(classifier.scoring.schedule(len(classes)))
     found = spread_over_processes(first, partial(_predictions, classifier), parts, made_by, at_once=at_once)
@@ -94,7 +99,9 @@ def score(config: ScoreConfig, console: Console) -> int:
     console.print(prediction_table(records))
     console.out(f"JSON lines: {config.output}")
     for path in (path for path in paths if path in broken):
-        console.out(f"not scored: {broken[path]}")
+        console.out(f"not scored: {printable(broken[path])}")
+    if others:
+        console.out(f"{passed_over(others)}; images end in {', '.join(IMAGE_SUFFIXES)}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if broken else 0
 
@@ -113,25 +120,28 @@ def _identify(paths: Sequence[str], geometry: ImageGeometry) -> tuple[dict[str, 
     return dict(gather_object(list(ids.items()))), dict(gather_object(list(broken.items())))
 
 
-def _list_images(named: Sequence[str]) -> list[str]:
-    """Each file once, in the order named, folders in alphabetical order; hidden files are passed over.
+def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Each file once, in the order named, folders in alphabetical order; and the folders' files that are no images.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without images.
     """
     paths: list[str] = []
+    others: list[Path] = []
     for name in named:
         root = Path(name)
         if not root.exists():
             raise FileNotFoundError(f"There is no image file or folder {name}; check the path.")
         if root.is_dir():
-            inside = [str(path) for path in visible_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
+            files = visible_files(root)
+            inside = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             if not inside:
                 raise FileNotFoundError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder.")
             paths += inside
+            others += [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
         else:
             paths.append(str(root))
-    return list(dict.fromkeys(paths))
+    return list(dict.fromkeys(paths)), others
 
 
 def _predictions(classifier: DiTiClassifier, paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from fewshot_diti.data import (
     load_images,
     sample_shots,
 )
-from fewshot_diti.data.sources import folder_splits
+from fewshot_diti.data.folders import folder_splits
+from fewshot_diti.files import check_writable
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.validation import validation_losses, validation_table
@@ -80,6 +81,8 @@ class TrainConfig:
             raise ValueError(f'shots={self.shots}; pass a whole number of at least 1, or "all".')
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 0 for no cross-validation, or 2 and more.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
         if not self.concept.strip():
             raise ValueError('concept is empty; pass what all classes are, such as "machine part".')
 
@@ -113,7 +116,7 @@ def train(config: TrainConfig, console: Console) -> None:
     if config.batch_size is not None:
         training = replace(training, samples_per_batch=config.batch_size)
         scoring = replace(scoring, batch_size=config.batch_size)
-    config.output_dir.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
+    check_writable(config.output_dir)  # before the training, not after it
     if replaced:
         console.out(
             f"The bank that is in {config.output_dir} ({', '.join(replaced)}) is replaced when this one is done."

@@ -1,5 +1,6 @@
 """Images, their sources, and the shots drawn from them."""
 
+from fewshot_diti.data.folders import load_folder
 from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule, image_id, open_image
 from fewshot_diti.data.shots import (
@@ -12,7 +13,6 @@ from fewshot_diti.data.shots import (
 from fewshot_diti.data.sources import (
     load_bundled,
     load_fgvc,
-    load_folder,
     load_hub,
     load_images,
     load_manifest,

@@ -90,3 +90,11 @@ def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.n
     names = sorted({*values, *known}, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n))
     places = {name: place for place, name in enumerate(names)}
     return np.array([places[value] for value in values], dtype=np.int64), tuple(names)
+
+
+def check_has_split(name: str, split: str | None, splits: Sequence[str]) -> None:
+    """Raises ValueError where a split is asked of a source without any, or the other way round."""
+    if splits and split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
+    if split and not splits:
+        raise ValueError(f"{name} has no splits, so there is no {split!r}; leave the split out.")

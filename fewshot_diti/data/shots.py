@@ -34,7 +34,7 @@ class Shots:
 
     def __post_init__(self) -> None:
         if self.k != "all" and (type(self.k) is not int or self.k < 1):
-            raise ValueError(f'k={self.k!r}; pass a whole number of at least 1, or "all".')
+            raise ValueError(f'k={self.k!r}; pass a Python int of at least 1, or "all".')
         if type(self.seed) is not int:
             raise ValueError(f"seed={self.seed!r}; pass a whole number.")
         wrong = {name: len(ids) for name, ids in self.image_ids.items() if self.k != "all" and len(set(ids)) != self.k}
@@ -98,7 +98,7 @@ def sample_shots(data: ImageSet, k: int | Literal["all"], seed: int) -> Shots:
         counts = ", ".join(f"{name!r} has {count}" for name, count in list(short.items())[:5])
         more = f" and {len(short) - 5} other classes have too few" if len(short) > 5 else ""
         fewest = min(short.values())
-        way_out = f', or pass k={fewest} or "all"' if fewest else ""
+        way_out = f', or ask for {fewest} or "all"' if fewest else ""
         raise ValueError(
             f"{least} different images a class are needed, but {counts}{more}; add images or drop the class{way_out}."
         )

@@ -1,12 +1,10 @@
-"""Sources of labelled images: FGVC-Aircraft's layout, folders, manifests, the hub, the bundled images."""
+"""Sources of labelled images: FGVC-Aircraft's layout, manifests, the hub, the bundled images; folders stand beside."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +12,15 @@ from typing import Literal, get_args
 
 import datasets
 import numpy as np
+from pyarrow.lib import ArrowException
 
-from fewshot_diti.data.image_set import ImageSet, index_labels
+from fewshot_diti.data.folders import load_folder
+from fewshot_diti.data.image_set import ImageSet, check_has_split, index_labels
 from fewshot_diti.files import shipped
 
 FgvcLevel = Literal["variant", "family", "manufacturer"]
 FgvcSplit = Literal["train", "val", "trainval", "test"]
-FolderSplit = Literal["train", "val", "test"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
 _SPECS = "bundled, fgvc:DIR[@level], folder:DIR, manifest:FILE, hub:ID[@image_column,label_column]"
 _ONE_AIRLINE = {"Hop!": "Hop", "American Airlines": "American"}
 
@@ -56,6 +54,8 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         if (path := root / f"images_{key}_{split}.txt").is_file()
     }
     images = list(lists[level])
+    if not images:
+        raise ValueError(f"{root / f'images_{level}_{split}.txt'} lists no images; unpack the data set again.")
     attributes = {key: tuple(by_image.get(image, "") for image in images) for key, by_image in lists.items()}
     if (root / "attributes.csv").is_file():
         table = _read_csv(root / "attributes.csv")
@@ -67,7 +67,11 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
     if "airline" in attributes:
         attributes["airline"] = tuple(normalize_airline(name) for name in attributes["airline"])
     plural = {"variant": "variants", "family": "families", "manufacturer": "manufacturers"}[level]
-    known = [line.strip() for line in (root / f"{plural}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not (root / f"{plural}.txt").is_file():
+        raise FileNotFoundError(
+            f"{root / f'{plural}.txt'} is missing: it lists the classes. Unpack the data set again."
+        )
+    known = [line.strip() for line in _read_utf8(root / f"{plural}.txt").splitlines() if line.strip()]
     unknown = sorted(set(attributes[level]) - set(known))
     if unknown:
         raise ValueError(f"images_{level}_{split}.txt of {root} names {unknown}, which {plural}.txt does not list.")
@@ -79,63 +83,6 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         names=tuple(map(str, paths)),
         attributes=attributes,
     )
-
-
-def load_folder(folder: str | Path, split: str | None = None) -> ImageSet:
-    """A folder of class sub-folders, either one pool (no split) or below `train`, `val` and `test` folders.
-
-    The classes are those of all splits, so that labels agree between them. Hidden files are passed over; of others that
-    are, such as loose images beside the class folders, a warning gives the number.
-
-    Raises:
-        FileNotFoundError: the folder is missing or holds no image.
-        ValueError: a split is asked of a pool, none of a folder with splits, or one that is not there; or the name of a
-            class folder is not UTF-8.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}; pass a folder with one sub-folder of images a class.")
-    splits = folder_splits(root)
-    _check_has_split(str(root), split, splits)
-    pool = root / split if split else root
-    class_folders = [c for s in splits or ["."] for c in (root / s).iterdir() if c.is_dir() and c.name[0] != "."]
-    files = visible_files(pool)
-    paths = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and len(p.relative_to(pool).parts) > 1]
-    if not paths:
-        raise FileNotFoundError(
-            f"{pool} holds no class sub-folder with images ({', '.join(IMAGE_SUFFIXES)}); make one sub-folder a class."
-        )
-    if len(paths) < len(files):
-        passed_over = Counter(p.suffix.lower() or "no suffix" for p in set(files) - set(paths))
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed_over.items()))
-        warnings.warn(
-            f"{pool}: {passed_over.total()} files are passed over ({kinds}); images lie in a class's sub-folder and "
-            f"end in {', '.join(IMAGE_SUFFIXES)}.",
-            stacklevel=2,
-        )
-    for name in {c.name for c in class_folders}:
-        if not name.isprintable():  # as bytes that are no UTF-8 are not
-            raise ValueError(f"The name of the class folder {name!r} in {root} is no printable UTF-8; rename it.")
-    labels, class_names = index_labels([p.relative_to(pool).parts[0] for p in paths], [c.name for c in class_folders])
-    return ImageSet(images=paths, labels=labels, class_names=class_names, names=tuple(map(str, paths)))
-
-
-def folder_splits(root: Path) -> list[str]:
-    """Which of train, val and test stand in a folder with class sub-folders of their own."""
-    return [
-        name
-        for name in get_args(FolderSplit)
-        if (root / name).is_dir() and any(c.is_dir() and c.name[0] != "." for c in (root / name).iterdir())
-    ]
-
-
-def visible_files(root: Path) -> list[Path]:
-    """All files below a folder in alphabetical order, without hidden ones and those in hidden folders."""
-    return [
-        path
-        for path in sorted(root.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
-    ]
 
 
 def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
@@ -161,6 +108,12 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
             raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {error}; {error.doc[:80]!r}.") from error
         if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
             raise ValueError(f"{file} must hold a list of objects, each with path and label.")
+        for number, row in enumerate(parsed, start=1):
+            for key in ("path", "label", "split"):
+                if not isinstance(row.get(key), str | int | None):  # true and false are int
+                    raise ValueError(
+                        f"Row {number} of {file} has the {key} {row[key]!r}; write a text or whole number."
+                    )
         rows = [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in parsed]
     if not rows:
         raise ValueError(f"{file} lists no images; it needs a row with path and label for each.")
@@ -173,7 +126,7 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
             f"{len(without)} rows of {file} have no split, row {without[0]} first, and others have; name one of "
             f"{', '.join(splits)} in every row, or leave the column out."
         )
-    _check_has_split(str(file), split, splits)
+    check_has_split(str(file), split, splits)
     chosen = [row for row in rows if split is None or row.get("split") == split]
     paths = [file.parent / row["path"] for row in chosen]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -209,25 +162,37 @@ def load_hub(
             stored = datasets.load_from_disk(id_or_path)
         except IndexError as error:  # how `datasets` fails on a set without rows
             raise ValueError(f"{id_or_path} holds no images; pass another data set.") from error
+        except (ArrowException, ValueError) as error:
+            raise ValueError(f"{id_or_path} is damaged or cut short ({error}); save the data set again.") from error
         if isinstance(stored, datasets.Dataset):
-            _check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
+            check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
     else:
         stored = datasets.load_dataset(id_or_path, split=split)
     if isinstance(stored, datasets.DatasetDict):
-        _check_has_split(id_or_path, split, list(stored))
+        check_has_split(id_or_path, split, list(stored))
         stored = stored[split]
     if not len(stored):
         raise ValueError(f"{id_or_path} {split or ''} holds no images; pass another data set or split.")
     for column in (image_column, label_column):
         _check(f"column of {id_or_path}", column, stored.column_names)
     if not isinstance(stored.features[image_column], datasets.Image):
-        stored = stored.cast_column(image_column, datasets.Image())
+        try:
+            stored = stored.cast_column(image_column, datasets.Image())
+        except (ArrowException, TypeError) as error:
+            raise ValueError(
+                f"Column {image_column!r} of {id_or_path} holds {stored.features[image_column]}, not images; name the "
+                "one that does, as in hub:ID@image,label."
+            ) from error
     texts = {
         key: _texts(stored, key)
         for key, feature in stored.features.items()
         if key != image_column and isinstance(feature, datasets.Value | datasets.ClassLabel)
     }
-    _check(f"scalar column of {id_or_path}", label_column, tuple(texts))
+    if label_column not in texts or stored.features[label_column].dtype.startswith("float"):
+        raise ValueError(
+            f"Column {label_column!r} of {id_or_path} holds {stored.features[label_column]}; labels are texts, whole "
+            "numbers or ClassLabels. Name another column, as in hub:ID@image,label."
+        )
     labels_as_text = texts.pop(label_column)
     if "" in labels_as_text:
         raise ValueError(f"Row {labels_as_text.index('')} of {id_or_path} has no {label_column}; filter such rows out.")
@@ -306,29 +271,32 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} {value!r}; pass one of {', '.join(allowed)}.")
 
 
-def _check_has_split(name: str, split: str | None, splits: Sequence[str]) -> None:
-    """Raises ValueError where a split is asked of a source without any, or the other way round."""
-    if splits and split not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
-    if split and not splits:
-        raise ValueError(f"{name} has no splits, so there is no {split!r}; leave the split out.")
-
-
 def _read_fgvc_list(path: Path) -> dict[str, str]:
     """Image -> class of one of the official lists; raises ValueError naming a line without a class."""
-    classes = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    classes: dict[str, str] = {}
+    for number, line in enumerate(_read_utf8(path).splitlines(), start=1):
         image, _, name = line.strip().partition(" ")
         if image and not name:
             raise ValueError(f"Line {number} of {path} is {line!r}; it must hold an image and its class.")
-        if image:
-            classes[image] = name.strip()
+        if image and classes.setdefault(image, name.strip()) != name.strip():
+            raise ValueError(
+                f"Line {number} of {path} gives image {image} the class {name.strip()!r}, an earlier line "
+                f"{classes[image]!r}; keep one."
+            )
     return classes
 
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV with a header; raises ValueError naming a row that has more or fewer cells."""
-    rows = list(csv.DictReader(io.StringIO(_read_utf8(file), newline=""), restval=None))
+    """The rows of a CSV with a header; raises ValueError naming what is wrong: columns, a row's cells, or quotes."""
+    reader = csv.DictReader(io.StringIO(_read_utf8(file), newline=""), restval=None, strict=True)
+    try:
+        rows, columns = list(reader), [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise ValueError(
+            f"{file} is no CSV after line {reader.line_num} ({error}); a quote may be left open."
+        ) from error
+    if twice := {name for name in columns if columns.count(name) > 1}:
+        raise ValueError(f"{file} has the columns {columns}; name {', '.join(sorted(twice))} once.")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise ValueError(

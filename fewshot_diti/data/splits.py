@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fewshot_diti.data.folders import IMAGE_SUFFIXES
 from fewshot_diti.data.image_set import ImageSet, index_labels
-from fewshot_diti.data.sources import IMAGE_SUFFIXES
 
 _LINE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:\s+(\S.*))?", re.IGNORECASE)
 _STRUCTURE = ("PROTO", "EMPTY_LIST", "EMPTY_DICT", "MARK", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "STOP")
@@ -51,7 +51,11 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
             raise ValueError(f"{file} has no list {split!r}; pass one of {list(lists)}.")
         entries, known = lists[split], [entry for each in lists.values() for entry in each]
     else:
-        entries = known = _text_entries(content.decode("utf-8-sig"), str(file))
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8 ({error}); save it as UTF-8, or get the file again.") from error
+        entries = known = _text_entries(text, str(file))
     if not entries:
         raise ValueError(f"{file} lists no images.")
     classes = sorted({(number, class_name) for _, number, class_name in known})
@@ -59,6 +63,10 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
     if not len(classes) == len(set(numbers)) == len({class_name for _, class_name in classes}):
         raise ValueError(f"{file} gives a label two class names, or a class name two labels; correct the list.")
     paths = [_resolve(Path(image_root), path) for path, _, _ in entries]
+    listed = {path: entry for path, (entry, _, _) in zip(paths, entries, strict=True)}
+    for path, (entry, _, _) in zip(paths, entries, strict=True):
+        if listed[path] != entry:
+            raise ValueError(f"{file} lists {entry} and {listed[path]}, and both lead to {path}; check image_root.")
     return ImageSet(
         images=paths,
         labels=np.searchsorted(numbers, [number for _, number, _ in entries]),
@@ -87,7 +95,7 @@ def _text_entries(text: str, file: str) -> list[tuple[str, int, str]]:
         if not line.strip():
             continue
         match = _LINE.fullmatch(line.strip())
-        if match is None:
+        if match is None or not (match[2] or PurePosixPath(match[1]).parent.name):
             raise ValueError(
                 f"Line {number} of {file} is {line!r}; a line is 'path label' or a path whose folder is the class, and "
                 f"the path ends in one of {', '.join(IMAGE_SUFFIXES)}."

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -314,7 +314,10 @@ def _load(path: Path, made_by: dict[str, str]) -> dict[str, Tensor] | None:
     """The tensors of a file that the same settings made, else None."""
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        if file.metadata() != made_by:
-            return None
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != made_by:
+                return None
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError:  # damaged: as good as none
+        return None

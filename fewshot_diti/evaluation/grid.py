@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -71,7 +72,8 @@ class GridConfig:
         output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
-        ValueError: an unknown method, nothing to run, or the row `siblings` without a network.
+        ValueError: an unknown method, a number below 1, nothing to run or something twice, or the row `siblings`
+            without a network.
     """
 
     dataset: str = "bundled"
@@ -102,9 +104,14 @@ class GridConfig:
                 "The row siblings needs a network that was trained with labels of sibling classes; pass "
                 "--siblings local-dir:FOLDER (recipes/pocket_siblings.py trains one), or other --methods."
             )
-        for name in ("shots", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"No {name}; pass at least one.")
+        for name in ("methods", "shots", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values}; pass at least one, and each once.")
+        for name in ("shots", "trials", "max_test_images"):
+            value = getattr(self, name)
+            if value is not None and np.min(value) < 1:
+                raise ValueError(f"{name}={value}; pass whole numbers of at least 1.")
 
     @property
     def has_siblings(self) -> bool:
@@ -142,7 +149,7 @@ class Grid:
     """The runs of a configuration, over data that is read once.
 
     Raises:
-        FileNotFoundError, ValueError: as the data set's loader.
+        FileNotFoundError, ValueError: as the data set's loader, or a class has fewer images than the grid needs.
     """
 
     def __init__(self, config: GridConfig) -> None:
@@ -158,6 +165,14 @@ class Grid:
                 f"Train and test of {config.dataset} differ in their classes: "
                 f"{sorted(set(self.pool.class_names) ^ set(test.class_names))}; leave these out."
             )
+        counts = np.bincount(self.pool.labels, minlength=len(self.pool.class_names))
+        if counts.min() < max(config.shots):
+            raise ValueError(
+                f"Class {self.pool.class_names[int(counts.argmin())]!r} of {config.dataset} has {counts.min()} train "
+                f"images, {max(config.shots)} are needed; pass fewer --shots, add images, or leave the class out."
+            )
+        if not len(test):
+            raise ValueError(f"{config.dataset} has no test images; add some.")
         self.bench = Bench(
             backbone=config.backbone,
             dtype=config.dtype,
@@ -187,8 +202,12 @@ class Grid:
         """What a run of these settings left, None where there is none or it failed."""
         if not run.path.is_file():
             return None
-        record: dict[str, Any] = json.loads(run.path.read_text(encoding="utf-8"))
-        return record if record["status"] == "ok" and record["made_by"] == self.made_by(run) else None
+        try:
+            record: dict[str, Any] = json.loads(run.path.read_text(encoding="utf-8"))
+            usable = record["status"] == "ok" and record["made_by"] == self.made_by(run)
+        except (ValueError, KeyError, TypeError):  # damaged: as good as none
+            return None
+        return record if usable else None
 
     def run_missing(self) -> list[Run]:
         """Runs what is missing under one progress bar, and returns the runs that failed.

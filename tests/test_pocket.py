@@ -1,0 +1,40 @@
+"""What ships: the pocket is a whole Stable Diffusion of its promised size, and the main job works on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+from safetensors import safe_open
+
+from fewshot_diti.backbone import POCKET, resolve
+from fewshot_diti.commands.demo import DemoConfig, run_demo
+
+
+def test_the_pocket_has_its_promised_size_and_dtype() -> None:
+    files = [path for path in Path(resolve(POCKET)).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    for path in (path for path in files if path.suffix == ".safetensors"):
+        with safe_open(path, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_diffusers_makes_an_image_with_it() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(resolve(POCKET))
+    pipe.set_progress_bar_config(disable=True)
+    prompt, seed = "a photo of a Delta aircraft in a grey sky", torch.Generator().manual_seed(0)
+    image = pipe(prompt, height=64, width=128, num_inference_steps=4, generator=seed).images[0]
+    assert image.size == (128, 64)
+    low, high = image.convert("L").getextrema()
+    assert high - low > 50  # no flat noise-grey
+
+
+def test_the_demo_tells_bundled_aircraft_apart_better_than_chance(tmp_path: Path) -> None:
+    config = DemoConfig(shots=4, test_images=24, trials=8, zero_shot_trials=1, output_dir=tmp_path)
+    found = run_demo(config, Console(quiet=True)).results[0]
+    assert found.name == "class tokens"
+    # 2 of 24 by chance; 6 or more in 1 % of all draws
+    assert found.correct.sum() >= 6
+    assert (tmp_path / "bank" / "manifest.json").is_file() and (tmp_path / "predictions.png").is_file()
