@@ -236,7 +236,7 @@ def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, predict
     backbone = Backbone.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32, device="cpu")
     assert backbone.image_size == (16, 32)
     assert backbone.prediction_type == prediction_type
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd" / "pipeline")
     image = pipe("a Delta aircraft", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 16, 32, 3)
     records = [json.loads(line) for line in (tmp_path / "sd" / "log.jsonl").read_text().splitlines()]

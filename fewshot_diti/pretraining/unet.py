@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,7 +288,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             factor = 1.0 if config.prediction_type == "epsilon" else float(abar[t])
             figures[f"held_out_error_{t}"] = factor * float(e.mean())
         if accelerator.is_main_process:
-            pipeline().save_pretrained(config.output_dir / "pipeline")
+            _save(pipeline(), config.output_dir / "pipeline")
         return figures
 
     def pipeline() -> StableDiffusionPipeline:
@@ -318,5 +319,16 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     run_loop(accelerator, module, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
     trained = pipeline()
     if accelerator.is_main_process:
-        trained.save_pretrained(config.output_dir / "pipeline")
+        _save(trained, config.output_dir / "pipeline")
     return trained
+
+
+def _save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Saves fp16 weights that a plain `from_pretrained` loads in float32.
+
+    diffusers does so whatever the file holds; transformers takes the dtype that the text encoder's config names.
+    """
+    pipe.save_pretrained(folder)
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
