@@ -3,27 +3,41 @@
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
 Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been scored yet are left
-out. Writes one plot a number of shots beside the tables.
+out. Writes one plot a number of shots beside the tables, and prints what small, all and large t tell at the same number
+of trials.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from fewshot_diti.evaluation.gaps import join, measure, plot
+from fewshot_diti.evaluation.gaps import equal_trials, join, measure, plot
 from fewshot_diti.evaluation.grid import Grid, GridConfig
+from fewshot_diti.evaluation.methods import LARGE_T, SMALL_T
 from fewshot_diti.files import write_atomically
 
 
 def main(config: GridConfig) -> None:
-    """Writes the plots."""
+    """Writes the plots and prints the table."""
     grid = Grid(config)
+    big_t = grid.bench.backbone.num_train_timesteps
+    windows = {
+        f"t below {round(SMALL_T * big_t)}": (0, round(SMALL_T * big_t)),
+        "all t": (0, big_t),
+        f"t from {round(LARGE_T * big_t)}": (round(LARGE_T * big_t), big_t),
+    }
+    equal: dict[int, list[dict[str, float]]] = {}
     for num_shots in config.shots:
         parts = []
         for seed in config.seeds:
             task = grid.task(num_shots, seed)
             try:
-                parts.append(measure(grid.bench.diti(task), task, config.column))
+                errors = grid.bench.diti(task)
+                parts.append(measure(errors, task, config.column))
+                equal.setdefault(num_shots, []).append(equal_trials(errors, task.test.labels, windows))
             except FileNotFoundError as error:
                 print(f"{error} Run python -m eval.fewshot first.")
         if parts:
@@ -31,6 +45,12 @@ def main(config: GridConfig) -> None:
             title = f"{num_shots} shot{'s' if num_shots > 1 else ''}, {len(parts)} seed{'s' if len(parts) > 1 else ''}"
             write_atomically(path, plot(join(parts), title))
             print(f"wrote {path}")
+    table = Table(
+        "trials", *(f"{k} shots" for k in equal), title="accuracy in %, the same number of trials in each row"
+    )
+    for name in windows:
+        table.add_row(name, *(f"{100 * np.mean([found[name] for found in each]):.1f}" for each in equal.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fewshot_diti.data import ImageSet
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.comparison import compare, mcnemar
-from fewshot_diti.evaluation.gaps import join, measure, plot
+from fewshot_diti.evaluation.gaps import equal_trials, join, measure, plot
 from fewshot_diti.evaluation.metrics import drop_from_matched_to_shifted, summarize
 
 
@@ -92,6 +92,27 @@ def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_liver
     both = join([gaps, gaps])
     assert both.gap.shape == (4, 2) and len(both.groups) == 4
     assert plot(both, "a title").startswith(b"\x89PNG")
+
+
+def test_windows_are_compared_at_the_same_number_of_trials() -> None:
+    labels, times = np.arange(40) % 2, torch.arange(0, 100, 10)
+    noise = torch.rand(40, 2, 10, generator=torch.Generator().manual_seed(0))
+    errors = 1 + noise + torch.nn.functional.one_hot(torch.from_numpy(1 - labels))[:, :, None]  # the true class: 1 less
+    errors[:, :, :5] = 1 + noise[:, :, :5]  # small t say nothing
+    all_errors = DitiErrors(
+        timesteps=times,
+        test=errors,
+        held_out=errors,
+        held_out_labels=torch.from_numpy(labels),
+        out_of_fold=True,
+        training_seconds=0.0,
+        scoring_seconds=0.0,
+    )
+    found = equal_trials(all_errors, labels, {"small": (0, 50), "one": (50, 60), "large": (50, 100)})
+    assert found["large"] == found["one"] == pytest.approx(1)  # one trial each, as "one" has
+    assert 0.3 < found["small"] < 0.7
+    with pytest.raises(ValueError, match="holds none of the trials"):
+        equal_trials(all_errors, labels, {"none": (51, 60)})
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fewshot_diti.data import ImageSet
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.reports import bootstrap_interval
+from fewshot_diti.timesteps import relative, score
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +64,35 @@ def join(parts: Sequence[Gaps]) -> Gaps:
         shared=np.concatenate([p.shared for p in parts]),
         groups=tuple(g for p in parts for g in p.groups),
     )
+
+
+def equal_trials(
+    errors: DitiErrors, labels_N: np.ndarray, windows: Mapping[str, tuple[int, int]], *, draws: int = 100
+) -> dict[str, float]:
+    """Accuracy, 0 to 1, of each window (lo, hi) with as many trials as the one with the fewest has.
+
+    A mean over `draws` random choices of trials inside the window, so that a window is judged by what its trials tell
+    and not by how many it holds. Weights: `relative`, from the shots.
+
+    Raises:
+        ValueError: a window holds no trial.
+    """
+    times = errors.timesteps
+    inside = {name: ((times >= lo) & (times < hi)).nonzero().flatten() for name, (lo, hi) in windows.items()}
+    count = min(len(places) for places in inside.values())
+    if not count:
+        raise ValueError(f"A window of {dict(windows)} holds none of the trials at t = {times.tolist()}; widen it.")
+    weights_T = relative(errors.held_out, times, int(times.max()) + 1)
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, places in inside.items():
+        right = 0.0
+        for _ in range(draws):
+            some = places[torch.from_numpy(rng.choice(len(places), count, replace=False))]
+            scores = score(errors.test[:, :, some], weights_T[times[some]])
+            right += float(np.mean(scores.argmin(1).numpy() == labels_N)) / draws
+        found[name] = right
+    return found
 
 
 def plot(gaps: Gaps, title: str) -> bytes:

@@ -1,0 +1,89 @@
+"""Does a class token that is trained on a window of time-steps know more inside it? Accuracy by window, equal trials.
+
+    python -m eval.training_windows --dataset fgvc:DIR --split val --shots 16 --seed 1
+
+Trains the class tokens once on all time-steps and once on each window, and judges the images by trials inside the
+windows alone, the same number in each. Weights: `relative`, from the errors of all images, which need no labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fewshot_diti import Backbone, DiTiClassifier
+from fewshot_diti.backbone import POCKET
+from fewshot_diti.baselines.base import LazyImages
+from fewshot_diti.data import check_disjoint, load_images, sample_shots
+from fewshot_diti.recommended import recommended_scoring, recommended_training
+from fewshot_diti.reports import wilson_interval
+from fewshot_diti.timesteps import score
+from fewshot_diti.trials import even_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowsConfig:
+    """What is compared.
+
+    Attributes:
+        dataset: as `load_images` reads it; the shots come from its split train.
+        split: whose images are judged.
+        bounds: between them lie the windows, in time-steps of the schedule.
+        trials: in each window.
+    """
+
+    dataset: str = "bundled"
+    split: str = "test"
+    backbone: str = POCKET
+    shots: int = 16
+    seed: int = 1
+    bounds: tuple[int, ...] = (0, 300, 1000)
+    trials: int = 6
+
+
+def main(config: WindowsConfig) -> None:
+    """Prints the table."""
+    backbone = Backbone.from_pretrained(config.backbone, dtype=torch.float32)
+    pool, judged = load_images(config.dataset, "train"), load_images(config.dataset, config.split)
+    shots = pool.subset(sample_shots(pool, config.shots, config.seed).rows(pool))
+    check_disjoint(shots, judged)
+    everything = (config.bounds[0], config.bounds[-1])
+    windows = [everything, *zip(config.bounds, config.bounds[1:], strict=False)]
+    labels = [shots.class_names[label] for label in shots.labels]
+    table = Table("trained on t", *(f"judged on {lo} to {hi}" for lo, hi in windows))
+    for trained_on in windows:
+        classifier = DiTiClassifier(
+            backbone,
+            training=replace(
+                recommended_training(config.shots, small=backbone.small), seed=config.seed, timesteps=trained_on
+            ),
+            # nothing to calibrate: the errors are weighted below
+            scoring=replace(
+                recommended_scoring(small=backbone.small), weighting="uniform", density="even", seed=config.seed
+            ),
+        ).fit(LazyImages(shots), labels)
+        assert classifier.bank_ is not None, "fit raises where no class was learned"
+        truth = torch.tensor([classifier.bank_.labels.index(judged.class_names[label]) for label in judged.labels])
+        cells = []
+        for lo, hi in windows:
+            if trained_on not in (everything, (lo, hi)):
+                cells.append("")  # what a class token was not trained for
+                continue
+            grid = even_grid(config.trials, lo, hi)
+            errors = classifier.learner.shared_errors(classifier.bank_, LazyImages(judged), grid).double()
+            correct = (score(errors, 1 / errors.mean((0, 1))).argmin(1) == truth).numpy()
+            low, high = wilson_interval(int(correct.sum()), len(correct))
+            cells.append(f"{100 * np.mean(correct):.1f} [{100 * low:.0f}, {100 * high:.0f}]")
+            print(f"trained on {trained_on}, judged on {(lo, hi)}: {cells[-1]}", flush=True)
+        table.add_row(f"{trained_on[0]} to {trained_on[1]}", *cells)
+    table.title = f"{len(judged)} images, {config.shots} shots, {config.trials} trials: accuracy in %"
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(WindowsConfig))
