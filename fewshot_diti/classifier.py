@@ -41,7 +41,9 @@ class DiTiClassifier:
         prompt_template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt
             and differ in their LoRA alone. By default with the rare word before the class (TiF, section 4.1).
         generic_prompt: prompt of the prior images.
-        training, scoring: by default what the package recommends for this backbone and number of shots.
+        training, scoring: by default what the package recommends for this backbone and number of shots. That takes a
+            fixed temperature; a scoring with folds and temperature=None fits one on held-out shots, so that
+            probabilities suit the classes at hand, for one more training a fold.
         geometry: size and resize rule; by default the backbone's size, cropped.
 
     Attributes:

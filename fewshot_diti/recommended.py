@@ -1,4 +1,8 @@
-"""Settings by number of shots: as published, and as measured here to be best."""
+"""Settings by number of shots: as published, and as this package recommends.
+
+What is recommended for small backbones was measured on the pocket. For large ones the published settings are taken,
+with a falling learning rate, races, and weights that need no shots: none of these is measured there yet.
+"""
 
 from __future__ import annotations
 
