@@ -155,16 +155,16 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
-    """One line a method and number of shots: mean, standard deviation, number of seeds, source."""
+    """One line a method and number of shots: mean, standard deviation, number of seeds, source of published ones, what is told."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source"])
+    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "told"])
     for row in rows:
         for k in shots:
             values = row.accuracy.get(k, ())
             if len(values):
                 deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-                writer.writerow([row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source])
+                writer.writerow([row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source, row.told])
     return buffer.getvalue()
 
 
