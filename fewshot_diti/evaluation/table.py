@@ -155,7 +155,7 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
-    """One line a method and number of shots: mean, standard deviation, number of seeds, source of published ones, what is told."""
+    """One line a method and number of shots: mean, standard deviation, seeds, source if published, what is told."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "told"])
