@@ -10,10 +10,12 @@ import timm
 import torch
 from PIL import Image
 from scipy.special import softmax
+from sklearn.covariance import ledoit_wolf
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 from small_clip import save_tiny_clip
 
 from fewshot_diti.backbone import Backbone
@@ -24,6 +26,7 @@ from fewshot_diti.baselines import (
     NearestMean,
     NearestNeighbour,
     OpenClip,
+    ShrinkageLda,
     TipAdapter,
     ZeroShotClip,
 )
@@ -97,6 +100,28 @@ def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
     (shots, labels), (test, _) = pictures(3, 0), pictures(20, 1)
     reference.fit(mean_colour(shots), labels)
     np.testing.assert_array_equal(baseline.fit(shots, labels).predict(test), reference.predict(mean_colour(test)))
+
+
+def test_the_discriminant_is_that_of_its_formula_and_one_shot_asks_for_the_cosine() -> None:
+    (shots, labels), (test, _) = pictures(6, 0), pictures(20, 1)
+    names, mean = sorted(NAMES), mean_colour(shots).mean(0)
+    pca = PCA().fit(normalize(mean_colour(shots) - mean))
+    x, y = pca.transform(normalize(mean_colour(shots) - mean)), np.array(labels)
+
+    def shrunk(x_nD: np.ndarray) -> np.ndarray:
+        scale = x_nD.std(0)
+        return ledoit_wolf((x_nD - x_nD.mean(0)) / scale)[0] * np.outer(scale, scale)
+
+    means = np.stack([x[y == name].mean(0) for name in names])
+    solved = np.linalg.solve(np.mean([shrunk(x[y == name]) for name in names], 0), means.T)
+    evidence = pca.transform(normalize(mean_colour(test) - mean)) @ solved - (means * solved.T).sum(1) / 2
+    lda = ShrinkageLda(mean_colour).fit(shots, labels)
+    np.testing.assert_allclose(lda.predict_proba(test), softmax(evidence, axis=1), atol=1e-6)
+    one, labels = pictures(1, 0)
+    mean = mean_colour(one).mean(0)
+    cosines = normalize(mean_colour(test) - mean) @ normalize(mean_colour(one) - mean).T
+    expected = np.array(labels)[cosines.argmax(1)]
+    np.testing.assert_array_equal(ShrinkageLda(mean_colour).fit(one, labels).predict(test), expected)
 
 
 @pytest.mark.parametrize("kind", [LogisticProbe, NearestMean])

@@ -17,9 +17,11 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy.stats import zscore
 from small_clip import save_tiny_clip
 
 from fewshot_diti import DiTiClassifier
+from fewshot_diti.baselines import ShrinkageLda
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation import methods
@@ -135,6 +137,21 @@ def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -
     classifier.fit(task.shot_images(), task.shot_labels())
     record = json.loads((grid.config.folder / "diti-all-t" / "2-1.json").read_text())
     assert [p["label"] for p in record["predictions"]] == classifier.predict(task.test_images()).tolist()
+
+
+def test_features_of_the_unet_count_half_as_much_as_class_tokens(config: EvalConfig) -> None:
+    grid = Grid(replace(config, methods=("diti-all-t", "diti+sd", "lda-sd"), against="lda-sd", shots=(2,)))
+    assert grid.run_missing() == []
+    task, bench = grid.task(2, 1), grid.bench
+    errors = bench.diti(task)
+    weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
+    tokens = (errors.test.double() * weights).mean(2).numpy()
+    lda = ShrinkageLda(next(iter(bench.unet_features.candidates().values())))
+    lda.fit(task.shot_images(), task.shot_labels())
+    features = lda.predict_log_proba(task.test_images())[:, [lda.classes_.tolist().index(n) for n in task.class_names]]
+    both = zscore(-tokens, axis=1) + 0.5 * zscore(features, axis=1)
+    record = json.loads((grid.config.folder / "diti+sd" / "2-1.json").read_text())
+    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in both.argmax(1)]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax, softmax
+from scipy.stats import zscore
 from torch import Tensor
 
 from fewshot_diti import timesteps
@@ -20,6 +21,7 @@ from fewshot_diti.baselines import (
     LogisticProbe,
     NearestMean,
     NearestNeighbour,
+    ShrinkageLda,
     TipAdapter,
     ZeroShotClip,
 )
@@ -29,8 +31,10 @@ from fewshot_diti.calibration import candidate_windows, choose_window, fit_tempe
 from fewshot_diti.evaluation.bench import FOLDS, SIBLINGS, Bench, DitiErrors, Task
 from fewshot_diti.recommended import recommended_scoring
 
+TINY = np.finfo(np.float64).tiny
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
 ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
+FEATURES_WEIGHT = 0.5  # of the U-Net's features beside the class tokens: most likely on val images of the pocket
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,12 +115,13 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     start = perf_counter()
     errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
     scores, temperature, _ = _scores(weighting, bench, task, errors)
-    tip = TipAdapter(bench.clip, bench.templates, seed=task.seed).fit(task.shot_images(), task.shot_labels())
+    make = partial(TipAdapter, bench.clip, bench.templates, seed=task.seed)
+    tip = make().fit(task.shot_images(), task.shot_labels())
     weight = 0.5
     if errors.out_of_fold:
         held_out, _, _ = _scores(weighting, bench, task, errors, held_out=True)
         log_held_out = log_softmax(-held_out.numpy() / temperature, axis=1)
-        log_clip = np.log(_held_out_clip(bench, task).clip(1e-12))
+        log_clip = np.log(_held_out(make, task).clip(TINY))
         truth = errors.held_out_labels.numpy()
 
         def likelihood(w: float) -> float:
@@ -126,13 +131,46 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
         weight = float(max(ENSEMBLE_WEIGHTS, key=likelihood))
     fitted = perf_counter()
     log_diti = log_softmax(-scores.numpy() / temperature, axis=1)
-    log_clip = np.log(in_task_order(tip, task, tip.predict_proba(task.test_images())).clip(1e-12))
+    log_clip = np.log(in_task_order(tip, task, tip.predict_proba(task.test_images())).clip(TINY))
     return Outcome(
         probabilities=softmax((1 - weight) * log_diti + weight * log_clip, axis=1),
         evaluations=errors.test.shape[1] * errors.test.shape[2],
         training_seconds=errors.training_seconds + fitted - start,
         scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
         chosen={"clip_weight": weight},
+    )
+
+
+def diti_with_features(bench: Bench, task: Task) -> Outcome:
+    """Class tokens and a discriminant on the frozen U-Net's own features of the image, without noise.
+
+    Each says how an image's classes stand to one another, in standard deviations over its classes, and the features
+    count half; with two classes that leaves the class tokens' label. The temperature is fitted on held-out shots, 1
+    with one shot a class.
+    """
+    start = perf_counter()
+    errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
+    features = next(iter(bench.unet_features.candidates().values()))
+
+    def both(scores_NC: Tensor, log_probabilities_NC: np.ndarray) -> np.ndarray:
+        return zscore(-scores_NC.numpy(), axis=1) + FEATURES_WEIGHT * zscore(log_probabilities_NC, axis=1)
+
+    temperature = 1.0
+    if errors.out_of_fold:
+        held_out, _, _ = _scores(weighting, bench, task, errors, held_out=True)
+        evidence = both(held_out, np.log(_held_out(partial(ShrinkageLda, features), task).clip(TINY)))
+        temperature = fit_temperature(-torch.from_numpy(evidence), errors.held_out_labels)
+    lda = ShrinkageLda(features)
+    lda.fit(task.shot_images(), task.shot_labels())
+    fitted = perf_counter()
+    scores, _, _ = _scores(weighting, bench, task, errors)
+    evidence = both(scores, np.log(in_task_order(lda, task, lda.predict_proba(task.test_images())).clip(TINY)))
+    return Outcome(
+        probabilities=softmax(evidence / temperature, axis=1),
+        evaluations=errors.test.shape[1] * errors.test.shape[2] + 1,
+        training_seconds=errors.training_seconds + fitted - start,
+        scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
+        chosen={"temperature": temperature},
     )
 
 
@@ -174,15 +212,15 @@ def _weights(weighting: str, bench: Bench, task: Task, errors: DitiErrors) -> Te
     return timesteps.FROM_ERRORS[weighting](errors.held_out, errors.timesteps, len(abar))
 
 
-def _held_out_clip(bench: Bench, task: Task) -> np.ndarray:
-    """Tip-Adapter's probabilities [n, C] of the shots, each by a fit without it, in the order of `held_out_errors`."""
+def _held_out(make: Callable[[], Baseline], task: Task) -> np.ndarray:
+    """A baseline's probabilities [n, C] of the shots, each by a fit without it, ordered as `DitiErrors.held_out`."""
     groups, rows = task.groups(), []
     for fold in range(min(FOLDS, max(len(shots) for shots in groups.values()))):
         order = sorted(groups)
         kept = [(s, x) for x in order for i, s in enumerate(groups[x]) if i % FOLDS != fold]
         held = [s for x in order for i, s in enumerate(groups[x]) if i % FOLDS == fold]
-        tip = TipAdapter(bench.clip, bench.templates, seed=task.seed).fit(*map(list, zip(*kept, strict=True)))
-        rows.append(in_task_order(tip, task, tip.predict_proba(held)))
+        baseline = make().fit(*map(list, zip(*kept, strict=True)))
+        rows.append(in_task_order(baseline, task, baseline.predict_proba(held)))
     return np.concatenate(rows)
 
 
@@ -210,6 +248,9 @@ METHODS: dict[str, Method] = {
     ),
     "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=len(TIMESTEPS)),
     "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=len(TIMESTEPS)),
+    "lda-sd": of_baseline(
+        lambda bench, _: ShrinkageLda(next(iter(bench.unet_features.candidates().values()))), evaluations=1
+    ),
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(lambda bench, task: FineTuned(bench.network, seed=task.seed)),
@@ -221,6 +262,7 @@ METHODS: dict[str, Method] = {
     "diti-auto": partial(diti, "auto"),
     "diti-tif": partial(diti, "tif"),
     "diti+clip": diti_with_clip,
+    "diti+sd": diti_with_features,
 }
 
 NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti"))  # what `Bench.prepare` leaves
