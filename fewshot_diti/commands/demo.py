@@ -57,7 +57,7 @@ class DemoConfig:
     shots: int = 16
     test_images: int = 120
     trials: int = 32
-    zero_shot_trials: int = 8
+    zero_shot_trials: int = 4
     backbone: str = POCKET
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
     seed: int = 0
