@@ -19,7 +19,7 @@ from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageGeometry, image_id, open_image
-from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over, visible_files
+from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
 from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
@@ -134,11 +134,11 @@ def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:
             raise FileNotFoundError(f"There is no image file or folder {name}; check the path.")
         if root.is_dir():
             files = visible_files(root)
-            inside = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            inside = [str(path) for path in files if is_image(path)]
             if not inside:
                 raise FileNotFoundError(f"{name} holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder.")
             paths += inside
-            others += [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+            others += [path for path in files if not is_image(path)]
         else:
             paths.append(str(root))
     return list(dict.fromkeys(paths)), others

@@ -38,7 +38,7 @@ def load_folder(folder: str | Path, split: str | None = None) -> ImageSet:
     pool = root / split if split else root
     class_folders = [c for s in splits or ["."] for c in (root / s).iterdir() if c.is_dir() and c.name[0] != "."]
     files = visible_files(pool)
-    paths = [p for p in files if _is_image(p) and len(p.relative_to(pool).parts) > 1]
+    paths = [p for p in files if is_image(p) and len(p.relative_to(pool).parts) > 1]
     if not paths:
         raise FileNotFoundError(
             f"{pool} holds no class sub-folder with images ({', '.join(IMAGE_SUFFIXES)}); make one sub-folder a class."
@@ -71,7 +71,7 @@ def _check_layout(root: Path, splits: Sequence[str]) -> None:
         raise ValueError(f"{root} has FGVC-Aircraft's layout, not one sub-folder a class; pass fgvc:{root}.")
     folders = sorted(c.name for c in root.iterdir() if c.is_dir() and not c.name.startswith("."))
     if splits:
-        others = [name for name in folders if name not in splits and any(map(_is_image, visible_files(root / name)))]
+        others = [name for name in folders if name not in splits and any(map(is_image, visible_files(root / name)))]
         if others:
             raise ValueError(
                 f"{root} has the splits {', '.join(splits)} and beside them images in {', '.join(others)}; splits are "
@@ -84,7 +84,8 @@ def _check_layout(root: Path, splits: Sequence[str]) -> None:
         )
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether a file's name ends as an image's."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
