@@ -6,8 +6,7 @@
 data set: `--dataset fgvc --data DIR`. The settings are the pocket's whatever `--backbone` says.
 
 Hardware: two CPU cores, 4 GB of memory.
-Time: not measured; the demo, with half of the test images and 2 zero-shot trials, took 6 minutes 2 s in float32
-(2026-11-26).
+Time: not measured; the demo, with half of the test images, took 9 minutes 10 s in float32 (2026-11-26).
 Expected: not measured on all 240 test images; the demo's 120 give 82.5 % (2026-11-26).
 """
 
