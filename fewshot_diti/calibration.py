@@ -11,20 +11,22 @@ Shapes in names: N images, C classes, S trials of an image.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
 import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
 
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.bank import Bank
-from fewshot_diti.data.images import ImageSource
-from fewshot_diti.learning import Groups, Learner
+from fewshot_diti.data.images import ImageSource, image_id
+from fewshot_diti.features import evidence, fit_discriminant, score_offsets
+from fewshot_diti.learning import Groups, Learner, split_folds
 from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
@@ -45,16 +47,23 @@ class Calibration:
         temperature: of the softmax over -score.
         accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it flatters, since the
             window was chosen on the same errors.
+        shortlist_recall: share of held-out shots whose class is on the shortlist, None where no folds or no shortlist
+            were asked for. No accuracy can be above it.
     """
 
     timesteps: tuple[int, ...]
     weights: tuple[float, ...]
     temperature: float
     accuracy: float | None = None
+    shortlist_recall: float | None = None
 
 
-def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
+def calibrate(
+    learner: Learner, bank: Bank, groups: Groups, shot_features: Mapping[Label, Tensor] | None = None
+) -> Calibration:
     """Weights and temperature from the shots of the bank's classes.
+
+    `shot_features`: as `Learner.shot_features` gives them of the same groups, where the scoring asks for them.
 
     Where a class has one shot nothing can be held out: `auto` and a temperature of None fall back to what the package
     recommends for the backbone, with a warning.
@@ -85,21 +94,29 @@ def calibrate(learner: Learner, bank: Bank, groups: Groups) -> Calibration:
     if config.density == "importance":
         weights = weights / density_T[grid]
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
-    temperature, accuracy = config.temperature, None
+    temperature, accuracy, recall = config.temperature, None, None
     if config.folds:
+        said = held_out_evidence(groups, shot_features, config.folds) if shot_features else None
+        offsets = {} if said is None else {i: -config.features_weight * row for i, row in said.items()}
         if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
             even = weightings.trial_weights(weights_T, config.grid())
             scores, truth = score(held_out[0], even / even.mean()), held_out[1]
+            scores = scores + torch.stack(list(offsets.values())) if offsets else scores
         else:
-            judge = partial(learner.shared_scores, grid=grid, weights=weights)
+            judge = partial(learner.shared_scores, grid=grid, weights=weights, offsets=offsets)
             scores, truth = learner.held_out(groups, config.folds, judge)
-        accuracy = float((scores.argmin(1) == truth).double().mean())
         temperature = temperature or fit_temperature(scores, truth)
+        if said is not None and config.shortlist is not None:
+            out = score_offsets(torch.stack(list(said.values())), 0.0, config.shortlist)
+            recall = float(out[torch.arange(len(truth)), truth].isfinite().double().mean())
+            scores = scores + out
+        accuracy = float((scores.argmin(1) == truth).double().mean())
     return Calibration(
         timesteps=tuple(grid.tolist()),
         weights=tuple(weights.tolist()),
         temperature=temperature or 1.0,
         accuracy=accuracy,
+        shortlist_recall=recall,
     )
 
 
@@ -265,6 +282,16 @@ def _weights(
     if weighting.name == "tif":
         return weightings.tif(abar, *(parameters or (weightings.attribute_distance(latents, truth),)))
     return weightings.tif_released(*(parameters or (weightings.attribute_distance_released(latents, truth),)))
+
+
+def held_out_evidence(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> dict[str, Tensor]:
+    """What the features of the other shots say of each held-out shot, [C] by image id, in the order of `held_out`."""
+    rows: list[Tensor] = []
+    for kept, held in split_folds({x: list(features) for x, features in shot_features.items()}, folds):
+        discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})
+        rows += evidence(discriminant, torch.stack([features for _, features in held]))
+    ids = [image_id(shot) for _, held in split_folds(groups, folds) for _, shot in held]
+    return dict(zip(ids, rows, strict=True))
 
 
 def _spread_over_classes(groups: Groups, count: int) -> list[tuple[Label, ImageSource]]:

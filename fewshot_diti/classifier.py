@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
@@ -20,8 +21,10 @@ from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, plain_labels, read_files, written_here
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
-from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
+from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.elimination import Elimination
+from fewshot_diti.features import Discriminant, evidence, fit_discriminant, score_offsets
+from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
@@ -29,7 +32,7 @@ from fewshot_diti.recommended import ScoringConfig, recommended_scoring
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import Label, TrainingConfig
 
-_SETTINGS = "classifier.json"
+_SETTINGS, _FEATURES = "classifier.json", "shot_features.safetensors"
 
 
 class DiTiClassifier:
@@ -76,8 +79,10 @@ class DiTiClassifier:
                 f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
             )
         fixed_weights(self.scoring.weighting, self.backbone.alphas_cumprod)  # refuses a window beyond the schedule
+        self._shot_features: dict[Label, Tensor] = {}  # of each class, where the scoring asks for them
         self._decisions: dict[tuple[str, ScoringConfig, Calibration], Elimination] = {}
         self._scorer: Scorer | None = None
+        self._discriminant: Discriminant | None = None
 
     @property
     def learner(self) -> Learner:
@@ -107,7 +112,7 @@ class DiTiClassifier:
         package recommends for the backbone, with a warning. With a large backbone on a CPU it first says how long it
         will take.
         """
-        groups = _group(images, labels)
+        groups = group_shots(images, labels)
         if len(groups) < 2:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
         self._set_bank(None)
@@ -120,7 +125,7 @@ class DiTiClassifier:
         self.calibration_ = uncalibrated(learner)  # whatever happens from here on, the class tokens can be used
         try:
             if learned:
-                self.calibration_ = calibrate(learner, self._fitted(), learned)
+                self.calibration_ = calibrate(learner, self._fitted(), learned, self._shot_features)
         finally:  # whatever else went wrong, the classes that failed are named
             raise_failed(failed)
         return self
@@ -128,17 +133,21 @@ class DiTiClassifier:
     def partial_fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
 
+        What the U-Net's own features say, where the scoring asks for them, is always relative to all classes.
+
         Raises:
-            ValueError: as `fit`, or a class that the bank has already.
+            ValueError: as `fit`, a class that the bank has already, or the scoring asks for features and the bank was
+                learned without.
         """
         if self.bank_ is None:
             return self.fit(images, labels)
-        groups = _group(images, labels)
+        groups = group_shots(images, labels)
         if len(self.bank_) and type(next(iter(groups))) is not type(self.bank_.labels[0]):
             raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
         known = [x for x in groups if x in self.bank_.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove first, or leave them out.")
+        self._check_features()
         raise_failed(self._learn(groups, self.learner))
         return self
 
@@ -148,7 +157,8 @@ class DiTiClassifier:
         Raises:
             ValueError: a class is not in the bank.
         """
-        self._set_bank(self._fitted().remove(labels))
+        bank = self._fitted().remove(labels)
+        self._set_bank(bank, self._shot_features)
         return self
 
     bank_: Bank | None = None
@@ -161,13 +171,13 @@ class DiTiClassifier:
 
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> Any:
         """The label of one image, or an array of labels of many."""
-        one, many = _as_list(images)
+        one, many = as_list(images)
         labels = self.classes_[[decision.label for decision in self.decide(many)]]
         return labels[0].item() if one else labels
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C], or [C] for one image: softmax of -score / temperature."""
-        one, many = _as_list(images)
+        one, many = as_list(images)
         p = self.probabilities(self.scores(many))
         return p[0] if one else p
 
@@ -181,7 +191,7 @@ class DiTiClassifier:
         Raises:
             ValueError: not one label an image, or labels of another type than the classes.
         """
-        images, values = _many(images), plain_labels(labels)
+        images, values = as_many(images), plain_labels(labels)
         if len(values) != len(images):
             raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
         known = {type(x).__name__ for x in self._fitted().labels}
@@ -204,10 +214,30 @@ class DiTiClassifier:
         if new:
             latents = self.learner.encode(list(new.values()))
             weights = torch.tensor(calibration.weights, dtype=torch.float64)
-            stages = self.scoring.schedule(len(scorer.bank))
-            decisions = decide(scorer, latents, [i for i, *_ in new], calibration.timesteps, weights, stages)
+            stages, offsets = self.scoring.schedule(len(scorer.bank)), self.offsets(latents)
+            decisions = decide(scorer, latents, [i for i, *_ in new], calibration.timesteps, weights, stages, offsets)
+            if offsets is not None:  # one evaluation gave the features
+                decisions = [x._replace(evaluations=x.evaluations + 1) for x in decisions]
             self._decisions |= dict(zip(new, decisions, strict=True))
         return [self._decisions[key] for key in keys]
+
+    def offsets(self, latents_Nchw: Tensor) -> Tensor | None:
+        """What the U-Net's own features add to the scores [N, C]; None where the scoring does not ask for them."""
+        if not self.scoring.asks_features or len(self._fitted()) < 2:
+            return None
+        self._check_features()
+        if self._discriminant is None:
+            self._discriminant = fit_discriminant(self._shot_features)
+        said = evidence(self._discriminant, self.learner.features(latents_Nchw))
+        return score_offsets(said, self.scoring.features_weight, self.scoring.shortlist)
+
+    def _check_features(self) -> None:
+        if self.scoring.asks_features and set(self._shot_features) != set(self._fitted().labels):
+            raise ValueError(
+                f"features_weight={self.scoring.features_weight} and shortlist={self.scoring.shortlist} ask for "
+                "features of the shots, and this bank holds none: it was learned without. Set features_weight=0 and "
+                "shortlist=None in the scoring, or fit again."
+            )
 
     def errors(self, images: Sequence[ImageSource]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
@@ -227,7 +257,10 @@ class DiTiClassifier:
             "training": None if self.training is None else asdict(self.training),
         }
         if process_state().is_main_process:
-            bank.save(folder, extra={_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()})
+            extra = {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
+            if self._shot_features:
+                extra[_FEATURES] = save_tensors({str(c): self._shot_features[x] for c, x in enumerate(bank.labels)})
+            bank.save(folder, extra=extra)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> DiTiClassifier:
@@ -242,6 +275,7 @@ class DiTiClassifier:
         """
         bank = Bank.load(folder)
         arguments, calibration = _read_settings(folder)
+        shot_features = _read_features(folder, bank)
         try:
             found = load_backbone(bank.backbone_name) if backbone is None else backbone
         except FileNotFoundError as error:
@@ -250,8 +284,10 @@ class DiTiClassifier:
             ) from error
         classifier = cls(found, geometry=bank.geometry, **arguments)
         bank.check_backbone(classifier.backbone)
+        if calibration is None:  # what is recommended asks for features
+            classifier.scoring = replace(classifier.scoring, features_weight=0.0, shortlist=None)
         classifier.calibration_ = calibration or uncalibrated(classifier.learner)
-        classifier._set_bank(bank)
+        classifier._set_bank(bank, shot_features)
         return classifier
 
     def _fitted(self) -> Bank:
@@ -259,8 +295,10 @@ class DiTiClassifier:
             raise NotFittedError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
         return self.bank_
 
-    def _set_bank(self, bank: Bank | None) -> None:
-        self.bank_, self._scorer, self._decisions = bank, None, {}
+    def _set_bank(self, bank: Bank | None, shot_features: Mapping[Label, Tensor] | None = None) -> None:
+        known = shot_features or {}
+        self.bank_, self._shot_features = bank, {x: known[x] for x in (bank.labels if bank else ()) if x in known}
+        self._scorer, self._discriminant, self._decisions = None, None, {}
 
     def _ready(self) -> Scorer:
         if not len(self._fitted()):
@@ -276,34 +314,9 @@ class DiTiClassifier:
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
-        self._set_bank(bank.select(sorted(bank.labels)))
+        features = learner.shot_features({x: groups[x] for x in new.labels})
+        self._set_bank(bank.select(sorted(bank.labels)), self._shot_features | features)
         return failed
-
-
-def _group(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
-    """Shots by label; a picture given twice under one label counts once."""
-    images, values = _many(images), plain_labels(labels)
-    if len(images) != len(values):
-        raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
-    types = {type(x) for x in values}
-    if len(types) > 1 or not types <= {str, int, bool}:
-        strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
-        which = "" if strange is None else f", label {strange} being {values[strange]!r}"
-        raise ValueError(
-            f"Labels must be all str, all int or all bool, got {sorted(t.__name__ for t in types)}{which}."
-        )
-    label_of: dict[str, Label] = {}
-    names: dict[str, str] = {}
-    groups: dict[Label, list[ImageSource]] = {}
-    for image, label in zip(images, values, strict=True):
-        i = image_id(image)
-        if i not in label_of:
-            groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
-        name = names.setdefault(i, f"{image}" if isinstance(image, str | Path) else f"image id {i}")
-        if label_of.setdefault(i, label) != label:
-            both = f"{name} and {image}" if isinstance(image, str | Path) else name
-            raise ValueError(f"One picture ({both}) is given as {label_of[i]!r} and as {label!r}; keep one.")
-    return groups
 
 
 def _read_settings(folder: str | Path) -> tuple[dict[str, Any], Calibration | None]:
@@ -325,23 +338,14 @@ def _read_settings(folder: str | Path) -> tuple[dict[str, Any], Calibration | No
         }, Calibration(**_tuples(settings["calibration"]))
 
 
-def _as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[ImageSource]]:
-    """Whether one image was passed, and the images; arrays of paths and [N, H, W, 3] pixels are many."""
-    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OU" and images.ndim < 4
-    if pixels or isinstance(images, str | Path | bytes | Image.Image):
-        return True, [images]  # type: ignore[list-item]
-    many = list(images)  # generators too
-    if not many:
-        raise ValueError("No images were passed.")
-    return False, many
-
-
-def _many(images: Sequence[ImageSource]) -> list[ImageSource]:
-    """Images that go with a list of labels."""
-    one, many = _as_list(images)
-    if one:
-        raise ValueError("One image was passed where a list is needed, as for its labels; pass [image].")
-    return many
+def _read_features(folder: str | Path, bank: Bank) -> dict[Label, Tensor]:
+    """Features of the shots of each class, where the bank was saved with them."""
+    try:
+        found = load_tensors(read_files(folder, [_FEATURES])[_FEATURES])
+    except FileNotFoundError:
+        return {}
+    with written_here(folder):
+        return {x: found[str(c)] for c, x in enumerate(bank.labels)}
 
 
 def _tuples(value: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -106,13 +107,18 @@ class Elimination(NamedTuple):
 
     `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error, and for another class the
     winner's plus the mean of their differences over the trials that both had, so that all can be compared; the label's
-    is the smallest. `evaluations`: samples through the U-Net. `decided`: one class was left before the last stage.
+    is the smallest; infinite for a class that was out from the start. `evaluations`: samples through the U-Net.
+    `decided`: one class was left before the last stage.
     """
 
     label: int
     scores: Tensor
     evaluations: int
     decided: bool
+
+    def json_scores(self) -> list[float | None]:
+        """The scores as JSON can hold them, which has no infinity."""
+        return [score if isfinite(score) else None for score in self.scores.tolist()]
 
 
 def published_stages(
@@ -207,15 +213,23 @@ def count_evaluations(stages: Sequence[Stage | Look], num_classes: int) -> int:
 
 
 def eliminate(
-    errors_fn: ErrorsFn, num_images: int, num_classes: int, stages: Sequence[Stage | Look], weights_S: Tensor
+    errors_fn: ErrorsFn,
+    num_images: int,
+    num_classes: int,
+    stages: Sequence[Stage | Look],
+    weights_S: Tensor,
+    offsets_NC: Tensor | None = None,
 ) -> list[Elimination]:
     """Classify images by elimination; all images go through a stage together, each by its own errors alone.
 
     `errors_fn(pairs, trial_positions)`: pairs [P, 2] of image and class, int64 on the CPU, both ascending; returns
-    errors [P, trials]. `weights_S`: w / q at each trial position. A tie goes to the lower class index.
+    errors [P, trials]. `weights_S`: w / q at each trial position. `offsets_NC`: added to the scores, for what is known
+    of an image beside its errors; a class whose offset is infinite is out from the start, with an infinite score. A tie
+    goes to the lower class index.
 
     ValueError: an error that is not finite (names the class), positions beyond `weights_S` or done twice, errors of
-    another shape, no stage, or a stage by whose end no trial has had a weight: it would drop classes blindly.
+    another shape, no stage, an image with no class in, or a stage by whose end no trial has had a weight: it would drop
+    classes blindly.
     """
     if num_classes < 1 or not stages:
         raise ValueError(f"{num_classes} classes and {len(stages)} stages; elimination needs one of each or more")
@@ -228,7 +242,10 @@ def eliminate(
     weights_S = weights_S.double().cpu()
     weighted_NCS = torch.zeros(num_images, num_classes, len(positions), dtype=torch.float64)  # in the order done
     trials_NC = torch.zeros(num_images, num_classes, dtype=torch.long)
-    alive_NC = torch.ones(num_images, num_classes, dtype=torch.bool)
+    offsets_NC = torch.zeros(num_images, num_classes) if offsets_NC is None else offsets_NC.double().cpu()
+    alive_NC = offsets_NC.isfinite()
+    if not alive_NC.any(1).all():
+        raise ValueError(f"offsets leave image {int((~alive_NC.any(1)).nonzero()[0])} without a class")
     decided_N = torch.zeros(num_images, dtype=torch.bool)
     done = 0
     for number, stage in enumerate(stages, start=1):
@@ -246,7 +263,10 @@ def eliminate(
                 f"all {end} trials up to stage {number} have weight 0, so it cannot tell which classes to keep; "
                 "put the trials inside the window, or score exhaustively"
             )
-        weighted_NCS[pairs[:, 0], pairs[:, 1], done:end] = new.double().cpu() * weights[done:]
+        weighted_NCS[pairs[:, 0], pairs[:, 1], done:end] = (
+            new.double().cpu() * weights[done:]
+            + offsets_NC[pairs[:, 0], pairs[:, 1], None]  # the mean over trials has it once
+        )
         trials_NC[pairs[:, 0], pairs[:, 1]] = end
         positions_n = torch.tensor(positions[:end])
         for image in racing_N.nonzero().flatten().tolist():
@@ -267,7 +287,8 @@ def _result(weighted_CS: Tensor, trials_C: Tensor, alive_C: Tensor, decided: boo
     label = int(still_in[weighted_CS[still_in, :most].mean(1).argmin()])
     had = torch.arange(weighted_CS.shape[1]) < trials_C[:, None]
     behind_C = ((weighted_CS - weighted_CS[label]) * had).sum(1) / trials_C
-    scores_C = weighted_CS[label, :most].mean() + behind_C.clamp(min=0)
+    behind_C = behind_C.clamp(min=0).masked_fill(trials_C == 0, torch.inf)
+    scores_C = weighted_CS[label, :most].mean() + behind_C
     return Elimination(label, scores_C, int(trials_C.sum()), decided)
 
 

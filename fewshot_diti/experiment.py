@@ -279,7 +279,7 @@ def _predict(experiment: Experiment, classifier: DiTiClassifier, test: ImageSet)
     def predict(rows: Sequence[int]) -> list[dict[str, Any]]:
         decisions = classifier.decide([test.image(row) for row in rows])
         return [
-            {"prediction": names[d.label], "scores": d.scores.tolist(), "evaluations": d.evaluations} for d in decisions
+            {"prediction": names[d.label], "scores": d.json_scores(), "evaluations": d.evaluations} for d in decisions
         ]
 
     rows = {image: row for row, image in enumerate(test.ids)}

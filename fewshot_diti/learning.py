@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -14,6 +14,7 @@ from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
+from fewshot_diti.features import block_features
 from fewshot_diti.prior import prior_latents
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_training
@@ -21,6 +22,7 @@ from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import ClassShots, Label, TrainingConfig, check_can_train, train_class_tokens
 
 Groups: TypeAlias = Mapping[Label, Sequence[ImageSource]]  # the shots of each class
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -83,6 +85,19 @@ class Learner:
         labels = torch.arange(len(order)).repeat_interleave(torch.tensor([len(groups[x]) for x in order]))
         return latents.to(self.backbone.device), labels
 
+    def features(self, latents_Nchw: Tensor) -> Tensor:
+        """What the frozen U-Net holds of images, float16 [N, D], each by itself as in `encode`."""
+        rows = [block_features(self.backbone, x[None], self.generic_prompt)[0] for x in latents_Nchw]
+        return torch.cat(rows)
+
+    def shot_features(self, groups: Groups) -> dict[Label, Tensor]:
+        """`features` [n_c, D] of each class's shots; none where the scoring does not ask for them."""
+        if not self.scoring.asks_features:
+            return {}
+        latents, labels = self.shot_latents(groups)
+        features = self.features(latents)
+        return {x: features[labels == c] for c, x in enumerate(sorted(groups))}
+
     def scorer(self, bank: Bank) -> Scorer:
         """The bank made ready to score."""
         return Scorer(self.backbone, bank, seed=self.scoring.seed, batch_size=self.scoring.batch_size)
@@ -142,13 +157,22 @@ class Learner:
 
         return _share(images, errors, (len(bank), len(grid)))
 
-    def shared_scores(self, bank: Bank, images: Sequence[ImageSource], grid: Tensor, weights: Tensor) -> Tensor:
-        """Scores [N, C] by the configured schedule with `weights` [S]; shared as `shared_errors`."""
+    def shared_scores(
+        self,
+        bank: Bank,
+        images: Sequence[ImageSource],
+        grid: Tensor,
+        weights: Tensor,
+        offsets: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Scores [N, C] by the configured schedule with `weights` [S] and each image id's `offsets` [C]; shared as
+        `shared_errors`."""
         stages = self.scoring.schedule(len(bank))
 
         def scores(mine: Sequence[ImageSource]) -> Tensor:
             ids = [image_id(x) for x in mine]
-            decisions = decide(self.scorer(bank), self.encode(mine), ids, grid.tolist(), weights, stages)
+            added = torch.stack([offsets[i] for i in ids]) if offsets else None
+            decisions = decide(self.scorer(bank), self.encode(mine), ids, grid.tolist(), weights, stages, added)
             return torch.stack([decision.scores for decision in decisions])
 
         return _share(images, scores, (len(bank),))
@@ -164,18 +188,30 @@ class Learner:
         Raises:
             TrainingError: a class's loss was not finite.
         """
-        order = sorted(groups)
         judged, truth = [], []
-        for fold in range(folds := min(folds, max(len(shots) for shots in groups.values()))):
-            kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
-            held = [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
-            bank, failed = self.train(kept, desc=f"fold {fold + 1} of {folds}")
+        parts = list(split_folds(groups, folds))
+        for number, (kept, held) in enumerate(parts, start=1):
+            bank, failed = self.train(kept, desc=f"fold {number} of {len(parts)}")
             raise_failed(
                 failed, "that was in cross-validation, the class tokens are trained and kept", "or pass folds=0"
             )
-            judged.append(judge(bank, [s for _, s in held]))
+            judged.append(judge(bank, [shot for _, shot in held]))
             truth += [c for c, _ in held]
         return torch.cat(judged), torch.tensor(truth)
+
+
+def split_folds(
+    groups: Mapping[Label, Sequence[T]], folds: int
+) -> Iterator[tuple[dict[Label, list[T]], list[tuple[int, T]]]]:
+    """For each fold the shots that are kept, by class, and those held out, each with its class's place in sorted order.
+
+    No more folds than the largest class has shots.
+    """
+    order = sorted(groups)
+    folds = min(folds, max(len(shots) for shots in groups.values()))
+    for fold in range(folds):
+        kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
+        yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
 
 
 def _share(

@@ -148,13 +148,14 @@ def decide(
     timesteps_S: Sequence[int],
     weights_S: Tensor,
     stages: Sequence[Stage | Look],
+    offsets_NC: Tensor | None = None,
     *,
     desc: str = "scoring",
 ) -> list[Elimination]:
     """Winner and scores of every image, by a schedule; what is still in of several images shares the batches.
 
-    Trial number s is at time-step `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule. A progress bar
-    shows on the main process's terminal.
+    Trial number s is at time-step `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule; `offsets_NC` as of
+    `eliminate`. A progress bar shows on the main process's terminal.
 
     Raises:
         ValueError: as `Scorer.pair_errors` and `eliminate`.
@@ -170,6 +171,7 @@ def decide(
                 trials = positions.tolist()
                 return scorer.pair_errors(latents, ids, pairs, trials, [timesteps_S[s] for s in trials])
 
-            decisions += eliminate(errors, len(latents), len(scorer.bank), stages, weights_S)
+            offsets = None if offsets_NC is None else offsets_NC[start : start + together]
+            decisions += eliminate(errors, len(latents), len(scorer.bank), stages, weights_S, offsets)
             bar.update(len(latents))
     return decisions

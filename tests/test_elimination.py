@@ -254,4 +254,5 @@ def test_the_scorer_has_no_place_for_a_true_label():
         "num_classes",
         "stages",
         "weights_S",
+        "offsets_NC",
     ]

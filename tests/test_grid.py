@@ -139,19 +139,20 @@ def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -
     assert [p["label"] for p in record["predictions"]] == classifier.predict(task.test_images()).tolist()
 
 
-def test_features_of_the_unet_count_half_as_much_as_class_tokens(config: EvalConfig) -> None:
+def test_features_of_the_unet_take_their_weight_off_the_scores(config: EvalConfig) -> None:
     grid = Grid(replace(config, methods=("diti-all-t", "diti+sd", "lda-sd"), against="lda-sd", shots=(2,)))
     assert grid.run_missing() == []
     task, bench = grid.task(2, 1), grid.bench
     errors = bench.diti(task)
     weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
-    tokens = (errors.test.double() * weights).mean(2).numpy()
+    weights = weights / weights.mean()
+    tokens, of_shots = ((e.double() * weights).mean(2).numpy() for e in (errors.test, errors.held_out))
     lda = ShrinkageLda(next(iter(bench.unet_features.candidates().values())))
     lda.fit(task.shot_images(), task.shot_labels())
-    features = lda.predict_log_proba(task.test_images())[:, [lda.classes_.tolist().index(n) for n in task.class_names]]
-    both = zscore(-tokens, axis=1) + 0.5 * zscore(features, axis=1)
+    said = np.log(lda.predict_proba(task.test_images()))[:, [lda.classes_.tolist().index(n) for n in task.class_names]]
+    evidence = -tokens + 0.5 * of_shots.std(1, ddof=1).mean() * zscore(said, axis=1)
     record = json.loads((grid.config.folder / "diti+sd" / "2-1.json").read_text())
-    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in both.argmax(1)]
+    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in evidence.argmax(1)]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

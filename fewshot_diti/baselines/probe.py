@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import StandardScaler
 
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.data.images import ImageSource
+from fewshot_diti.features import Discriminant
 
 Features = Callable[[Sequence[ImageSource]], np.ndarray]  # images to [N, D]
 
@@ -105,10 +105,7 @@ class NearestMean(Baseline):
 
 
 class ShrinkageLda(Baseline):
-    """Linear discriminant analysis, its covariance shrunk towards the identity (Ledoit and Wolf, 2004).
-
-    On directions: the shots' mean feature is taken away, then every length. With one shot a class nothing is known of
-    the scatter within a class, and the cosine to the shot decides.
+    """`features.Discriminant`: linear discriminant analysis with a shrunk covariance.
 
     Args:
         features: of images.
@@ -118,26 +115,11 @@ class ShrinkageLda(Baseline):
         self.features = features
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        features_ND = self.features(images).astype(np.float64)
-        self._mean_D = features_ND.mean(0)
-        directions_ND = normalize(features_ND - self._mean_D)
-        one_each = len(labels_N) == len(self.classes_)
-        self._shots_CD = directions_ND[labels_N.argsort()] if one_each else None
-        if not one_each:
-            # as many components as shots lose nothing, and make wide features cheap
-            lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-            self._model = make_pipeline(PCA(), lda).fit(directions_ND, labels_N)
-
-    def predict_log_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Log-probabilities [N, C]; of cosines at a temperature of 0.1."""
-        directions_ND = normalize(self.features(images).astype(np.float64) - self._mean_D)
-        if self._shots_CD is not None:
-            return log_softmax(10 * directions_ND @ self._shots_CD.T, axis=1)
-        return self._model.predict_log_proba(directions_ND)
+        self._model = Discriminant(self.features(images), labels_N)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        return np.exp(self.predict_log_proba(images))
+        return np.exp(self._model.log_probabilities(self.features(images)))
 
 
 class NearestNeighbour(Baseline):

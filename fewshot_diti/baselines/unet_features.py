@@ -7,16 +7,15 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.probe import Features
 from fewshot_diti.data.images import ImageGeometry, ImageSource
+from fewshot_diti.features import POSITIONS, TIMESTEP, block_features, telling_block
 
-TIMESTEPS = (0.06, 0.2, 0.4)  # as shares of the schedule
+TIMESTEPS = (TIMESTEP, 0.2, 0.4)  # as shares of the schedule
 
 
 class UnetFeatures:
@@ -33,16 +32,14 @@ class UnetFeatures:
         geometry: ImageGeometry,
         prompt: str,
         *,
-        positions: tuple[int, int] = (8, 16),
+        positions: tuple[int, int] = POSITIONS,
         batch_size: int = 16,
     ) -> None:
         self.backbone, self.geometry, self.prompt = backbone, geometry, prompt
         self.positions, self.batch_size = positions, batch_size
         unet = backbone.unet
-        # the best on val images of the pocket first: it is taken where the shots cannot choose
-        last = len(unet.up_blocks) - 2
-        ups = sorted(range(len(unet.up_blocks)), key=lambda i: i != last)
-        self._blocks = {f"up {i}": unet.up_blocks[i] for i in ups}
+        self._blocks = dict([telling_block(backbone)])  # taken where the shots cannot choose
+        self._blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
         self._blocks |= {"mid": unet.mid_block} | {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}
 
@@ -63,32 +60,13 @@ class UnetFeatures:
     @torch.no_grad()
     def _compute(self, images: list[Image.Image], share: float) -> np.ndarray:
         """All blocks' features side by side, float16 [N, sum of widths]."""
-        t = round(share * self.backbone.num_train_timesteps)
         rows = []
         for start in range(0, len(images), self.batch_size):
             pixels = torch.stack([self.geometry.pixels(i) for i in images[start : start + self.batch_size]])
-            parts = self._pass(self.backbone.encode_images(pixels)[0].to(self.backbone.device), t)
+            latents = self.backbone.encode_images(pixels)[0]
+            parts = block_features(
+                self.backbone, latents, self.prompt, timestep=share, blocks=self._blocks, positions=self.positions
+            )
             self._widths = [part.shape[1] for part in parts]
             rows.append(torch.cat(parts, 1))
         return torch.cat(rows).numpy()
-
-    def _pass(self, latents_Bchw: Tensor, t: int) -> list[Tensor]:
-        """Each block's pooled map [B, d] in one pass."""
-        kept: dict[str, Tensor] = {}
-
-        def keep(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-            maps = output[0] if isinstance(output, tuple) else output  # down blocks return their skips too
-            height, width = (min(a, b) for a, b in zip(maps.shape[2:], self.positions, strict=True))
-            kept[name] = F.adaptive_avg_pool2d(maps.float(), (height, width)).flatten(1).half().cpu()
-
-        handles = [
-            block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-            for name, block in self._blocks.items()
-        ]
-        backbone, count = self.backbone, len(latents_Bchw)
-        text = backbone.encode_text(backbone.tokenize([self.prompt])).expand(count, -1, -1)
-        times = torch.full((count,), t, device=latents_Bchw.device)
-        backbone.errors(latents_Bchw, torch.zeros_like(latents_Bchw), times, text)
-        for handle in handles:
-            handle.remove()
-        return [kept[name] for name in self._blocks]

@@ -41,8 +41,8 @@ class ScoreConfig:
         bank: folder that `fewshot-diti train` wrote.
         output: file for one JSON line an image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
-            and the scores of all classes. A file of that name is replaced. Beside it, in FILE.parts, each process keeps
-            what it has scored, so that the same command goes on where it was cut short.
+            and the scores of all classes (null off the shortlist). A file of that name is replaced. Beside it, in
+            FILE.parts, each process keeps what it has scored, so that the same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -87,7 +87,8 @@ def score(config: ScoreConfig, console: Console) -> int:
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
-    evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), len(classes))
+    scored = min(len(classes), classifier.scoring.shortlist or len(classes))
+    evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), scored)
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     at_once = in_flight(classifier.scoring.schedule(len(classes)))
@@ -158,7 +159,7 @@ def _predictions(classifier: DiTiClassifier, paths: Sequence[str]) -> list[dict[
                 "margin": values[order[1]] - values[order[0]],
                 "decided": decision.decided,
                 "evaluations": decision.evaluations,
-                "scores": {str(label): value for label, value in zip(labels, values, strict=True)},
+                "scores": {str(label): s for label, s in zip(labels, decision.json_scores(), strict=True)},
             }
         )
     return found

@@ -54,6 +54,9 @@ class TrainConfig:
         val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
             one.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        shortlist: classes of each image that get trials at all, those that the U-Net's own features find likeliest; by
+            default all. Saves evaluations where there are many classes; cross-validation tells how often the true
+            class is among them.
         batch_size: samples in one forward, of training (one class's at least) and of scoring; lower it where memory
             runs out. Never changes a result beyond rounding.
         seed: of the draw of shots, of training and of scoring.
@@ -73,6 +76,7 @@ class TrainConfig:
     split: str | None = None
     val_split: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    shortlist: int | None = None
     batch_size: int | None = None
     seed: int = 0
 
@@ -83,6 +87,8 @@ class TrainConfig:
             raise ValueError(f"folds={self.folds}; pass 0 for no cross-validation, or 2 and more.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
+        if self.shortlist is not None and self.shortlist < 2:
+            raise ValueError(f"shortlist={self.shortlist}; pass 2 or more classes to choose among.")
         if not self.concept.strip():
             raise ValueError('concept is empty; pass what all classes are, such as "machine part".')
 
@@ -109,7 +115,7 @@ def train(config: TrainConfig, console: Console) -> None:
         console.out(_POCKET_ONLY)
     folds = min(config.folds, fewest) if fewest > 1 else 0
     backbone = load_backbone(config.backbone, config.dtype)
-    scoring = replace(recommended_scoring(small=backbone.small), seed=config.seed)
+    scoring = replace(recommended_scoring(small=backbone.small), shortlist=config.shortlist, seed=config.seed)
     if folds:
         scoring = replace(scoring, folds=folds, temperature=None)
     training = replace(recommended_training(most, small=backbone.small), seed=config.seed)
@@ -140,6 +146,11 @@ def train(config: TrainConfig, console: Console) -> None:
             f"{100 * low:.1f} to {100 * high:.1f} %), in {folds} folds: each shot is judged by class tokens that were "
             "trained without it, on fewer shots than the saved ones."
         )
+        if (recall := classifier.calibration_.shortlist_recall) is not None:
+            console.out(
+                f"The shortlist of {config.shortlist} holds the class of {100 * recall:.1f} % of them: no accuracy can "
+                "be above that."
+            )
     elif fewest == 1:
         console.out("No cross-validated accuracy: a class has one shot, and nothing can be held back from it.")
     if val is not None:

@@ -201,6 +201,8 @@ class Bench:
             density="even",
             decide="exhaustive",
             weighting="uniform",
+            features_weight=0.0,
+            shortlist=None,
             seed=seed,
         )
 

@@ -142,6 +142,12 @@ class Measurement:
         return np.array([self.bank.labels.index(self.test.class_names[c]) for c in self.test.labels])
 
     @cached_property
+    def offsets(self) -> Tensor | None:
+        """What the U-Net's own features add to the scores of the test images [N, C]."""
+        rows = range(len(self.test))
+        return self.classifier.offsets(self.learner.encode([self.test.image(row) for row in rows]))
+
+    @cached_property
     def errors(self) -> Tensor:
         """The error tensor of all test images at the calibrated trials, scored once and kept."""
         path = self.config.output_dir / "errors.safetensors"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax, softmax
-from scipy.stats import zscore
 from torch import Tensor
 
 from fewshot_diti import timesteps
@@ -27,14 +26,22 @@ from fewshot_diti.baselines import (
 )
 from fewshot_diti.baselines.imagenet import FineTuned
 from fewshot_diti.baselines.unet_features import TIMESTEPS
-from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature, fixed_weights
+from fewshot_diti.calibration import (
+    candidate_windows,
+    choose_window,
+    fit_temperature,
+    fixed_weights,
+    held_out_evidence,
+)
 from fewshot_diti.evaluation.bench import FOLDS, SIBLINGS, Bench, DitiErrors, Task
+from fewshot_diti.features import evidence, fit_discriminant, score_offsets
+from fewshot_diti.learning import split_folds
 from fewshot_diti.recommended import recommended_scoring
 
 TINY = np.finfo(np.float64).tiny
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
 ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
-FEATURES_WEIGHT = 0.5  # of the U-Net's features beside the class tokens: most likely on val images of the pocket
+FEATURES_WEIGHT = 0.5  # of the U-Net's features, in deviations of the scores, where none is recommended
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,33 +151,30 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
 def diti_with_features(bench: Bench, task: Task) -> Outcome:
     """Class tokens and a discriminant on the frozen U-Net's own features of the image, without noise.
 
-    Each says how an image's classes stand to one another, in standard deviations over its classes, and the features
-    count half; with two classes that leaves the class tokens' label. The temperature is fitted on held-out shots, 1
-    with one shot a class.
+    As the classifier does it with a `features_weight`; where none is recommended for the backbone it is half the
+    scores' deviation over classes on the shots. The temperature is fitted on held-out shots.
     """
     start = perf_counter()
-    errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
+    errors, recommended = bench.diti(task), recommended_scoring(small=bench.backbone.small)
     features = next(iter(bench.unet_features.candidates().values()))
-
-    def both(scores_NC: Tensor, log_probabilities_NC: np.ndarray) -> np.ndarray:
-        return zscore(-scores_NC.numpy(), axis=1) + FEATURES_WEIGHT * zscore(log_probabilities_NC, axis=1)
-
-    temperature = 1.0
+    groups = task.groups()
+    order = [sorted(groups).index(name) for name in task.class_names]
+    shot_features = {x: torch.from_numpy(features(groups[x])) for x in sorted(groups)}
+    of_shots, temperature, _ = _scores(recommended.weighting, bench, task, errors, held_out=True)
+    weight = recommended.features_weight or FEATURES_WEIGHT * float(of_shots.std(1).mean())
     if errors.out_of_fold:
-        held_out, _, _ = _scores(weighting, bench, task, errors, held_out=True)
-        evidence = both(held_out, np.log(_held_out(partial(ShrinkageLda, features), task).clip(TINY)))
-        temperature = fit_temperature(-torch.from_numpy(evidence), errors.held_out_labels)
-    lda = ShrinkageLda(features)
-    lda.fit(task.shot_images(), task.shot_labels())
+        said = torch.stack(list(held_out_evidence(groups, shot_features, FOLDS).values()))[:, order]
+        temperature = fit_temperature(of_shots + score_offsets(said, weight), errors.held_out_labels)
+    discriminant = fit_discriminant(shot_features)
     fitted = perf_counter()
-    scores, _, _ = _scores(weighting, bench, task, errors)
-    evidence = both(scores, np.log(in_task_order(lda, task, lda.predict_proba(task.test_images())).clip(TINY)))
+    scores, _, _ = _scores(recommended.weighting, bench, task, errors)
+    said = evidence(discriminant, torch.from_numpy(features(task.test_images())))[:, order]
     return Outcome(
-        probabilities=softmax(evidence / temperature, axis=1),
+        probabilities=softmax(-(scores + score_offsets(said, weight)).numpy() / temperature, axis=1),
         evaluations=errors.test.shape[1] * errors.test.shape[2] + 1,
         training_seconds=errors.training_seconds + fitted - start,
         scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
-        chosen={"temperature": temperature},
+        chosen={"temperature": temperature, "features_weight": weight},
     )
 
 
@@ -214,13 +218,11 @@ def _weights(weighting: str, bench: Bench, task: Task, errors: DitiErrors) -> Te
 
 def _held_out(make: Callable[[], Baseline], task: Task) -> np.ndarray:
     """A baseline's probabilities [n, C] of the shots, each by a fit without it, ordered as `DitiErrors.held_out`."""
-    groups, rows = task.groups(), []
-    for fold in range(min(FOLDS, max(len(shots) for shots in groups.values()))):
-        order = sorted(groups)
-        kept = [(s, x) for x in order for i, s in enumerate(groups[x]) if i % FOLDS != fold]
-        held = [s for x in order for i, s in enumerate(groups[x]) if i % FOLDS == fold]
-        baseline = make().fit(*map(list, zip(*kept, strict=True)))
-        rows.append(in_task_order(baseline, task, baseline.predict_proba(held)))
+    rows = []
+    for kept, held in split_folds(task.groups(), FOLDS):
+        labelled = [(shot, label) for label, shots in kept.items() for shot in shots]
+        baseline = make().fit(*map(list, zip(*labelled, strict=True)))
+        rows.append(in_task_order(baseline, task, baseline.predict_proba([shot for _, shot in held])))
     return np.concatenate(rows)
 
 

@@ -123,19 +123,24 @@ def perturbed_bank(bank: Bank, num_classes: int, *, strength: float, seed: int =
 
 
 def against_exhaustive(
-    errors_NCS: Tensor, labels_N: np.ndarray, weights_S: Tensor, stages: Sequence[Stage | Look]
+    errors_NCS: Tensor,
+    labels_N: np.ndarray,
+    weights_S: Tensor,
+    stages: Sequence[Stage | Look],
+    offsets_NC: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a schedule decides on kept errors, beside scoring every class on every trial.
+    """What a schedule decides on kept errors, beside scoring every class on every trial; both with the same offsets.
 
     Accuracy and differences in points. The interval of the difference is normal, over images; a label is clear where
     the exhaustive margin over the second class exceeds two standard errors of their paired difference.
     """
     N, C, S = errors_NCS.shape
-    found = eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S)
+    offsets_NC = torch.zeros(N, C) if offsets_NC is None else offsets_NC
+    found = eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S, offsets_NC)
     chosen = np.array([f.label for f in found])
-    scores_NC = score(errors_NCS, weights_S)
+    scores_NC = score(errors_NCS, weights_S) + offsets_NC
     best_N2 = scores_NC.topk(2, largest=False).indices
-    weighted = errors_NCS.double() * weights_S
+    weighted = errors_NCS.double() * weights_S + offsets_NC[:, :, None]
     rows = torch.arange(N)
     apart_NS = weighted[rows, best_N2[:, 1]] - weighted[rows, best_N2[:, 0]]
     clear = (apart_NS.mean(1) > CLEAR * apart_NS.std(1) / S**0.5).numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
-from fewshot_diti.elimination import count_evaluations, exhaustive, proportional_stages, published_stages
+from fewshot_diti.elimination import Look, Stage, count_evaluations, exhaustive, proportional_stages, published_stages
 from fewshot_diti.evaluation import speed
 from fewshot_diti.evaluation.full_size import full_size_round, gflop_of_an_evaluation
 from fewshot_diti.evaluation.measurement import Measurement
@@ -59,20 +60,16 @@ def elimination(m: Measurement) -> dict[str, Any]:
     stages = m.classifier.scoring.schedule(len(m.bank))
     half = torch.tensor(m.labels) < len(m.bank) // 2
     found = {
-        "all": speed.against_exhaustive(m.errors, m.labels, m.weights, stages),
-        "first half of the classes": speed.against_exhaustive(
-            m.errors[half], m.labels[half.numpy()], m.weights, stages
-        ),
-        "second half of the classes": speed.against_exhaustive(
-            m.errors[~half], m.labels[~half.numpy()], m.weights, stages
-        ),
+        "all": _decided(m, stages),
+        "first half of the classes": _decided(m, stages, half),
+        "second half of the classes": _decided(m, stages, ~half),
         "evaluations_published": count_evaluations(published_stages(len(m.bank)), len(m.bank)),
         "evaluations_in_proportion": count_evaluations(proportional_stages(len(m.bank)), len(m.bank)),
     }
     curve = {}
     for confidence in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
         looks = replace(m.classifier.scoring, decide="racing", confidence=confidence).schedule(len(m.bank))
-        curve[str(confidence)] = speed.against_exhaustive(m.errors, m.labels, m.weights, looks)
+        curve[str(confidence)] = _decided(m, looks)
     return found | {"by_confidence": curve}
 
 
@@ -261,7 +258,7 @@ def full_size(m: Measurement) -> dict[str, Any]:
     At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
-    raced = speed.against_exhaustive(m.errors, m.labels, m.weights, m.classifier.scoring.schedule(len(m.bank)))
+    raced = _decided(m, m.classifier.scoring.schedule(len(m.bank)))
     race = 100 * raced["evaluations"] / len(m.bank)
     return {
         **full_size_round(),
@@ -270,6 +267,13 @@ def full_size(m: Measurement) -> dict[str, Any]:
         "h100_images_per_second_published": speed.H100_FLOPS / (gflop * 1e9 * published),
         "h100_images_per_second_race": speed.H100_FLOPS / (gflop * 1e9 * race),
     }
+
+
+def _decided(m: Measurement, stages: Sequence[Stage | Look], rows_N: Tensor | None = None) -> dict[str, Any]:
+    """`speed.against_exhaustive` on the kept errors of all test images, or of some."""
+    rows_N = torch.ones(len(m.test), dtype=torch.bool) if rows_N is None else rows_N
+    offsets_NC = None if m.offsets is None else m.offsets[rows_N]
+    return speed.against_exhaustive(m.errors[rows_N], m.labels[rows_N.numpy()], m.weights, stages, offsets_NC)
 
 
 SECTIONS: dict[str, Callable[[Measurement], dict[str, Any]]] = {
