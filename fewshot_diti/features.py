@@ -41,7 +41,7 @@ def block_features(
     blocks: Mapping[str, nn.Module] | None = None,
     positions: tuple[int, int] = POSITIONS,
 ) -> list[Tensor]:
-    """What blocks hold of images without noise, one float16 [B, D] each on the CPU, from one pass through the U-Net.
+    """What blocks hold of images without noise, one float32 [B, D] each on the CPU, from one pass through the U-Net.
 
     Args:
         prompt: of the text that the U-Net reads.
@@ -53,7 +53,7 @@ def block_features(
     def keep(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
         maps = output[0] if isinstance(output, tuple) else output  # down blocks return their skips too
         height, width = (min(a, b) for a, b in zip(maps.shape[2:], positions, strict=True))
-        kept[name] = F.adaptive_avg_pool2d(maps.float(), (height, width)).flatten(1).half().cpu()
+        kept[name] = F.adaptive_avg_pool2d(maps.float(), (height, width)).flatten(1).cpu()
 
     blocks = dict([telling_block(backbone)]) if blocks is None else blocks
     handles = [

@@ -86,16 +86,16 @@ class Learner:
         return latents.to(self.backbone.device), labels
 
     def features(self, latents_Nchw: Tensor) -> Tensor:
-        """What the frozen U-Net holds of images, float16 [N, D], each by itself as in `encode`."""
+        """What the frozen U-Net holds of images, float32 [N, D], each by itself as in `encode`."""
         rows = [block_features(self.backbone, x[None], self.generic_prompt)[0] for x in latents_Nchw]
         return torch.cat(rows)
 
     def shot_features(self, groups: Groups) -> dict[Label, Tensor]:
-        """`features` [n_c, D] of each class's shots; none where the scoring does not ask for them."""
+        """`features` of each class's shots, float16 [n_c, D]; none where the scoring does not ask for them."""
         if not self.scoring.asks_features:
             return {}
         latents, labels = self.shot_latents(groups)
-        features = self.features(latents)
+        features = self.features(latents).half()  # as they are saved
         return {x: features[labels == c] for c, x in enumerate(sorted(groups))}
 
     def scorer(self, bank: Bank) -> Scorer:

@@ -27,7 +27,7 @@ from fewshot_diti.training import TrainingConfig
 
 CLASSES = ("bolt", "gear", "nut")
 TRAINING = TrainingConfig(steps=4, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
-SCORING = ScoringConfig(trials=3, weighting="uniform", calibration_images=3)
+SCORING = ScoringConfig(trials=3, weighting="uniform", calibration_images=3, features_weight=0.001)
 
 
 def save_image(path: Path, seed: int) -> Path:
@@ -89,7 +89,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
     expected = {
         "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --dtype --seed",
         "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
-        " --batch_size --seed",
+        " --shortlist --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
         " --max_test_images --shift --group --output_dir --quick --dry_run --against",
@@ -115,6 +115,21 @@ def test_train_accepts_dashes_draws_shots_and_cross_validates(
     trained = Bank.load(tmp_path / "my bank")
     assert trained.labels == CLASSES and {token.num_shots for token in trained.tokens} == {2}
     assert trained.tokens[0].prompt == "a photo of a hta bolt, a type of part."
+
+
+def test_train_tells_the_recall_of_a_shortlist_and_score_leaves_the_other_classes_out(
+    shots: Path, tests: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "bank", tmp_path / "out.jsonl"
+    assert cli.main(train_command(shots, backbone_folder, folder, "--folds", "2", "--shortlist", "2")) == 0
+    recall = DiTiClassifier.from_pretrained(folder).calibration_.shortlist_recall
+    assert recall is not None
+    assert f"The shortlist of 2 holds the class of {100 * recall:.1f} % of them" in capsys.readouterr().out
+    assert cli.main(["score", "--bank", str(folder), str(tests), "--output", str(output)]) == 0
+    for record in read_lines(output):
+        assert sorted(record["probabilities"].values())[0] == 0 and record["evaluations"] == 2 * 3 + 1
+        assert list(record["scores"].values()).count(None) == 1
+    assert "Infinity" not in output.read_text()
 
 
 def test_train_says_that_one_shot_cannot_be_cross_validated(

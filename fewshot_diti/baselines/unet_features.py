@@ -68,5 +68,5 @@ class UnetFeatures:
                 self.backbone, latents, self.prompt, timestep=share, blocks=self._blocks, positions=self.positions
             )
             self._widths = [part.shape[1] for part in parts]
-            rows.append(torch.cat(parts, 1))
+            rows.append(torch.cat(parts, 1).half())
         return torch.cat(rows).numpy()
