@@ -16,24 +16,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
-import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from torch import Tensor
 
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.bank import Bank
 from fewshot_diti.data.images import ImageSource, image_id
-from fewshot_diti.features import evidence, fit_discriminant, score_offsets
-from fewshot_diti.learning import Groups, Learner, split_folds
+from fewshot_diti.features import fit_discriminant, score_offsets
+from fewshot_diti.held_out import fit_temperature, negative_log_likelihood, split_folds
+from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
 from fewshot_diti.timesteps import score
 from fewshot_diti.training import Label
 from fewshot_diti.trials import even_grid
 
 WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
-LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
 TIED = 1e-6  # nats; windows whose likelihoods are closer are equally good
 
 
@@ -48,7 +45,8 @@ class Calibration:
         accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it flatters, since the
             window was chosen on the same errors.
         shortlist_recall: share of held-out shots whose class is on the shortlist, None where no folds or no shortlist
-            were asked for. No accuracy can be above it.
+            were asked for. No accuracy can be above it. The temperature is fitted on all classes, with the shortlist
+            or without.
     """
 
     timesteps: tuple[int, ...]
@@ -96,7 +94,7 @@ def calibrate(
     weights = weights / weights.mean()  # a temperature then means the same under every weighting
     temperature, accuracy, recall = config.temperature, None, None
     if config.folds:
-        said = held_out_evidence(groups, shot_features, config.folds) if shot_features else None
+        said = held_out_log_probabilities(groups, shot_features, config.folds) if shot_features else None
         offsets = {} if said is None else {i: -config.features_weight * row for i, row in said.items()}
         if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
             even = weightings.trial_weights(weights_T, config.grid())
@@ -134,43 +132,6 @@ def uncalibrated(learner: Learner) -> Calibration:
         weights=tuple((weights / weights.mean()).tolist()),
         temperature=config.temperature or 1.0,
     )
-
-
-def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
-    """Temperature, above 0, that makes softmax(-score / temperature) most likely on held-out shots.
-
-    Minimises the negative log-likelihood of the labels together with one further image of unknown class (each label's
-    target is 1 - 1/(N+1), the rest spread over all classes). Without that one, shots that are all classified correctly
-    would give temperature 0 and probabilities of exactly 0 and 1 (Platt, 1999, section 2.2, with the same cure).
-    Convex in 1 / temperature, hence one minimum, found by bounded search within a factor of e^10 of the scores'
-    standard deviation over classes; scores that say nothing about the labels end at the upper bound, where all
-    probabilities are equal.
-
-    ValueError: scores that are not finite or the same in all classes, fewer than two classes, labels outside 0..C-1.
-    """
-    _check(scores_NC, labels_N)
-    # numpy, because the search calls this some thirty times and torch's threads cost more than the sums.
-    scores = scores_NC.double().cpu().numpy()
-    N, C = scores.shape
-    spread = scores.std(axis=1).mean()
-    if spread == 0:
-        raise ValueError("the scores are the same in all classes on every image: no temperature fits")
-    targets = np.eye(C)[labels_N.cpu().numpy()] * N / (N + 1) + 1 / (C * (N + 1))
-
-    def loss(log_temperature: float) -> float:
-        return -(targets * log_softmax(-scores / (spread * np.exp(log_temperature)), axis=1)).sum() / N
-
-    found = minimize_scalar(
-        loss, bounds=(-LOG_TEMPERATURE_RANGE, LOG_TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-7}
-    )
-    return float(spread * np.exp(found.x))
-
-
-def negative_log_likelihood(scores_NC: Tensor, labels_N: Tensor, temperature: float) -> float:
-    """Mean over images of -log softmax(-score / temperature)[label], in nats; log(C) is what guessing gives."""
-    _check(scores_NC, labels_N)
-    log_probabilities = log_softmax(-scores_NC.double().cpu().numpy() / temperature, axis=1)
-    return float(-log_probabilities[np.arange(len(labels_N)), labels_N.cpu().numpy()].mean())
 
 
 def candidate_windows(num_train_timesteps: int) -> list[tuple[int, int]]:
@@ -284,12 +245,13 @@ def _weights(
     return weightings.tif_released(*(parameters or (weightings.attribute_distance_released(latents, truth),)))
 
 
-def held_out_evidence(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> dict[str, Tensor]:
-    """What the features of the other shots say of each held-out shot, [C] by image id, in the order of `held_out`."""
+def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> dict[str, Tensor]:
+    """Log-probabilities [C] of each held-out shot by the features of the others, by image id in the order of
+    `Learner.held_out`."""
     rows: list[Tensor] = []
     for kept, held in split_folds({x: list(features) for x, features in shot_features.items()}, folds):
         discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})
-        rows += evidence(discriminant, torch.stack([features for _, features in held]))
+        rows += discriminant.log_probabilities(torch.stack([features for _, features in held]))
     ids = [image_id(shot) for _, held in split_folds(groups, folds) for _, shot in held]
     return dict(zip(ids, rows, strict=True))
 
@@ -299,18 +261,3 @@ def _spread_over_classes(groups: Groups, count: int) -> list[tuple[Label, ImageS
     turns = [(i, x) for x in sorted(groups) for i in range(len(groups[x]))]
     chosen = sorted(turns, key=lambda turn: turn[0])[: max(count, len(groups))]
     return [(x, groups[x][i]) for i, x in chosen]
-
-
-def _check(scores_NC: Tensor, labels_N: Tensor) -> None:
-    if scores_NC.ndim != 2 or labels_N.shape != scores_NC.shape[:1] or scores_NC.shape[1] < 2 or not len(labels_N):
-        raise ValueError(
-            f"scores {tuple(scores_NC.shape)} and labels {tuple(labels_N.shape)}; give [N, C] and [N], C >= 2"
-        )
-    if not scores_NC.isfinite().all():
-        image, label = (~scores_NC.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"class index {label} has the score {scores_NC[image, label].item()} on image {image}")
-    if labels_N.min() < 0 or labels_N.max() >= scores_NC.shape[1]:
-        raise ValueError(
-            f"labels from {labels_N.min()} to {labels_N.max()}; with {scores_NC.shape[1]} classes they are indices "
-            f"from 0 to {scores_NC.shape[1] - 1}"
-        )

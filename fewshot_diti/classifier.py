@@ -23,7 +23,7 @@ from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, unca
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.elimination import Elimination
-from fewshot_diti.features import Discriminant, evidence, fit_discriminant, score_offsets
+from fewshot_diti.features import Discriminant, fit_discriminant, score_offsets
 from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
@@ -32,11 +32,15 @@ from fewshot_diti.recommended import ScoringConfig, recommended_scoring
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import Label, TrainingConfig
 
+_FEATURES_AT_ONCE = 64  # images whose features are held in memory
 _SETTINGS, _FEATURES = "classifier.json", "shot_features.safetensors"
 
 
 class DiTiClassifier:
     """A few-shot classifier on the denoising errors of a Stable Diffusion.
+
+    Where `scoring` asks for it (as is recommended for small backbones), the frozen U-Net's own features of an image
+    have a say beside the class tokens; the features of the shots are then kept with the bank.
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
@@ -200,7 +204,7 @@ class DiTiClassifier:
         return float(accuracy_score(values, self.predict(images)))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
-        """Scores [N, C], float64; the smallest wins."""
+        """Scores [N, C], float64; the smallest wins. Infinite for a class off the shortlist."""
         return torch.stack([decision.scores for decision in self.decide(images)])
 
     def decide(self, images: Sequence[ImageSource]) -> list[Elimination]:
@@ -228,15 +232,18 @@ class DiTiClassifier:
         self._check_features()
         if self._discriminant is None:
             self._discriminant = fit_discriminant(self._shot_features)
-        said = evidence(self._discriminant, self.learner.features(latents_Nchw))
-        return score_offsets(said, self.scoring.features_weight, self.scoring.shortlist)
+        learner, discriminant = self.learner, self._discriminant
+        log_p = [
+            discriminant.log_probabilities(learner.features(part)) for part in latents_Nchw.split(_FEATURES_AT_ONCE)
+        ]
+        return score_offsets(torch.cat(log_p), self.scoring.features_weight, self.scoring.shortlist)
 
     def _check_features(self) -> None:
         if self.scoring.asks_features and set(self._shot_features) != set(self._fitted().labels):
             raise ValueError(
                 f"features_weight={self.scoring.features_weight} and shortlist={self.scoring.shortlist} ask for "
-                "features of the shots, and this bank holds none: it was learned without. Set features_weight=0 and "
-                "shortlist=None in the scoring, or fit again."
+                "features of the shots, and this bank has not those of every class: it was learned without. Set "
+                "features_weight=0 and shortlist=None in the scoring, or fit again."
             )
 
     def errors(self, images: Sequence[ImageSource]) -> Tensor:
@@ -258,7 +265,7 @@ class DiTiClassifier:
         }
         if process_state().is_main_process:
             extra = {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
-            if self._shot_features:
+            if self._shot_features.keys() == set(bank.labels):
                 extra[_FEATURES] = save_tensors({str(c): self._shot_features[x] for c, x in enumerate(bank.labels)})
             bank.save(folder, extra=extra)
 
@@ -314,8 +321,9 @@ class DiTiClassifier:
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
-        features = learner.shot_features({x: groups[x] for x in new.labels})
-        self._set_bank(bank.select(sorted(bank.labels)), self._shot_features | features)
+        self._set_bank(bank.select(sorted(bank.labels)), self._shot_features)
+        features = self._shot_features | learner.shot_features({x: groups[x] for x in new.labels})
+        self._set_bank(self.bank_, features)
         return failed
 
 

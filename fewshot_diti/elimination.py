@@ -220,7 +220,7 @@ def eliminate(
     weights_S: Tensor,
     offsets_NC: Tensor | None = None,
 ) -> list[Elimination]:
-    """Classify images by elimination; all images go through a stage together, each by its own errors alone.
+    """Classify images by elimination; all images go through a stage together, each by its own errors and offsets.
 
     `errors_fn(pairs, trial_positions)`: pairs [P, 2] of image and class, int64 on the CPU, both ascending; returns
     errors [P, trials]. `weights_S`: w / q at each trial position. `offsets_NC`: added to the scores, for what is known
@@ -228,8 +228,8 @@ def eliminate(
     goes to the lower class index.
 
     ValueError: an error that is not finite (names the class), positions beyond `weights_S` or done twice, errors of
-    another shape, no stage, an image with no class in, or a stage by whose end no trial has had a weight: it would drop
-    classes blindly.
+    another shape, no stage, offsets that are no numbers or leave an image without a class, or a stage by whose end no
+    trial has had a weight: it would drop classes blindly.
     """
     if num_classes < 1 or not stages:
         raise ValueError(f"{num_classes} classes and {len(stages)} stages; elimination needs one of each or more")
@@ -243,7 +243,9 @@ def eliminate(
     weighted_NCS = torch.zeros(num_images, num_classes, len(positions), dtype=torch.float64)  # in the order done
     trials_NC = torch.zeros(num_images, num_classes, dtype=torch.long)
     offsets_NC = torch.zeros(num_images, num_classes) if offsets_NC is None else offsets_NC.double().cpu()
-    alive_NC = offsets_NC.isfinite()
+    alive_NC = offsets_NC != torch.inf
+    if not offsets_NC[alive_NC].isfinite().all():
+        raise ValueError("offsets are finite, or infinite and above 0; some are not a number, or minus infinity")
     if not alive_NC.any(1).all():
         raise ValueError(f"offsets leave image {int((~alive_NC.any(1)).nonzero()[0])} without a class")
     decided_N = torch.zeros(num_images, dtype=torch.bool)

@@ -171,7 +171,8 @@ def run(experiment: Experiment) -> Result:
     shots_set = pool.subset(shots.rows(pool))
     check_disjoint(shots_set, test)
     num_classes = len(pool.class_names)
-    to_score = len(test) * count_evaluations(experiment.scoring.schedule(num_classes), num_classes)
+    raced = min(num_classes, experiment.scoring.shortlist or num_classes)
+    to_score = len(test) * count_evaluations(experiment.scoring.schedule(num_classes), raced)
     classifier = _class_tokens(experiment, backbone, shots_set, to_score)
     predictions = _predict(experiment, classifier, test)
     truth = [test.class_names[label] for label in test.labels]

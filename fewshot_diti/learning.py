@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +15,7 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.features import block_features
+from fewshot_diti.held_out import split_folds
 from fewshot_diti.prior import prior_latents
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig, recommended_training
@@ -22,7 +23,6 @@ from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import ClassShots, Label, TrainingConfig, check_can_train, train_class_tokens
 
 Groups: TypeAlias = Mapping[Label, Sequence[ImageSource]]  # the shots of each class
-T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -86,16 +86,23 @@ class Learner:
         return latents.to(self.backbone.device), labels
 
     def features(self, latents_Nchw: Tensor) -> Tensor:
-        """What the frozen U-Net holds of images, float32 [N, D], each by itself as in `encode`."""
-        rows = [block_features(self.backbone, x[None], self.generic_prompt)[0] for x in latents_Nchw]
-        return torch.cat(rows)
+        """What the frozen U-Net holds of images, float32 [N, D], each by itself as in `encode`.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        text = self.backbone.encode_text(self.backbone.tokenize([self.generic_prompt]))
+        features = torch.cat([block_features(self.backbone, x[None], text)[0] for x in latents_Nchw])
+        if not features.isfinite().all():
+            raise ValueError("The U-Net's features of an image are not finite; load the backbone in float32.")
+        return features
 
     def shot_features(self, groups: Groups) -> dict[Label, Tensor]:
-        """`features` of each class's shots, float16 [n_c, D]; none where the scoring does not ask for them."""
+        """`features` [n_c, D] of each class's shots; none where the scoring does not ask for them."""
         if not self.scoring.asks_features:
             return {}
         latents, labels = self.shot_latents(groups)
-        features = self.features(latents).half()  # as they are saved
+        features = self.features(latents)
         return {x: features[labels == c] for c, x in enumerate(sorted(groups))}
 
     def scorer(self, bank: Bank) -> Scorer:
@@ -198,20 +205,6 @@ class Learner:
             judged.append(judge(bank, [shot for _, shot in held]))
             truth += [c for c, _ in held]
         return torch.cat(judged), torch.tensor(truth)
-
-
-def split_folds(
-    groups: Mapping[Label, Sequence[T]], folds: int
-) -> Iterator[tuple[dict[Label, list[T]], list[tuple[int, T]]]]:
-    """For each fold the shots that are kept, by class, and those held out, each with its class's place in sorted order.
-
-    No more folds than the largest class has shots.
-    """
-    order = sorted(groups)
-    folds = min(folds, max(len(shots) for shots in groups.values()))
-    for fold in range(folds):
-        kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
-        yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
 
 
 def _share(

@@ -10,8 +10,6 @@ import timm
 import torch
 from PIL import Image
 from scipy.special import softmax
-from sklearn.covariance import ledoit_wolf
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -36,6 +34,7 @@ from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
 from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.data import ImageGeometry
+from fewshot_diti.features import fit_discriminant
 
 NAMES = ("A319", "A321", "717")
 TEMPLATES = prompt_templates("aircraft")
@@ -102,21 +101,13 @@ def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
     np.testing.assert_array_equal(baseline.fit(shots, labels).predict(test), reference.predict(mean_colour(test)))
 
 
-def test_the_discriminant_is_that_of_its_formula_and_one_shot_asks_for_the_cosine() -> None:
+def test_the_discriminant_judges_by_features_and_one_shot_asks_for_the_cosine() -> None:
     (shots, labels), (test, _) = pictures(6, 0), pictures(20, 1)
-    names, mean = sorted(NAMES), mean_colour(shots).mean(0)
-    pca = PCA().fit(normalize(mean_colour(shots) - mean))
-    x, y = pca.transform(normalize(mean_colour(shots) - mean)), np.array(labels)
-
-    def shrunk(x_nD: np.ndarray) -> np.ndarray:
-        scale = x_nD.std(0)
-        return ledoit_wolf((x_nD - x_nD.mean(0)) / scale)[0] * np.outer(scale, scale)
-
-    means = np.stack([x[y == name].mean(0) for name in names])
-    solved = np.linalg.solve(np.mean([shrunk(x[y == name]) for name in names], 0), means.T)
-    evidence = pca.transform(normalize(mean_colour(test) - mean)) @ solved - (means * solved.T).sum(1) / 2
-    lda = ShrinkageLda(mean_colour).fit(shots, labels)
-    np.testing.assert_allclose(lda.predict_proba(test), softmax(evidence, axis=1), atol=1e-6)
+    lda, names, colours = ShrinkageLda(mean_colour).fit(shots, labels), sorted(NAMES), mean_colour(shots)
+    groups = {name: torch.from_numpy(colours[np.array(labels) == name]) for name in names}
+    expected = fit_discriminant(groups).log_probabilities(torch.from_numpy(mean_colour(test)))
+    np.testing.assert_allclose(lda.predict_proba(test), expected.exp(), atol=1e-6)
+    assert lda.classes_.tolist() == names
     one, labels = pictures(1, 0)
     mean = mean_colour(one).mean(0)
     cosines = normalize(mean_colour(test) - mean) @ normalize(mean_colour(one) - mean).T

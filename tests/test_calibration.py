@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewshot_diti.calibration import candidate_windows, choose_window, fit_temperature, negative_log_likelihood
+from fewshot_diti.calibration import candidate_windows, choose_window
+from fewshot_diti.held_out import fit_temperature, negative_log_likelihood
 from fewshot_diti.trials import even_grid
 
 

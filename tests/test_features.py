@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import zscore
+from scipy.special import log_softmax
+from sklearn.covariance import ledoit_wolf
+from sklearn.preprocessing import normalize
 from small_classifier import SCORING, bank_of, make, shots_of
 from torch import Tensor
 
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig
 from fewshot_diti.elimination import eliminate, exhaustive, racing
-from fewshot_diti.features import Discriminant, block_features, evidence, fit_discriminant, score_offsets
-from fewshot_diti.learning import split_folds
+from fewshot_diti.features import block_features, fit_discriminant, score_offsets
+from fewshot_diti.held_out import fit_temperature, split_folds
 
 CLASSES = ["747", "a320", "dc-9", "tu-154"]
 WITH_FEATURES = replace(SCORING, features_weight=0.02)
@@ -27,14 +30,13 @@ def classifier(backbone: Backbone, pictures: dict[str, list[Path]]) -> DiTiClass
 
 
 def expected_offsets(classifier: DiTiClassifier, pictures: dict[str, list[Path]], tests: list[Path]) -> Tensor:
-    """The formula, from images: -weight x log-probabilities in deviations over the classes."""
+    """The formula, from images: -weight x log-probabilities."""
     learner, backbone = classifier.learner, classifier.backbone
     images, labels = shots_of(pictures, CLASSES, 3)
-    shots, asked = (
-        block_features(backbone, learner.encode(x), "a photo of an aircraft")[0].numpy() for x in (images, tests)
-    )
-    said = Discriminant(shots, np.array([CLASSES.index(x) for x in labels])).log_probabilities(asked)
-    return torch.from_numpy(-0.02 * zscore(said, axis=1))
+    text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
+    shots, asked = (block_features(backbone, learner.encode(x), text)[0] for x in (images, tests))
+    groups = {x: shots[[i for i, label in enumerate(labels) if label == x]] for x in CLASSES}
+    return -0.02 * fit_discriminant(groups).log_probabilities(asked)
 
 
 def test_scores_are_weighted_errors_less_what_the_features_say(
@@ -42,8 +44,8 @@ def test_scores_are_weighted_errors_less_what_the_features_say(
 ) -> None:
     added = expected_offsets(classifier, pictures, tests)
     tokens = classifier.errors(tests).double().mean(2)
-    torch.testing.assert_close(classifier.scores(tests), tokens + added, rtol=0, atol=1e-3)
-    assert added.abs().max() > 0.02
+    torch.testing.assert_close(classifier.scores(tests), tokens + added, rtol=0, atol=1e-5)
+    assert added.std(1).min() > 5e-4  # not lost in the tolerance
     assert {d.evaluations for d in classifier.decide(tests)} == {SCORING.trials * 4 + 1}
     labels = classifier.predict(tests)
     assert labels.tolist() == classifier.classes_[classifier.scores(tests).argmin(1).numpy()].tolist()
@@ -61,7 +63,7 @@ def test_features_are_saved_with_the_bank_follow_its_classes_and_are_not_made_up
     without = make(backbone).fit(*shots_of(pictures, ["a320", "dc-9"]))
     without.scoring = WITH_FEATURES
     for ask in (lambda: without.predict(tests), lambda: without.partial_fit(*shots_of(pictures, ["747"]))):
-        with pytest.raises(ValueError, match=r"features_weight=0.02.*learned without"):
+        with pytest.raises(ValueError, match=r"features_weight=0.02.*not those of every class"):
             ask()
     bank_of(classifier).save(tmp_path / "bank alone")
     with pytest.warns(UserWarning, match="without a classifier's settings"):
@@ -97,21 +99,50 @@ def test_a_shortlist_saves_the_trials_of_the_other_classes(
         ScoringConfig(features_weight=-1)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "auto"])
 def test_cross_validation_asks_features_of_the_other_shots_alone(
-    backbone: Backbone, pictures: dict[str, list[Path]], weighting: str
+    backbone: Backbone, pictures: dict[str, list[Path]]
 ) -> None:
-    scoring = replace(WITH_FEATURES, folds=2, shortlist=3, temperature=None, weighting=weighting)
+    scoring = replace(WITH_FEATURES, folds=2, shortlist=3, temperature=None)
     classifier = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES, 3))
-    features = classifier.learner.shot_features({x: pictures[x][:3] for x in CLASSES})
-    inside = []
-    for kept, held in split_folds({x: list(f) for x, f in features.items()}, 2):
-        said = evidence(
-            fit_discriminant({x: torch.stack(f) for x, f in kept.items()}), torch.stack([f for _, f in held])
-        )
-        inside += [c in row.argsort(descending=True)[:3] for (c, _), row in zip(held, said, strict=True)]
-    assert classifier.calibration_.shortlist_recall == pytest.approx(np.mean(inside))
-    assert 0 <= classifier.calibration_.accuracy <= classifier.calibration_.shortlist_recall
+    learner, groups = classifier.learner, {x: pictures[x][:3] for x in CLASSES}
+    grid = torch.tensor(classifier.calibration_.timesteps)
+    errors, truth = learner.held_out(groups, 2, partial(learner.shared_errors, grid=grid))
+    log_p = []
+    for kept, held in split_folds({x: list(f) for x, f in learner.shot_features(groups).items()}, 2):
+        judge = fit_discriminant({x: torch.stack(f) for x, f in kept.items()})
+        log_p.append(judge.log_probabilities(torch.stack([f for _, f in held])))
+    scores = errors.double().mean(2) + score_offsets(torch.cat(log_p), 0.02)
+    listed = score_offsets(torch.cat(log_p), 0.02, 3).isfinite()
+    calibration = classifier.calibration_
+    assert calibration.temperature == pytest.approx(fit_temperature(scores, truth), rel=1e-3)
+    assert calibration.shortlist_recall == pytest.approx(listed[range(12), truth].double().mean())
+    right = scores.masked_fill(~listed, torch.inf).argmin(1) == truth
+    assert calibration.accuracy == pytest.approx(right.double().mean())
+
+
+def test_auto_chooses_on_errors_and_judges_with_features(backbone: Backbone, pictures: dict[str, list[Path]]) -> None:
+    scoring = replace(WITH_FEATURES, trials=10, folds=3, temperature=None, weighting="auto")
+    images = shots_of(pictures, CLASSES, 3)
+    alone, both = (
+        make(backbone, scoring=replace(scoring, features_weight=w)).fit(*images).calibration_ for w in (0.0, 1e9)
+    )
+    assert alone.timesteps == both.timesteps and alone.weights == both.weights
+    assert alone.temperature != both.temperature
+    features = make(backbone, scoring=WITH_FEATURES).learner.shot_features({x: pictures[x][:3] for x in CLASSES})
+    right = []  # at such a weight the features decide
+    for kept, held in split_folds({x: list(f) for x, f in features.items()}, 3):
+        judge = fit_discriminant({x: torch.stack(f) for x, f in kept.items()})
+        right += [judge.log_probabilities(f[None]).argmax().item() == c for c, f in held]
+    assert both.accuracy == pytest.approx(np.mean(right))
+
+
+def test_features_left_out_for_a_while_are_not_saved_in_part(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
+) -> None:
+    classifier = make(backbone, scoring=WITH_FEATURES).fit(*shots_of(pictures, ["a320", "dc-9"]))
+    classifier.scoring = SCORING
+    classifier.partial_fit(*shots_of(pictures, ["747"])).save_pretrained(tmp_path)
+    assert torch.equal(DiTiClassifier.from_pretrained(tmp_path, backbone).scores(tests), classifier.scores(tests))
 
 
 @pytest.mark.parametrize("stages", [exhaustive(24), racing(24, confidence=0.99)])
@@ -137,12 +168,46 @@ def test_offsets_move_the_scores_and_leave_the_race_its_noise(stages) -> None:
         eliminate(errors_fn, 20, 6, stages, torch.ones(24), torch.full((20, 6), torch.inf))
 
 
-def test_evidence_is_in_deviations_and_offsets_in_units_of_the_score() -> None:
-    rng = np.random.default_rng(0)
-    shots = {c: torch.from_numpy(rng.normal(c, 1, (4, 5))).half() for c in range(3)}
-    said = evidence(fit_discriminant(shots), torch.from_numpy(rng.normal(1, 1, (7, 5))).half())
-    np.testing.assert_allclose(said.mean(1), 0, atol=1e-12)
-    np.testing.assert_allclose(said.std(1, correction=0), 1)
-    torch.testing.assert_close(score_offsets(said, 0.5), -0.5 * said)
-    listed = score_offsets(said, 0.0, 2)
-    assert (listed.isfinite().sum(1) == 2).all() and (said[~listed.isfinite()] == said.amin(1)).all()
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (1, 5, 2), (6, 6)])
+def test_the_discriminant_is_the_formula_and_as_sure_as_held_out_shots_allow(counts: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    centres = rng.normal(0, 1, (len(counts), 40))
+    draw = lambda c, n: torch.from_numpy(centres[c] + rng.normal(0, 1, (n, 40))).float()  # noqa: E731
+    shots = {f"class {c}": draw(c, n) for c, n in enumerate(counts)}
+    judge = fit_discriminant(shots)
+    asked = torch.cat([draw(c, 50) for c in range(len(counts))])
+    log_p = judge.log_probabilities(asked)
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(len(asked)).double())
+    truth = torch.arange(len(counts)).repeat_interleave(50)
+    assert (log_p.argmax(1) == truth).double().mean() > 0.6
+
+    # the same in all 40 dimensions, Mahalanobis distances written out
+    x, labels = torch.cat(list(shots.values())).double().numpy(), np.repeat(np.arange(len(counts)), counts)
+    middle = np.mean([x[labels == c].mean(0) for c in range(len(counts))], axis=0)
+    directions, there = (normalize(y - middle) for y in (x, asked.double().numpy()))
+    basis = np.linalg.svd(directions, full_matrices=False)[2][: len(x) - 1]
+    directions, there = directions @ basis.T, there @ basis.T
+    means = np.stack([directions[labels == c].mean(0) for c in range(len(counts))])
+    if max(counts) == 1:
+        expected = log_softmax(there @ means.T / 0.1, axis=1)
+        np.testing.assert_allclose(log_p, expected, atol=1e-5)
+    else:
+        covariance = ledoit_wolf(directions - means[labels], assume_centered=True)[0] * len(x) / (len(x) - len(counts))
+        distances = np.stack([mahalanobis_squares(there, mean, covariance) for mean in means], 1)
+        plain, found = (y - y.mean(1, keepdims=True) for y in (-distances / 2, log_p.numpy()))
+        ratio = (plain * found).sum() / (found * found).sum()  # the temperature
+        np.testing.assert_allclose(plain, ratio * found, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
+        assert ratio > 0
+
+
+def mahalanobis_squares(points: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    apart = points - mean
+    return (apart @ np.linalg.inv(covariance) * apart).sum(1)
+
+
+def test_the_shortlist_holds_the_likeliest() -> None:
+    log_p = torch.log_softmax(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), 1)
+    torch.testing.assert_close(score_offsets(log_p, 0.5), -0.5 * log_p)
+    listed = score_offsets(log_p, 0.0, 2).isfinite()
+    assert (listed.sum(1) == 2).all() and (log_p[listed].view(7, 2).amin(1) > log_p[~listed].view(7, 3).amax(1)).all()
+    assert score_offsets(log_p, 0.5, 9).isfinite().all()

@@ -17,7 +17,6 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from scipy.stats import zscore
 from small_clip import save_tiny_clip
 
 from fewshot_diti import DiTiClassifier
@@ -145,14 +144,14 @@ def test_features_of_the_unet_take_their_weight_off_the_scores(config: EvalConfi
     task, bench = grid.task(2, 1), grid.bench
     errors = bench.diti(task)
     weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
-    weights = weights / weights.mean()
-    tokens, of_shots = ((e.double() * weights).mean(2).numpy() for e in (errors.test, errors.held_out))
+    tokens = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
     lda = ShrinkageLda(next(iter(bench.unet_features.candidates().values())))
     lda.fit(task.shot_images(), task.shot_labels())
     said = np.log(lda.predict_proba(task.test_images()))[:, [lda.classes_.tolist().index(n) for n in task.class_names]]
-    evidence = -tokens + 0.5 * of_shots.std(1, ddof=1).mean() * zscore(said, axis=1)
     record = json.loads((grid.config.folder / "diti+sd" / "2-1.json").read_text())
-    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in evidence.argmax(1)]
+    best = (-tokens + record["chosen"]["features_weight"] * said).argmax(1)
+    assert record["chosen"]["features_weight"] > 0
+    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in best]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.decomposition import PCA
@@ -15,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.data.images import ImageSource
-from fewshot_diti.features import Discriminant
+from fewshot_diti.features import fit_discriminant
 
 Features = Callable[[Sequence[ImageSource]], np.ndarray]  # images to [N, D]
 
@@ -105,7 +106,7 @@ class NearestMean(Baseline):
 
 
 class ShrinkageLda(Baseline):
-    """`features.Discriminant`: linear discriminant analysis with a shrunk covariance.
+    """`features.fit_discriminant`: linear discriminant analysis with a shrunk covariance.
 
     Args:
         features: of images.
@@ -115,11 +116,12 @@ class ShrinkageLda(Baseline):
         self.features = features
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        self._model = Discriminant(self.features(images), labels_N)
+        features_ND = torch.from_numpy(self.features(images))
+        self._model = fit_discriminant({c: features_ND[labels_N == c] for c in range(len(self.classes_))})
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        return np.exp(self._model.log_probabilities(self.features(images)))
+        return self._model.log_probabilities(torch.from_numpy(self.features(images))).exp().numpy()
 
 
 class NearestNeighbour(Baseline):

@@ -60,12 +60,12 @@ class UnetFeatures:
     @torch.no_grad()
     def _compute(self, images: list[Image.Image], share: float) -> np.ndarray:
         """All blocks' features side by side, float16 [N, sum of widths]."""
-        rows = []
+        rows, text = [], self.backbone.encode_text(self.backbone.tokenize([self.prompt]))
         for start in range(0, len(images), self.batch_size):
             pixels = torch.stack([self.geometry.pixels(i) for i in images[start : start + self.batch_size]])
             latents = self.backbone.encode_images(pixels)[0]
             parts = block_features(
-                self.backbone, latents, self.prompt, timestep=share, blocks=self._blocks, positions=self.positions
+                self.backbone, latents, text, timestep=share, blocks=self._blocks, positions=self.positions
             )
             self._widths = [part.shape[1] for part in parts]
             rows.append(torch.cat(parts, 1).half())

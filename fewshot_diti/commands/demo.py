@@ -133,7 +133,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     decisions = classifier.decide(test_images)
     probabilities = classifier.probabilities(torch.stack([decision.scores for decision in decisions]))
     predicted = classifier.classes_[[decision.label for decision in decisions]]
-    few_shot = MethodResult(name="class tokens", correct=predicted == truth, seconds=perf_counter() - start)
+    few_shot = MethodResult(name="fewshot-diti", correct=predicted == truth, seconds=perf_counter() - start)
     spent = np.mean([decision.evaluations for decision in decisions])
     whole = config.trials * len(names)
     console.out(f"{perf_counter() - trained:.0f} s, {spent:.0f} of {whole} evaluations an image.")

@@ -113,6 +113,8 @@ def train(config: TrainConfig, console: Console) -> None:
     console.out(f"{len(counts)} classes, {number} each: {', '.join(counts)}")
     if config.backbone == POCKET:
         console.out(_POCKET_ONLY)
+    if config.shortlist is not None and config.shortlist >= len(counts):
+        console.out(f"Note: shortlist={config.shortlist} leaves none of {len(counts)} classes out.")
     folds = min(config.folds, fewest) if fewest > 1 else 0
     backbone = load_backbone(config.backbone, config.dtype)
     scoring = replace(recommended_scoring(small=backbone.small), shortlist=config.shortlist, seed=config.seed)

@@ -279,6 +279,8 @@ class Grid:
         reads_errors = needs_tokens or run.method in NEEDS_ZERO_SHOT
         recommended = recommended_scoring(small=bench.backbone.small)
         judged_by = f"{recommended.weighting}, temperature {recommended.temperature}"
+        if run.method == "diti+sd":
+            judged_by += f", features_weight {recommended.features_weight}"
         return {
             "method": run.method,
             "num_shots": run.num_shots,

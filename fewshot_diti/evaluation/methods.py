@@ -29,19 +29,18 @@ from fewshot_diti.baselines.unet_features import TIMESTEPS
 from fewshot_diti.calibration import (
     candidate_windows,
     choose_window,
-    fit_temperature,
     fixed_weights,
-    held_out_evidence,
+    held_out_log_probabilities,
 )
 from fewshot_diti.evaluation.bench import FOLDS, SIBLINGS, Bench, DitiErrors, Task
-from fewshot_diti.features import evidence, fit_discriminant, score_offsets
-from fewshot_diti.learning import split_folds
+from fewshot_diti.features import fit_discriminant, score_offsets
+from fewshot_diti.held_out import fit_temperature, split_folds
 from fewshot_diti.recommended import recommended_scoring
 
 TINY = np.finfo(np.float64).tiny
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
 ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
-FEATURES_WEIGHT = 0.5  # of the U-Net's features, in deviations of the scores, where none is recommended
+FEATURES_WEIGHT = 0.5  # of the U-Net's features, in temperatures, where none is recommended
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,8 +150,8 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
 def diti_with_features(bench: Bench, task: Task) -> Outcome:
     """Class tokens and a discriminant on the frozen U-Net's own features of the image, without noise.
 
-    As the classifier does it with a `features_weight`; where none is recommended for the backbone it is half the
-    scores' deviation over classes on the shots. The temperature is fitted on held-out shots.
+    As the classifier does it with a `features_weight`; where none is recommended for the backbone it is half a
+    temperature. The temperature is fitted on held-out shots, where there are any.
     """
     start = perf_counter()
     errors, recommended = bench.diti(task), recommended_scoring(small=bench.backbone.small)
@@ -161,14 +160,14 @@ def diti_with_features(bench: Bench, task: Task) -> Outcome:
     order = [sorted(groups).index(name) for name in task.class_names]
     shot_features = {x: torch.from_numpy(features(groups[x])) for x in sorted(groups)}
     of_shots, temperature, _ = _scores(recommended.weighting, bench, task, errors, held_out=True)
-    weight = recommended.features_weight or FEATURES_WEIGHT * float(of_shots.std(1).mean())
+    weight = recommended.features_weight or FEATURES_WEIGHT * temperature
     if errors.out_of_fold:
-        said = torch.stack(list(held_out_evidence(groups, shot_features, FOLDS).values()))[:, order]
+        said = torch.stack(list(held_out_log_probabilities(groups, shot_features, FOLDS).values()))[:, order]
         temperature = fit_temperature(of_shots + score_offsets(said, weight), errors.held_out_labels)
     discriminant = fit_discriminant(shot_features)
     fitted = perf_counter()
     scores, _, _ = _scores(recommended.weighting, bench, task, errors)
-    said = evidence(discriminant, torch.from_numpy(features(task.test_images())))[:, order]
+    said = discriminant.log_probabilities(torch.from_numpy(features(task.test_images())))[:, order]
     return Outcome(
         probabilities=softmax(-(scores + score_offsets(said, weight)).numpy() / temperature, axis=1),
         evaluations=errors.test.shape[1] * errors.test.shape[2] + 1,

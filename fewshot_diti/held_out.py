@@ -1,0 +1,82 @@
+"""Shots held out, and the temperature that makes them most likely.
+
+Shapes in names: N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from torch import Tensor
+
+LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
+K = TypeVar("K", int, str | int | bool)  # of classes: places, or labels
+T = TypeVar("T")
+
+
+def split_folds(groups: Mapping[K, Sequence[T]], folds: int) -> Iterator[tuple[dict[K, list[T]], list[tuple[int, T]]]]:
+    """For each fold the shots that are kept, by class, and those held out, each with its class's place in sorted order.
+
+    No more folds than the largest class has shots.
+    """
+    order = sorted(groups)
+    folds = min(folds, max(len(shots) for shots in groups.values()))
+    for fold in range(folds):
+        kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
+        yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
+
+
+def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
+    """Temperature, above 0, that makes softmax(-score / temperature) most likely on held-out shots.
+
+    Minimises the negative log-likelihood of the labels together with one further image of unknown class (each label's
+    target is 1 - 1/(N+1), the rest spread over all classes). Without that one, shots that are all classified correctly
+    would give temperature 0 and probabilities of exactly 0 and 1 (Platt, 1999, section 2.2, with the same cure).
+    Convex in 1 / temperature, hence one minimum, found by bounded search within a factor of e^10 of the scores'
+    standard deviation over classes; scores that say nothing about the labels end at the upper bound, where all
+    probabilities are equal.
+
+    ValueError: scores that are not finite or the same in all classes, fewer than two classes, labels outside 0..C-1.
+    """
+    _check(scores_NC, labels_N)
+    # numpy, because the search calls this some thirty times and torch's threads cost more than the sums.
+    scores = scores_NC.double().cpu().numpy()
+    N, C = scores.shape
+    spread = scores.std(axis=1).mean()
+    if spread == 0:
+        raise ValueError("the scores are the same in all classes on every image: no temperature fits")
+    targets = np.eye(C)[labels_N.cpu().numpy()] * N / (N + 1) + 1 / (C * (N + 1))
+
+    def loss(log_temperature: float) -> float:
+        return -(targets * log_softmax(-scores / (spread * np.exp(log_temperature)), axis=1)).sum() / N
+
+    found = minimize_scalar(
+        loss, bounds=(-LOG_TEMPERATURE_RANGE, LOG_TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-7}
+    )
+    return float(spread * np.exp(found.x))
+
+
+def negative_log_likelihood(scores_NC: Tensor, labels_N: Tensor, temperature: float) -> float:
+    """Mean over images of -log softmax(-score / temperature)[label], in nats; log(C) is what guessing gives."""
+    _check(scores_NC, labels_N)
+    log_probabilities = log_softmax(-scores_NC.double().cpu().numpy() / temperature, axis=1)
+    return float(-log_probabilities[np.arange(len(labels_N)), labels_N.cpu().numpy()].mean())
+
+
+def _check(scores_NC: Tensor, labels_N: Tensor) -> None:
+    if scores_NC.ndim != 2 or labels_N.shape != scores_NC.shape[:1] or scores_NC.shape[1] < 2 or not len(labels_N):
+        raise ValueError(
+            f"scores {tuple(scores_NC.shape)} and labels {tuple(labels_N.shape)}; give [N, C] and [N], C >= 2"
+        )
+    if not scores_NC.isfinite().all():
+        image, label = (~scores_NC.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"class index {label} has the score {scores_NC[image, label].item()} on image {image}")
+    if labels_N.min() < 0 or labels_N.max() >= scores_NC.shape[1]:
+        raise ValueError(
+            f"labels from {labels_N.min()} to {labels_N.max()}; with {scores_NC.shape[1]} classes they are indices "
+            f"from 0 to {scores_NC.shape[1] - 1}"
+        )
