@@ -64,7 +64,11 @@ def main(config: WindowsConfig) -> None:
             ),
             # nothing to calibrate: the errors are weighted below
             scoring=replace(
-                recommended_scoring(small=backbone.small), weighting="uniform", density="even", seed=config.seed
+                recommended_scoring(small=backbone.small),
+                weighting="uniform",
+                density="even",
+                features_weight=0.0,
+                seed=config.seed,
             ),
         ).fit(LazyImages(shots), labels)
         assert classifier.bank_ is not None, "fit raises where no class was learned"

@@ -40,7 +40,8 @@ class DiTiClassifier:
     """A few-shot classifier on the denoising errors of a Stable Diffusion.
 
     Where `scoring` asks for it (as is recommended for small backbones), the frozen U-Net's own features of an image
-    have a say beside the class tokens; the features of the shots are then kept with the bank.
+    have a say beside the class tokens; the features of the shots are then kept with the bank
+    (8 x 16 values a channel: 328 KB a shot with Stable Diffusion 2.0 at 512 pixels).
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
@@ -274,7 +275,7 @@ class DiTiClassifier:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
         A bank that `Bank.save` wrote, such as a merged one, has no settings: with a warning it gets the recommended
-        scoring, uncalibrated, and the default prompts for classes that are added later.
+        scoring, uncalibrated and without features, and the default prompts for classes that are added later.
 
         Raises:
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
@@ -317,13 +318,12 @@ class DiTiClassifier:
 
     def _learn(self, groups: dict[Label, list[ImageSource]], learner: Learner) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
+        features = self._shot_features | learner.shot_features(groups)  # first: a failure loses no training
         new, failed = learner.train(groups)
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
-        self._set_bank(bank.select(sorted(bank.labels)), self._shot_features)
-        features = self._shot_features | learner.shot_features({x: groups[x] for x in new.labels})
-        self._set_bank(self.bank_, features)
+        self._set_bank(bank.select(sorted(bank.labels)), features)
         return failed
 
 

@@ -105,9 +105,10 @@ class Look:
 class Elimination(NamedTuple):
     """Result of `eliminate` for one image; classes are indices into all C classes, never into the survivors.
 
-    `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error, and for another class the
-    winner's plus the mean of their differences over the trials that both had, so that all can be compared; the label's
-    is the smallest; infinite for a class that was out from the start. `evaluations`: samples through the U-Net.
+    `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error and offset, and for another
+    class the winner's plus the mean of their differences over the trials that both had, so that all can be compared;
+    the label's is the smallest; infinite for a class that was out from the start. `evaluations`: samples through the
+    U-Net.
     `decided`: one class was left before the last stage.
     """
 

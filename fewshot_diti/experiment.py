@@ -25,7 +25,6 @@ from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
 from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots
 from fewshot_diti.data.sources import load_bundled, load_fgvc
-from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
 from fewshot_diti.part_files import spread_over_processes
@@ -171,8 +170,7 @@ def run(experiment: Experiment) -> Result:
     shots_set = pool.subset(shots.rows(pool))
     check_disjoint(shots_set, test)
     num_classes = len(pool.class_names)
-    raced = min(num_classes, experiment.scoring.shortlist or num_classes)
-    to_score = len(test) * count_evaluations(experiment.scoring.schedule(num_classes), raced)
+    to_score = len(test) * experiment.scoring.evaluations(num_classes)
     classifier = _class_tokens(experiment, backbone, shots_set, to_score)
     predictions = _predict(experiment, classifier, test)
     truth = [test.class_names[label] for label in test.labels]

@@ -5,7 +5,7 @@ Shapes in names: N images, n shots, B batch, C classes, D values of a feature, m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.held_out import fit_temperature, split_folds
+from fewshot_diti.held_out import fit_temperature
 
 TIMESTEP = 0.06  # as a share of the schedule
 POSITIONS = (8, 16)  # a block's map is averaged down to at most this height and width
@@ -45,7 +45,7 @@ def block_features(
     """What blocks hold of images without noise, one float32 [B, D] each on the CPU, from one pass through the U-Net.
 
     Args:
-        text_1LD: embeddings of the text that the U-Net reads, L tokens of D values.
+        text_1LD: embedding of the text that the U-Net reads.
         timestep: that it is told, as a share of the schedule.
         blocks: modules by name; by default `telling_block`.
     """
@@ -75,14 +75,17 @@ def block_features(
 class Discriminant:
     """Linear discriminant analysis, the classes' common covariance shrunk towards the identity (Ledoit and Wolf, 2004).
 
-    On directions: the mean of the classes' mean features is taken away, then every length. All classes are equally
-    likely beforehand. With one shot a class nothing is known of the scatter within a class, and the cosine to the shot
-    decides.
+    On directions: the mean of the classes' mean features is taken away, then every length; in the dimensions that the
+    shots span. All classes are equally likely beforehand, however many shots each has. With one shot a class nothing is
+    known of the scatter within a class, and the cosine to the shot decides.
 
     Args:
         features_nD: of the shots.
         labels_n: their classes, 0 to C - 1, each with a shot or more.
         temperature: of the softmax over the discriminants.
+
+    Raises:
+        ValueError: all shots have the same features.
     """
 
     def __init__(self, features_nD: np.ndarray, labels_n: np.ndarray, temperature: float = 1.0) -> None:
@@ -91,16 +94,22 @@ class Discriminant:
         directions_nD = normalize(features_nD - self._mean_D)
         # the directions span no more dimensions than there are shots: all else is done in these
         squares, vectors = eigh(directions_nD @ directions_nD.T)
+        if not squares[-1] > 0:
+            raise ValueError("All shots look the same to the U-Net; check the images, and what their crop leaves.")
         spanned = squares > squares[-1] * 1e-8
         lengths, vectors = np.sqrt(squares[spanned]), vectors[:, spanned]
         places_nm = vectors * lengths
         means_Cm = np.stack([places_nm[labels_n == c].mean(0) for c in classes])
         within_nm = places_nm - means_Cm[labels_n]
         freedom = len(labels_n) - len(means_Cm)
-        if freedom:
-            covariance, _ = ledoit_wolf(within_nm, assume_centered=True)
-            solved_Cm = np.linalg.solve(covariance * len(labels_n) / freedom, means_Cm.T).T
-            offsets_C = -(solved_Cm * means_Cm).sum(1) / 2
+        if np.abs(within_nm).max() > 1e-6:
+            shrunk, _ = ledoit_wolf(within_nm, assume_centered=True)
+            scatter = within_nm.T @ within_nm / freedom
+            covariance = shrunk * len(labels_n) / freedom
+            solved_Cm = np.linalg.solve(covariance, means_Cm.T).T
+            # a mean of few shots lies further out than the class's own
+            too_far_C = np.linalg.solve(covariance, scatter).trace() / np.bincount(labels_n)
+            offsets_C = (too_far_C - (solved_Cm * means_Cm).sum(1)) / 2
         else:
             solved_Cm, offsets_C = means_Cm / _COSINE_TEMPERATURE, np.zeros(len(means_Cm))
         self._slopes_CD = solved_Cm @ (vectors / lengths).T @ directions_nD / temperature
@@ -115,24 +124,22 @@ class Discriminant:
 def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
     """The discriminant of features [n_c, D] of each class's shots, its columns in the order of the classes given.
 
-    Its temperature is fitted on shots that other discriminants judge in four folds, which knew too little of the
-    covariance to be as sure as they were; 1 where every class has one shot.
+    Its temperature is fitted on shots that discriminants of the others judge, in four folds; 1 where every class has
+    one shot. The shots are dealt out to the folds across classes, so that most classes keep two where they have three.
     """
 
-    def fit(groups: Mapping[int, Sequence[Tensor]], temperature: float = 1.0) -> Discriminant:
-        labels_n = np.repeat(sorted(groups), [len(groups[c]) for c in sorted(groups)])
-        features_nD = torch.stack([x for c in sorted(groups) for x in groups[c]]).numpy()
-        return Discriminant(features_nD, labels_n, temperature)
-
-    groups = {c: list(features) for c, features in enumerate(shots.values())}
-    several = {c: features for c, features in groups.items() if len(features) > 1}
-    if not several:
-        return fit(groups)
-    log_p, truth = [], []
-    for kept, held in split_folds(several, FOLDS):
-        log_p.append(fit(groups | kept).log_probabilities(torch.stack([features for _, features in held])))
-        truth += [list(several)[c] for c, _ in held]
-    return fit(groups, fit_temperature(-torch.cat(log_p), torch.tensor(truth)))
+    labels_n = np.repeat(np.arange(len(shots)), [len(features) for features in shots.values()])
+    features_nD = torch.cat(list(shots.values()))
+    others_n = np.bincount(labels_n)[labels_n] > 1  # shots that leave one of their class when they are held out
+    if not others_n.any():
+        return Discriminant(features_nD.numpy(), labels_n)
+    fold_n = np.where(others_n, np.cumsum(others_n) % FOLDS, -1)
+    log_p_nC = torch.zeros(len(labels_n), len(shots), dtype=torch.float64)
+    for fold in set(fold_n[others_n]):
+        judge = Discriminant(features_nD[fold_n != fold].numpy(), labels_n[fold_n != fold])
+        log_p_nC[fold_n == fold] = judge.log_probabilities(features_nD[fold_n == fold])
+    temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
+    return Discriminant(features_nD.numpy(), labels_n, temperature)
 
 
 def score_offsets(log_probabilities_NC: Tensor, weight: float, shortlist: int | None = None) -> Tensor:

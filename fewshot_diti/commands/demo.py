@@ -135,7 +135,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     predicted = classifier.classes_[[decision.label for decision in decisions]]
     few_shot = MethodResult(name="fewshot-diti", correct=predicted == truth, seconds=perf_counter() - start)
     spent = np.mean([decision.evaluations for decision in decisions])
-    whole = config.trials * len(names)
+    whole = classifier.scoring.evaluations(len(names))
     console.out(f"{perf_counter() - trained:.0f} s, {spent:.0f} of {whole} evaluations an image.")
 
     console.out(f"The backbone without class tokens, {config.zero_shot_trials} trials ...")

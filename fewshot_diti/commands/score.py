@@ -20,7 +20,6 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageGeometry, image_id, open_image
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
-from fewshot_diti.elimination import count_evaluations
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
@@ -87,8 +86,7 @@ def score(config: ScoreConfig, console: Console) -> int:
     first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
     for path in (path for path in paths if path in ids):
         first.setdefault(ids[path], path)
-    scored = min(len(classes), classifier.scoring.shortlist or len(classes))
-    evaluations = len(first) * count_evaluations(classifier.scoring.schedule(len(classes)), scored)
+    evaluations = len(first) * classifier.scoring.evaluations(len(classes))
     announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
     made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
     at_once = in_flight(classifier.scoring.schedule(len(classes)))
