@@ -116,7 +116,13 @@ class Discriminant:
         self._offsets_C = offsets_C / temperature
 
     def log_probabilities(self, features_ND: Tensor) -> Tensor:
-        """Log-probabilities [N, C], float64."""
+        """Log-probabilities [N, C], float64.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        if not features_ND.isfinite().all():
+            raise ValueError("The U-Net's features of an image are not finite; load the backbone in float32.")
         directions_ND = normalize(features_ND.numpy() - self._mean_D)
         return torch.from_numpy(log_softmax(directions_ND @ self._slopes_CD.T + self._offsets_C, axis=1))
 
@@ -126,7 +132,16 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
 
     Its temperature is fitted on shots that discriminants of the others judge, in four folds; 1 where every class has
     one shot. The shots are dealt out to the folds across classes, so that most classes keep two where they have three.
+
+    Raises:
+        ValueError: a feature is not finite, naming the class, or all shots have the same features.
     """
+    for label, features in shots.items():
+        if not features.isfinite().all():
+            raise ValueError(
+                f"The U-Net's features of the shots of {label!r} are not finite; load the backbone in float32, or "
+                "leave the class out."
+            )
 
     labels_n = np.repeat(np.arange(len(shots)), [len(features) for features in shots.values()])
     features_nD = torch.cat(list(shots.values()))

@@ -25,7 +25,7 @@ def test_demo_compares_three_methods_and_writes_bank_and_picture(
     out = capsys.readouterr().out
     for text in (
         "12 classes, 2 shots each; 24 test images",
-        "class tokens  ",
+        "fewshot-diti  ",
         "zero-shot backbone",
         "nearest neighbour",
     ):

@@ -230,6 +230,10 @@ def test_a_discriminant_is_as_sure_as_held_out_shots_allow_and_refuses_shots_tha
     unfitted = plain.log_probabilities(torch.cat(list(asked.values())))
     best = fit_temperature(-log_p, truth)
     assert abs(np.log(best)) < 0.5 * abs(np.log(fit_temperature(-unfitted, truth)))  # log 1 would be exact
+    with pytest.raises(ValueError, match="of the shots of 1 are not finite"):
+        fit_discriminant({0: torch.ones(2, 3), 1: torch.full((2, 3), torch.nan)})
+    with pytest.raises(ValueError, match="of an image are not finite"):
+        plain.log_probabilities(torch.full((1, 30), torch.inf))
     with pytest.raises(ValueError, match="look the same"):
         fit_discriminant({0: torch.ones(2, 3), 1: torch.ones(2, 3)})
     twice = fit_discriminant({0: torch.tensor([[1.0, 0]] * 2), 1: torch.tensor([[0.0, 1]] * 2)})  # no scatter within
