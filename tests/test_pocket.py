@@ -34,7 +34,7 @@ def test_diffusers_makes_an_image_with_it() -> None:
 def test_the_demo_tells_bundled_aircraft_apart_better_than_chance(tmp_path: Path) -> None:
     config = DemoConfig(shots=4, test_images=24, trials=8, zero_shot_trials=1, output_dir=tmp_path)
     found = run_demo(config, Console(quiet=True)).results[0]
-    assert found.name == "class tokens"
+    assert found.name == "fewshot-diti"
     # 2 of 24 by chance; 6 or more in 1 % of all draws
     assert found.correct.sum() >= 6
     assert (tmp_path / "bank" / "manifest.json").is_file() and (tmp_path / "predictions.png").is_file()
