@@ -95,7 +95,7 @@ def calibrate(
     temperature, accuracy, recall = config.temperature, None, None
     if config.folds:
         said = held_out_log_probabilities(groups, shot_features, config.folds) if shot_features else None
-        offsets = {} if said is None else {i: -config.features_weight * row for i, row in said.items()}
+        offsets = {i: score_offsets(row, config.features_weight) for i, row in (said or {}).items()}
         if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
             even = weightings.trial_weights(weights_T, config.grid())
             scores, truth = score(held_out[0], even / even.mean()), held_out[1]

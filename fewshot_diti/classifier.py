@@ -162,8 +162,7 @@ class DiTiClassifier:
         Raises:
             ValueError: a class is not in the bank.
         """
-        bank = self._fitted().remove(labels)
-        self._set_bank(bank, self._shot_features)
+        self._set_bank(self._fitted().remove(labels), self._shot_features)
         return self
 
     bank_: Bank | None = None

@@ -108,8 +108,7 @@ class Elimination(NamedTuple):
     `label`: the winning class. `scores`: float64 [C]; the winner's weighted mean error and offset, and for another
     class the winner's plus the mean of their differences over the trials that both had, so that all can be compared;
     the label's is the smallest; infinite for a class that was out from the start. `evaluations`: samples through the
-    U-Net.
-    `decided`: one class was left before the last stage.
+    U-Net. `decided`: one class was left before the last stage.
     """
 
     label: int
