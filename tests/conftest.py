@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_commands
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from small_classifier import COLOURS, make, shots_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fewshot_diti import Backbone, DiTiClassifier
+from fewshot_diti import Backbone, DiTiClassifier, cli
+from fewshot_diti.commands import train as train_module
 
 torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
 
@@ -118,3 +121,27 @@ def fitted(backbone: Backbone, pictures: dict[str, list[Path]]) -> DiTiClassifie
 @pytest.fixture(scope="session")
 def tests(pictures: dict[str, list[Path]]) -> list[Path]:
     return [pictures[x][3] for x in ("a320", "dc-9", "tu-154")]
+
+
+@pytest.fixture(scope="module")
+def quick_train() -> Iterator[None]:
+    """Settings of the command `train` that take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "recommended_training", lambda num_shots, small: small_commands.TRAINING)
+        patch.setattr(train_module, "recommended_scoring", lambda small: small_commands.SCORING)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images of each of three parts, in a folder a class."""
+    return small_commands.save_classes(tmp_path_factory.mktemp("shots"), 3)
+
+
+@pytest.fixture(scope="module")
+def bank(quick_train: None, shots: Path, backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank that the command trained."""
+    folder = tmp_path_factory.mktemp("trained") / "bank"
+    command = ["train", str(shots), "--output_dir", str(folder), "--concept", "machine part", "--folds", "0"]
+    assert cli.main([*command, "--backbone", str(backbone_folder)]) == 0
+    return folder

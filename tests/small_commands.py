@@ -1,0 +1,38 @@
+"""Command lines on a tiny folder of images, with settings that take a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.training import TrainingConfig
+
+CLASSES = ("bolt", "gear", "nut")
+TRAINING = TrainingConfig(steps=4, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
+SCORING = ScoringConfig(trials=3, weighting="uniform", calibration_images=3, features_weight=0.001)
+
+
+def save_image(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def save_classes(folder: Path, count: int, seed: int = 0) -> Path:
+    for c, name in enumerate(CLASSES):
+        for i in range(count):
+            save_image(folder / name / f"{i}.png", seed + 100 * c + i)
+    return folder
+
+
+def train_command(folder: Path, backbone: Path, output: Path, *more: str) -> list[str]:
+    return ["train", str(folder), "--output_dir", str(output), "--concept", "part", "--backbone", str(backbone), *more]
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

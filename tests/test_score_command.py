@@ -1,0 +1,152 @@
+"""`fewshot-diti score`, run in-process and by two processes on a bank that `train` wrote."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_commands import CLASSES, read_lines, save_image, train_command
+
+from fewshot_diti import DiTiClassifier, cli
+from fewshot_diti.commands import score as score_command
+from fewshot_diti.data import image_id
+
+pytestmark = pytest.mark.usefixtures("quick_train")
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures in six files: one is a copy."""
+    folder = tmp_path_factory.mktemp("test-images")
+    for i in range(5):
+        save_image(folder / f"{i}.png", 1000 + i)
+    save_image(folder / "deep" / "copy.png", 1001)
+    return folder
+
+
+def test_train_tells_the_recall_of_a_shortlist_and_score_leaves_the_other_classes_out(
+    shots: Path, tests: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "bank", tmp_path / "out.jsonl"
+    assert cli.main(train_command(shots, backbone_folder, folder, "--folds", "2", "--shortlist", "2")) == 0
+    recall = DiTiClassifier.from_pretrained(folder).calibration_.shortlist_recall
+    assert recall is not None
+    assert f"The shortlist of 2 holds the class of {100 * recall:.1f} % of them" in capsys.readouterr().out
+    assert cli.main(["score", "--bank", str(folder), str(tests), "--output", str(output)]) == 0
+    for record in read_lines(output):
+        assert sorted(record["probabilities"].values())[0] == 0 and record["evaluations"] == 2 * 3 + 1
+        assert list(record["scores"].values()).count(None) == 1
+    assert "Infinity" not in output.read_text()
+
+
+def test_score_says_what_the_classifier_says(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    # the named file comes first and once, although the folder holds it too
+    command = ["score", "--bank", str(bank), str(tests / "3.png"), str(tests), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 0
+    records = read_lines(tmp_path / "out.jsonl")
+    names = ["3.png", "0.png", "1.png", "2.png", "4.png", "deep/copy.png"]
+    assert [r["path"] for r in records] == [str(tests / name) for name in names]
+    paths = [r["path"] for r in records]
+    classifier = DiTiClassifier.from_pretrained(bank)
+    assert [r["label"] for r in records] == classifier.predict(paths).tolist()
+    assert [r["image_id"] for r in records] == [image_id(path) for path in paths]
+    for record, scores, probabilities in zip(
+        records, classifier.scores(paths).tolist(), classifier.predict_proba(paths).tolist(), strict=True
+    ):
+        assert record["scores"] == dict(zip(CLASSES, scores, strict=True))
+        assert record["margin"] == sorted(scores)[1] - sorted(scores)[0]
+        assert record["probabilities"] == dict(zip(CLASSES, probabilities, strict=True))
+        assert list(record["probabilities"].values()) == sorted(probabilities, reverse=True)
+    assert {**records[2], "path": ""} == {**records[5], "path": ""}
+    out = capsys.readouterr().out
+    assert records[0]["label"] in out and "margin" in out
+
+
+def test_score_goes_on_where_it_was_cut_short(
+    bank: Path, tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 0
+    whole = read_lines(tmp_path / "out.jsonl")
+    part = tmp_path / "out.jsonl.parts" / "part-00000.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text(lines[0] + lines[1] + lines[2][:40])
+    (tmp_path / "out.jsonl").unlink()
+    scored: list[str] = []
+    predictions = score_command._predictions
+    monkeypatch.setattr(
+        score_command, "_predictions", lambda classifier, paths: scored.extend(paths) or predictions(classifier, paths)
+    )
+    assert cli.main(command) == 0
+    assert len(scored) == len(lines) - 2
+    assert read_lines(tmp_path / "out.jsonl") == whole
+
+
+def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tests / "0.png").read_bytes()[:200])
+    command = ["score", "--bank", str(bank), str(broken), str(tests / "1.png"), "--output", str(tmp_path / "o.jsonl")]
+    assert cli.main(command) == 1
+    assert [r["path"] for r in read_lines(tmp_path / "o.jsonl")] == [str(tests / "1.png")]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not scored: ") and str(broken) in last
+
+
+def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(tests / "0.png", folder)
+    (folder / "notes.txt").write_text("")
+    before = (folder / "0.png").read_bytes()
+    assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(folder / "0.png")]) == 2
+    assert (folder / "0.png").read_bytes() == before
+    for _ in range(2):
+        assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert "1 files are passed over (1 .txt)" in capsys.readouterr().out
+
+
+def test_two_processes_score_as_one_and_no_image_twice(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "one.jsonl")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "fewshot_diti", "score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "two.jsonl")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("margin: second") == 1
+    one, two = read_lines(tmp_path / "one.jsonl"), read_lines(tmp_path / "two.jsonl")
+    parts = [read_lines(tmp_path / "two.jsonl.parts" / f"part-0000{rank}.jsonl") for rank in (0, 1)]
+    ids = [r["image_id"] for part in parts for r in part]
+    assert all(parts) and sorted(ids) == sorted({r["image_id"] for r in two})
+    for a, b in zip(one, two, strict=True):
+        assert (a["path"], a["image_id"]) == (b["path"], b["image_id"])
+        assert a["label"] == b["label"] or a["margin"] <= 1e-4
+        assert max(abs(a["scores"][name] - b["scores"][name]) for name in CLASSES) <= 1e-5
+
+
+def test_score_names_an_image_below_the_banner_and_a_path_that_is_no_utf8(
+    shots: Path, tests: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0", "--banner_rows", "5")
+    assert cli.main(command) == 0
+    Image.new("RGB", (32, 4)).save(tmp_path / "low.png")
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    save_image(tmp_path / "plain.png", 1000).rename(odd)
+    output = tmp_path / "out.jsonl"
+    images = [str(tests / "1.png"), str(tmp_path / "low.png"), str(odd)]
+    assert cli.main(["score", "--bank", str(tmp_path / "bank"), *images, "--output", str(output)]) == 1
+    assert "low.png is 4 pixels high" in capsys.readouterr().out
+    assert [line["path"] for line in read_lines(output)] == [images[0], images[2]]
+    assert cli.main(["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path)]) == 2
+    assert "is there already and no output of score" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""`fewshot-diti train`, run in-process on a tiny backbone and a tiny folder of images."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_commands import CLASSES, SCORING, TRAINING, save_classes, save_image, train_command
+
+from fewshot_diti import Bank, DiTiClassifier, backbone, cli
+from fewshot_diti.cost import training_evaluations
+from fewshot_diti.learning import Learner
+
+pytestmark = pytest.mark.usefixtures("quick_train")
+
+
+def test_train_accepts_dashes_draws_shots_and_cross_validates(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = train_command(shots, backbone_folder, tmp_path / "my bank", "--shots", "2", "--folds", "5", "--seed", "3")
+    assert cli.main([word.replace("output_dir", "output-dir") for word in command]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"accuracy on your shots: ([\d.]+) % \((\d) of 6; 95 % interval ([\d.]+) to ([\d.]+) %\)", out)
+    assert found and "in 2 folds" in out and "3 classes, 2 shots each: bolt, gear, nut" in out
+    assert f"fewshot-diti score --bank '{tmp_path / 'my bank'}' IMAGE_OR_DIR" in out
+    assert "pocket" not in out
+    trained = Bank.load(tmp_path / "my bank")
+    assert trained.labels == CLASSES and {token.num_shots for token in trained.tokens} == {2}
+    assert trained.tokens[0].prompt == "a photo of a hta bolt, a type of part."
+
+
+def test_train_says_that_one_shot_cannot_be_cross_validated(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--shots", "1")) == 0
+    assert "a class has one shot" in capsys.readouterr().out
+
+
+def test_train_shows_the_validation_loss_of_each_class(
+    backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_classes(tmp_path / "data" / "train", 2)
+    save_image(tmp_path / "data" / "val" / "gear" / "a.png", 77)
+    assert cli.main(train_command(tmp_path / "data", backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    out = capsys.readouterr().out
+    classifier = DiTiClassifier.from_pretrained(tmp_path / "bank")
+    expected = classifier.errors([tmp_path / "data" / "val" / "gear" / "a.png"])[0, 1].mean()
+    row = next(line for line in out.splitlines() if line.startswith("│ gear"))
+    assert [cell.strip() for cell in row.split("│")][2:4] == ["1", f"{expected:.5f}"]
+
+
+def test_train_takes_a_manifest(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
+    lines = [f"{path},{path.parent.name}" for path in sorted(shots.glob("*/[01].png"))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines]))
+    command = train_command(Path(), backbone_folder, tmp_path / "bank", "--folds", "0")
+    command[1] = f"manifest:{tmp_path / 'table.csv'}"
+    assert cli.main(command) == 0
+    assert Bank.load(tmp_path / "bank").labels == CLASSES
+
+
+def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backbone, "LARGE_UNET", 0)
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    # 4 steps x 3 classes, forward and backward; uniform weights need no shots
+    assert "about 36 evaluations of training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({}, 0),
+        ({"weighting": "tif_released", "calibration_images": 10_000}, 0),
+        ({"weighting": "spread"}, 3 * 4 * 3),
+        ({"density": "importance"}, 3 * 4 * 3),
+        ({"weighting": "spread", "calibration_images": 10_000}, 20 * 4 * 3),
+        ({"folds": 2, "weighting": "auto"}, 20 * 4 * 3 + 2 * 3 * 4 * 4),
+    ],
+)
+def test_the_announced_cost_counts_what_calibration_scores(changes: dict[str, Any], scored: int) -> None:
+    training = 3 * 4 * 4  # steps x classes, forward and backward
+    assert training_evaluations(TRAINING, replace(SCORING, **changes), 20, 4) == training + scored
+
+
+def test_train_names_the_class_that_failed_and_saves_the_others(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Learner.class_shots
+
+    def poisoned(self: Learner, label: str, *rest: object) -> object:
+        made = original(self, label, *rest)  # type: ignore[arg-type]
+        return replace(made, mean=made.mean * np.nan) if label == "gear" else made
+
+    monkeypatch.setattr(Learner, "class_shots", poisoned)
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
+    assert capsys.readouterr().err.startswith("error: The loss of 'gear'")
+    assert Bank.load(tmp_path / "bank").labels == ("bolt", "nut")
+
+
+def test_train_keeps_what_is_not_its_own_and_says_what_it_replaces(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "project")) == 2
+    assert "holds files and no whole bank" in capsys.readouterr().err
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    for _ in range(2):
+        assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
+    assert capsys.readouterr().out.count("is replaced when this one is done") == 1
