@@ -19,7 +19,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         " --shortlist --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
-        " --max_test_images --shift --group --output_dir --quick --dry_run --against",
+        " --training_share --max_test_images --shift --group --output_dir --quick --dry_run --against",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:

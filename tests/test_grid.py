@@ -113,18 +113,18 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     assert {(r.method, r.num_shots) for r in Grid(fast).missing()} == {("ncm-sd", 1), ("diti", 1)}
     stale = {r.method for r in Grid(replace(fast, trials=2)).missing()}
     assert stale == {m for m in fast.methods if m.startswith("diti") or m == "zeroshot-sd"} | {"ncm-sd"}
+    shorter = {r.method for r in Grid(replace(fast, training_share=0.5)).missing()}
+    assert shorter == {m for m in fast.methods if m.startswith("diti")} | {"ncm-sd"}
     assert replace(fast, max_test_images=1).folder != fast.folder  # a quick look leaves the full table alone
 
 
 def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods.ClipLora, "_cross_validate", lambda *_: 2)
-    monkeypatch.setattr(
-        methods.FineTuned.__init__, "__kwdefaults__", {"steps": 2, "batch_size": 4, "lr": 1e-3, "seed": 0}
-    )
-    few = replace(config, methods=("clip-lora", "finetune"), shots=(2,), against="finetune")
+    few = replace(config, methods=("clip-lora", "finetune"), shots=(2,), against="finetune", training_share=0.01)
     assert evaluate(few, QUIET) == 0
     record = json.loads((few.folder / "clip-lora" / "2-1.json").read_text())
     assert record["chosen"] == {"steps_": 2}
+    assert len(Grid(replace(few, training_share=0.02)).missing()) == 2
 
 
 def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -> None:

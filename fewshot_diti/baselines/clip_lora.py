@@ -20,7 +20,7 @@ from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import random_crop
 from fewshot_diti.data.images import ImageSource, open_image
 
-STEPS_PER_SHOT = 500
+STEPS_PER_SHOT = 500  # the published number
 
 
 class ClipLora(Baseline):
@@ -35,6 +35,7 @@ class ClipLora(Baseline):
         template: the one prompt of a class.
         candidates: numbers of iterations to choose from by two-fold cross-validation on the shots; none: as published.
             One shot a class takes the published number, or the largest candidate if that is smaller.
+        steps_per_shot: iterations where there are no candidates.
         seed: of crops and batches.
 
     Attributes:
@@ -50,16 +51,17 @@ class ClipLora(Baseline):
         lr: float = 2e-4,
         batch_size: int = 32,
         candidates: Sequence[int] = (),
+        steps_per_shot: int = STEPS_PER_SHOT,
         seed: int = 0,
     ) -> None:
         self.clip, self.template = clip, template
         self.rank, self.lr, self.batch_size, self.seed = rank, lr, batch_size, seed
-        self.candidates = tuple(candidates)
+        self.candidates, self.steps_per_shot = tuple(candidates), steps_per_shot
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         opened = [open_image(image) for image in images]
         fewest = int(np.bincount(labels_N).min())
-        self.steps_ = STEPS_PER_SHOT * fewest
+        self.steps_ = self.steps_per_shot * fewest
         if self.candidates:
             self.steps_ = min(self.steps_, max(self.candidates))
         if self.candidates and fewest > 1:

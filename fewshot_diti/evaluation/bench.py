@@ -35,6 +35,7 @@ SIBLINGS = "siblings"  # the row that stands on another network than its neighbo
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
+SMALL_IMAGES = (112, 224)  # (height, width) in pixels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +103,7 @@ class Bench:
         dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
         trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
+        training_share: of the steps that class tokens and networks are trained for.
         folder: where errors are kept.
     """
 
@@ -116,10 +118,12 @@ class Bench:
         trials: int | None,
         folder: Path,
         dtype: DtypeName = "auto",
+        training_share: float = 1.0,
     ) -> None:
         self._names = {"backbone": backbone, "clip": clip, "network": network, "siblings": siblings}
         self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
+        self._training_share = training_share
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -147,6 +151,11 @@ class Bench:
         return ImageNetwork(self._names["network"])
 
     @cached_property
+    def network_to_tune(self) -> ImageNetwork:
+        """The same at the size that it is fine-tuned at: beside the pocket half as high and wide, for two cores."""
+        return ImageNetwork(self._names["network"], size=SMALL_IMAGES) if self.backbone.small else self.network
+
+    @cached_property
     def network_features(self) -> KeptFeatures:
         """Its features."""
         return KeptFeatures(self.network.features)
@@ -158,6 +167,8 @@ class Bench:
 
     def network_of(self, method: str) -> ImageNetwork:
         """The network that a row of the table stands on."""
+        if method == "finetune":
+            return self.network_to_tune
         return self.siblings if method == SIBLINGS else self.network
 
     @cached_property
@@ -187,7 +198,12 @@ class Bench:
 
     def training(self, num_shots: int, seed: int) -> TrainingConfig:
         """How class tokens are trained."""
-        return replace(recommended_training(num_shots, small=self.backbone.small), seed=seed)
+        recommended = recommended_training(num_shots, small=self.backbone.small)
+        return replace(recommended, steps=self.steps(recommended.steps), seed=seed)
+
+    def steps(self, whole: int) -> int:
+        """Of a training that has `whole` steps, how many are done."""
+        return max(1, round(self._training_share * whole))
 
     def scoring(self, seed: int) -> ScoringConfig:
         """How images are scored: all time-steps; rows weigh them each in its own way."""

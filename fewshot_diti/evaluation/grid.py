@@ -37,6 +37,7 @@ from fewshot_diti.evaluation.methods import (
     NEEDS_CLIP,
     NEEDS_NETWORK,
     NEEDS_ZERO_SHOT,
+    TRAINS_A_NETWORK,
 )
 from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.files import write_atomically
@@ -65,6 +66,7 @@ class GridConfig:
         shots, seeds: columns, and draws of each.
         concept: what all classes are.
         trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
+        training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".
         group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
@@ -87,6 +89,7 @@ class GridConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     concept: str = "aircraft"
     trials: int | None = None
+    training_share: float = 1.0
     max_test_images: int | None = None
     shift: Literal["none", "livery"] = "none"
     group: str | None = None
@@ -112,6 +115,9 @@ class GridConfig:
             value = getattr(self, name)
             if value is not None and np.min(value) < 1:
                 raise ValueError(f"{name}={value}; pass whole numbers of at least 1.")
+
+        if not 0 < self.training_share <= 1:
+            raise ValueError(f"training_share={self.training_share}; pass a number above 0, of at most 1.")
 
     @property
     def has_siblings(self) -> bool:
@@ -181,6 +187,7 @@ class Grid:
             siblings=config.siblings or POCKET,
             concept=config.concept,
             trials=config.trials,
+            training_share=config.training_share,
             folder=config.folder / "errors",
         )
 
@@ -292,8 +299,9 @@ class Grid:
             "backbone_hash": self.bench.backbone.hash,
             "dtype": str(self.bench.backbone.dtype),
             "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
-            "network_hash": _hash(lambda: bench.network_of(run.method).hash) if run.method in NEEDS_NETWORK else None,
+            "network": _hash(lambda: bench.network_of(run.method).described) if run.method in NEEDS_NETWORK else None,
             "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
+            "training_share": config.training_share if run.method in TRAINS_A_NETWORK else None,
             "errors": bench.error_settings(run.seed) if reads_errors else None,
             "judged_by": judged_by if reads_errors else None,
             "concept": config.concept,

@@ -24,6 +24,7 @@ from fewshot_diti.baselines import (
     TipAdapter,
     ZeroShotClip,
 )
+from fewshot_diti.baselines.clip_lora import STEPS_PER_SHOT
 from fewshot_diti.baselines.imagenet import FineTuned
 from fewshot_diti.baselines.unet_features import TIMESTEPS
 from fewshot_diti.calibration import (
@@ -40,6 +41,8 @@ from fewshot_diti.recommended import recommended_scoring
 TINY = np.finfo(np.float64).tiny
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
 ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
+TUNING_STEPS = 200  # of `finetune`
+POCKET_LORA_STEPS = (50, 200)  # to choose from
 FEATURES_WEIGHT = 0.5  # of the U-Net's features, in temperatures, where none is recommended
 
 
@@ -230,6 +233,13 @@ def _window(bench: Bench, lo: float, hi: float) -> str:
     return f"window({round(lo * big_t)}, {round(hi * big_t)})"
 
 
+def _clip_lora(bench: Bench, task: Task) -> ClipLora:
+    """As published; beside the pocket for as many steps as cross-validation on the shots says."""
+    candidates = tuple(map(bench.steps, POCKET_LORA_STEPS)) if bench.backbone.small else ()
+    each = bench.steps(STEPS_PER_SHOT)
+    return ClipLora(bench.clip, bench.templates[0], candidates=candidates, steps_per_shot=each, seed=task.seed)
+
+
 def _logistic(candidates: Callable[[Bench], Any], *, evaluations: int = 0) -> Method:
     return of_baseline(lambda bench, _: LogisticProbe(candidates(bench)), evaluations=evaluations)
 
@@ -242,11 +252,7 @@ METHODS: dict[str, Method] = {
         lambda bench, task: TipAdapter(bench.clip, bench.templates, fine_tune=True, seed=task.seed)
     ),
     "linear-clip": _logistic(lambda bench: {"CLIP": bench.clip.image_features}),
-    "clip-lora": of_baseline(
-        lambda bench, task: ClipLora(
-            bench.clip, bench.templates[0], candidates=(50, 200) if bench.backbone.small else (), seed=task.seed
-        )
-    ),
+    "clip-lora": of_baseline(_clip_lora),
     "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=len(TIMESTEPS)),
     "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=len(TIMESTEPS)),
     "lda-sd": of_baseline(
@@ -254,7 +260,9 @@ METHODS: dict[str, Method] = {
     ),
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
-    "finetune": of_baseline(lambda bench, task: FineTuned(bench.network, seed=task.seed)),
+    "finetune": of_baseline(
+        lambda bench, task: FineTuned(bench.network_to_tune, steps=bench.steps(TUNING_STEPS), seed=task.seed)
+    ),
     SIBLINGS: _logistic(lambda bench: {"siblings": bench.siblings_features}),
     "diti": lambda bench, task: diti(recommended_scoring(small=bench.backbone.small).weighting, bench, task),
     "diti-all-t": partial(diti, "uniform"),
@@ -269,5 +277,6 @@ METHODS: dict[str, Method] = {
 NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti"))  # what `Bench.prepare` leaves
 NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` leaves
 NEEDS_CLIP = frozenset(name for name in METHODS if "clip" in name or name.startswith("tip-"))
+TRAINS_A_NETWORK = frozenset({"finetune", "clip-lora"})
 NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune", SIBLINGS})
 TOLD = {SIBLINGS: "told labels of sibling classes"}  # what a method knows beyond the shots
