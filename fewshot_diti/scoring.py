@@ -17,6 +17,7 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
 from fewshot_diti.lora import adapted
+from fewshot_diti.memory import halved
 from fewshot_diti.processes import process_state
 from fewshot_diti.trials import trial_noise
 
@@ -30,7 +31,7 @@ class Scorer:
         backbone: the one that the bank was trained on.
         bank: C class tokens.
         seed: of the noise, together with image id and trial number.
-        batch_size: evaluations in one forward; never changes a result beyond rounding.
+        batch_size: evaluations in one forward; never changes a result beyond rounding. Halved where memory runs out.
 
     Raises:
         ValueError: the bank belongs to another backbone.
@@ -60,7 +61,6 @@ class Scorer:
         pairs = torch.tensor([(0, c) for c in classes])
         return self.pair_errors(latents[None], [image_id], pairs, trials, timesteps)
 
-    @torch.no_grad()
     def pair_errors(
         self,
         latents_Nchw: Tensor,
@@ -80,6 +80,30 @@ class Scorer:
         Raises:
             ValueError: an error is not finite, naming the class.
         """
+        while True:
+            try:
+                out_PS = self._pair_errors(latents_Nchw, image_ids, pairs_P2, trials, timesteps)
+                break
+            except RuntimeError as error:
+                self.batch_size = halved(self.batch_size, error)
+        broken = (~out_PS.isfinite().all(1)).nonzero()
+        if len(broken):
+            image, label = pairs_P2[int(broken[0])].tolist()
+            raise ValueError(
+                f"Class token {self.bank.tokens[label].label!r} gives an error that is not a finite number on image "
+                f"{image_ids[image]}; train it again, remove it from the bank, or score in float32."
+            )
+        return out_PS
+
+    @torch.no_grad()
+    def _pair_errors(
+        self,
+        latents_Nchw: Tensor,
+        image_ids: Sequence[str],
+        pairs_P2: Tensor,
+        trials: Sequence[int],
+        timesteps: Sequence[int],
+    ) -> Tensor:
         device, shape = self.backbone.device, tuple(latents_Nchw.shape[1:])
         t_S = torch.as_tensor(timesteps, device=device)
         m = min(len(trials), self.batch_size)
@@ -105,13 +129,6 @@ class Scorer:
                         self.text_CLD[index].repeat_interleave(each, 0),
                     )
                     out_PS[i : i + groups, part] = e.view(groups, each).float().cpu()
-        broken = (~out_PS.isfinite().all(1)).nonzero()
-        if len(broken):
-            image, label = pairs_P2[int(broken[0])].tolist()
-            raise ValueError(
-                f"Class token {self.bank.tokens[label].label!r} gives an error that is not a finite number on image "
-                f"{image_ids[image]}; train it again, remove it from the bank, or score in float32."
-            )
         return out_PS
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
+from fewshot_diti.memory import halved
 from fewshot_diti.processes import process_state
 from fewshot_diti.trials import torch_generator
 
@@ -45,7 +46,7 @@ class TrainingConfig:
         flip: whether a copy may be mirrored; off, since aircraft noses point one way.
         weight_decay, max_grad_norm: of AdamW, and of each class's gradient over both networks.
         samples_per_batch: samples of one forward, one class's at least; decides how many classes share it, never the
-            result.
+            result. Halved where memory runs out.
         gradient_checkpointing: trades a second forward for the memory of the U-Net's activations.
         seed: of every class's own random stream.
 
@@ -271,22 +272,29 @@ def train_class_tokens(
         alive = [c for c in mine if not failed_at[c]]
         if not alive:
             break
-        for batch in (alive[i : i + width] for i in range(0, len(alive), width)):
-            drawn = [streams[c].draw(config, prior_latents) for c in batch]
-            latents, noise, timesteps = (torch.cat(parts).to(device) for parts in zip(*drawn, strict=True))
+        drawn = {c: streams[c].draw(config, prior_latents) for c in alive}
+        while alive:
+            batch = alive[:width]
+            parts = zip(*(drawn[c] for c in batch), strict=True)
+            latents, noise, timesteps = (torch.cat(part).to(device) for part in parts)
             index = torch.tensor(batch, device=device)
             active = rows[index].requires_grad_()
-            # backward stays inside: with gradient checkpointing it runs the adapted forward again
-            with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(latents):
-                loss_G = class_losses(
-                    backbone,
-                    torch.stack([ids[c] for c in batch]),
-                    latents,
-                    noise,
-                    timesteps,
-                    config.prior_weight,
-                )
-                (grad,) = torch.autograd.grad(loss_G.sum(), active)
+            try:
+                # backward stays inside: with gradient checkpointing it runs the adapted forward again
+                with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(latents):
+                    loss_G = class_losses(
+                        backbone,
+                        torch.stack([ids[c] for c in batch]),
+                        latents,
+                        noise,
+                        timesteps,
+                        config.prior_weight,
+                    )
+                    (grad,) = torch.autograd.grad(loss_G.sum(), active)
+            except RuntimeError as error:
+                width = halved(len(batch), error)
+                continue
+            alive = alive[width:]
             finite = (loss_G.detach().isfinite() & grad.norm(dim=1).isfinite()).tolist()
             for c, fine in zip(batch, finite, strict=True):
                 if not fine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,26 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
             Image.fromarray(pixels).save(folder / f"{label} {i}.png")
             out.setdefault(label, []).append(folder / f"{label} {i}.png")
     return out
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Sets how many samples a forward of the U-Net has memory for; returns the list of what is tried from then on."""
+    whole = Backbone.errors
+
+    def limit(samples: int) -> list[int]:
+        tried: list[int] = []
+
+        def errors(self: Backbone, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            tried.append(len(latents))
+            if len(latents) > samples:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return whole(self, latents, *rest)
+
+        monkeypatch.setattr(Backbone, "errors", errors)
+        return tried
+
+    return limit
 
 
 @pytest.fixture(scope="session")

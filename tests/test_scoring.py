@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_batch_size_and_the_choice_of_classes_and_trials_change_no_error(
     scorer = Scorer(backbone, bank, batch_size=batch_size)
     some = scorer.errors(latents[1], "b", classes, trials, [TIMESTEPS[s] for s in trials])
     torch.testing.assert_close(some, errors[1][classes][:, trials], rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_memory_is_too_small_for_is_halved_and_the_size_kept(
+    backbone: Backbone, bank: Bank, latents: Tensor, errors: Tensor, small_memory: Callable[[int], list[int]]
+) -> None:
+    tried = small_memory(5)
+    scorer = Scorer(backbone, bank, batch_size=16)
+    found = error_tensor(scorer, latents, ["a", "b", "c"], TIMESTEPS)
+    assert scorer.batch_size == 8 and tried[:2] == [15, 5] and max(tried[2:]) <= 5
+    torch.testing.assert_close(found, errors, rtol=0, atol=1e-5)
+    small_memory(0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scorer.errors(latents[0], "a", [0], [0], [1])
 
 
 def test_the_order_of_images_and_classes_changes_no_error(

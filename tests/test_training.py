@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_neither_order_nor_batches_change_a_class_token(
     joint = train_class_tokens(backbone64, shots, replace(config, samples_per_batch=samples), prior=prior)
     i = order.index("A320")
     torch.testing.assert_close(joint.rows[i], reference.rows[0], rtol=0, atol=1e-9)
+
+
+def test_a_batch_that_memory_is_too_small_for_is_halved_and_changes_no_class_token(
+    backbone64: Backbone, small_memory: Callable[[int], list[int]]
+) -> None:
+    shots = [random_shots(backbone64, x) for x in "abc"]
+    config = replace(CONFIG, steps=3, prior_weight=0.0)
+    alone = train_class_tokens(backbone64, shots, replace(config, samples_per_batch=1))
+    tried = small_memory(1)
+    halved = train_class_tokens(backbone64, shots, config)
+    assert tried == [3, *9 * [1]]
+    torch.testing.assert_close(halved.rows, alone.rows)
 
 
 def test_our_loop_equals_peft_layers_with_torch_adamw(backbone64: Backbone) -> None:
@@ -274,6 +287,7 @@ def test_the_learning_rate_is_constant_or_falls_to_zero_as_a_cosine() -> None:
 
 SCRIPT = """
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
