@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
-from fewshot_diti.bank import Bank, plain_labels, read_files, written_here
+from fewshot_diti.bank import Bank, plain_labels
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
@@ -29,11 +25,11 @@ from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring
+from fewshot_diti.saved import FEATURES_FILE, SETTINGS_FILE, features_file, read_features, read_settings, settings_file
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.training import Label, TrainingConfig
 
 _FEATURES_AT_ONCE = 64  # images whose features are held in memory
-_SETTINGS, _FEATURES = "classifier.json", "shot_features.safetensors"
 
 
 class DiTiClassifier:
@@ -255,18 +251,11 @@ class DiTiClassifier:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
         waits for it: after a failure the others may be anywhere."""
         bank = self._fitted()
-        settings = {
-            "concept": self.concept,
-            "prompt_template": self.prompt_template,
-            "generic_prompt": self.generic_prompt,
-            "scoring": asdict(self.scoring),
-            "calibration": asdict(self.calibration_),
-            "training": None if self.training is None else asdict(self.training),
-        }
+        names = ("concept", "prompt_template", "generic_prompt", "scoring", "training")
         if process_state().is_main_process:
-            extra = {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
+            extra = {SETTINGS_FILE: settings_file({x: getattr(self, x) for x in names}, self.calibration_)}
             if self._shot_features.keys() == set(bank.labels):
-                extra[_FEATURES] = save_tensors({str(c): self._shot_features[x] for c, x in enumerate(bank.labels)})
+                extra[FEATURES_FILE] = features_file(self._shot_features, bank.labels)
             bank.save(folder, extra=extra)
 
     @classmethod
@@ -281,8 +270,8 @@ class DiTiClassifier:
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         bank = Bank.load(folder)
-        arguments, calibration = _read_settings(folder)
-        shot_features = _read_features(folder, bank)
+        arguments, calibration = read_settings(folder)
+        shot_features = read_features(folder, bank.labels)
         try:
             found = load_backbone(bank.backbone_name) if backbone is None else backbone
         except FileNotFoundError as error:
@@ -324,39 +313,3 @@ class DiTiClassifier:
         bank = new if self.bank_ is None else self.bank_.merge(new)
         self._set_bank(bank.select(sorted(bank.labels)), features)
         return failed
-
-
-def _read_settings(folder: str | Path) -> tuple[dict[str, Any], Calibration | None]:
-    """Arguments of the classifier saved in a folder, and its calibration; none, with a warning, of a bank alone."""
-    try:
-        settings = json.loads(read_files(folder, [_SETTINGS])[_SETTINGS])
-    except FileNotFoundError:
-        warnings.warn(
-            f"{folder} holds a bank without a classifier's settings: scores and probabilities are uncalibrated. Save "
-            "one with DiTiClassifier.save_pretrained to keep settings.",
-            stacklevel=3,
-        )
-        return {}, None
-    with written_here(folder):
-        return {
-            "training": settings["training"] and TrainingConfig(**_tuples(settings["training"])),
-            "scoring": ScoringConfig(**_tuples(settings["scoring"])),
-            **{key: settings[key] for key in ("concept", "prompt_template", "generic_prompt")},
-        }, Calibration(**_tuples(settings["calibration"]))
-
-
-def _read_features(folder: str | Path, bank: Bank) -> dict[Label, Tensor]:
-    """Features of the shots of each class, where the bank was saved with them."""
-    try:
-        found = load_tensors(read_files(folder, [_FEATURES])[_FEATURES])
-    except FileNotFoundError:
-        return {}
-    with written_here(folder):
-        return {x: found[str(c)] for c, x in enumerate(bank.labels)}
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -30,6 +30,7 @@ from fewshot_diti.learning import TrainingError
 from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
+from fewshot_diti.saved import SETTINGS_FILE
 from fewshot_diti.scoring import in_flight
 from fewshot_diti.training import TrainingConfig
 from fewshot_diti.validation import validation_losses, validation_table
@@ -143,8 +144,8 @@ def main(configs: Mapping[str, Callable[[int], Experiment]], num_shots: int) -> 
         run(tyro.cli(Experiment, default=default, args=flags, use_underscores=True, description=description))
     except torch.OutOfMemoryError as error:
         raise SystemExit(
-            "error: out of GPU memory; lower --training.samples_per_batch and --scoring.batch_size, or pass "
-            f"--training.gradient_checkpointing. {str(error).split('.')[0]}"
+            "error: out of GPU memory, even with the smallest batches; pass --training.gradient_checkpointing or "
+            f"fewer --training.shots_per_step. {str(error).split('.')[0]}"
         ) from error
     except (OSError, ValueError, TrainingError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -243,7 +244,7 @@ def _class_tokens(experiment: Experiment, backbone: Backbone, shots_set: ImageSe
     Where something failed, what is trained is saved in a folder of its own, which no later run takes for the bank.
     """
     folder = experiment.output_dir / _BANK
-    if (folder / "classifier.json").is_file():  # written last
+    if (folder / SETTINGS_FILE).is_file():  # written last
         classifier = DiTiClassifier.from_pretrained(folder, backbone)
         classifier.scoring = experiment.scoring  # may share batches in another way
         return classifier

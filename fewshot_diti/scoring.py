@@ -40,6 +40,7 @@ class Scorer:
     def __init__(self, backbone: Backbone, bank: Bank, *, seed: int = 0, batch_size: int = 96) -> None:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
+        self._at_once = batch_size  # what memory has been found to hold
         self.rows_CP = bank.scaled_rows().to(backbone.device, backbone.dtype)
         self.text_CLD = self._encode_text()
 
@@ -85,7 +86,7 @@ class Scorer:
                 out_PS = self._pair_errors(latents_Nchw, image_ids, pairs_P2, trials, timesteps)
                 break
             except RuntimeError as error:
-                self.batch_size = halved(self.batch_size, error)
+                self._at_once = halved(self._at_once, error)
         broken = (~out_PS.isfinite().all(1)).nonzero()
         if len(broken):
             image, label = pairs_P2[int(broken[0])].tolist()
@@ -106,8 +107,8 @@ class Scorer:
     ) -> Tensor:
         device, shape = self.backbone.device, tuple(latents_Nchw.shape[1:])
         t_S = torch.as_tensor(timesteps, device=device)
-        m = min(len(trials), self.batch_size)
-        width = max(1, self.batch_size // m)
+        m = min(len(trials), self._at_once)
+        width = max(1, self._at_once // m)
         out_PS = torch.empty(len(pairs_P2), len(trials))
         noise: dict[int, Tensor] = {}  # of the images in the batch
         for i in range(0, len(pairs_P2), width):

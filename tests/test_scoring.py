@@ -67,7 +67,7 @@ def test_a_batch_that_memory_is_too_small_for_is_halved_and_the_size_kept(
     tried = small_memory(5)
     scorer = Scorer(backbone, bank, batch_size=16)
     found = error_tensor(scorer, latents, ["a", "b", "c"], TIMESTEPS)
-    assert scorer.batch_size == 8 and tried[:2] == [15, 5] and max(tried[2:]) <= 5
+    assert tried[0] == 15 and set(tried[1:]) == {5}
     torch.testing.assert_close(found, errors, rtol=0, atol=1e-5)
     small_memory(0)
     with pytest.raises(RuntimeError, match="out of memory"):
