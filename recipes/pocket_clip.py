@@ -5,11 +5,14 @@ Images have the size that the pocket sees, captions are drawn as its were.
     accelerate launch --cpu recipes/pocket_clip.py --data DIR
 
 `DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last
-checkpoint. A processor without bfloat16 wants --mixed_precision no.
+checkpoint. A processor without bfloat16 wants --mixed_precision no. The rows with CLIP of `python -m eval.fewshot`
+stand on the model that ships; `--clip local-dir:runs/pocket-clip/clip` takes this one.
 
-Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
-Time: not measured.
-Expected: not measured.
+Hardware: two CPU cores; on GPUs leave out --cpu.
+Time: 67 minutes in float32 on two cores with AVX2 alone (0.65 steps/s where nothing else runs).
+Expected: held_out_accuracy 0.387 / 0.584 / 0.616 / 0.627 / 0.703 after 500 / 1,000 / 1,500 / 2,000 / 2,600 steps,
+features of variants left out of training, 16 images a variant (docs/logs/pocket-clip.jsonl; its first 600 steps had the
+learning rate of a run of 4,000). Measured 2026-11-26.
 """
 
 from pathlib import Path
@@ -29,6 +32,7 @@ def pocket_clip() -> ClipConfig:
         kinds=here / "aircraft_kinds.json",
         tokenizer=Path(resolve("pocket")) / "tokenizer",
         output_dir=Path("runs/pocket-clip"),
+        steps=2_600,
     )
 
 

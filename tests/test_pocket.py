@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
 from safetensors import safe_open
 
 from fewshot_diti.backbone import POCKET, resolve
+from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.commands.demo import DemoConfig, run_demo
+from fewshot_diti.data import load_images
+from fewshot_diti.files import shipped
+from fewshot_diti.pretraining.captions import sky_name
 
 
 def test_the_pocket_has_its_promised_size_and_dtype() -> None:
@@ -29,6 +34,17 @@ def test_diffusers_makes_an_image_with_it() -> None:
     assert image.size == (128, 64)
     low, high = image.convert("L").getextrema()
     assert high - low > 50  # no flat noise-grey
+
+
+def test_its_clip_is_small_and_reads_the_sky_off_images_that_it_has_not_seen() -> None:
+    assert sum(path.stat().st_size for path in shipped("pocket-clip").iterdir()) < 15e6
+    clip, images = OpenClip(POCKET), load_images("bundled", "test")
+    pictures = [images.image(i) for i in range(0, len(images), 4)]
+    truth = [sky_name(torch.from_numpy(np.array(picture)).permute(2, 0, 1)) for picture in pictures]
+    skies = sorted(set(truth))
+    assert len(skies) == 4
+    scores = clip.encode_images(pictures) @ clip.class_weights(skies, ["a photo of an aircraft in {}"]).T
+    assert np.mean(np.array(skies)[scores.argmax(1)] == truth) > 0.9
 
 
 def test_the_demo_tells_bundled_aircraft_apart_better_than_chance(tmp_path: Path) -> None:
