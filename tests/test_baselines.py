@@ -188,6 +188,9 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
             right = np.mean([classes[r.argmax()] == x for r, x in zip(rows, labels, strict=True)])
             likely = np.mean([np.log(r[classes.index(x)]) for r, x in zip(rows, labels, strict=True)])
             merits[alpha, beta] = (right, likely)
+    assert tip.left_out is not None
+    each = [logits(f, tip.alpha_, tip.beta_, left_out=i) for i, f in enumerate(features)]
+    np.testing.assert_allclose(softmax(tip.left_out, axis=1), softmax(each, axis=1), atol=1e-5)
     chosen, best = merits[tip.alpha_, tip.beta_], max(merits.values())
     assert chosen[0] == best[0]
     assert chosen[1] == pytest.approx(best[1], abs=1e-6)
@@ -195,7 +198,7 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
 
 def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta(clip: OpenClip) -> None:
     tip = TipAdapter(clip, TEMPLATES, views=1).fit(*pictures(1, 0))
-    assert (tip.alpha_, tip.beta_) == (ALPHA, BETA)
+    assert (tip.alpha_, tip.beta_, tip.left_out) == (ALPHA, BETA, None)
 
 
 def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:

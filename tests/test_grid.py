@@ -20,13 +20,14 @@ from rich.console import Console
 from small_clip import save_tiny_clip
 
 from fewshot_diti import DiTiClassifier
-from fewshot_diti.baselines import ShrinkageLda
+from fewshot_diti.baselines import ShrinkageLda, TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation import methods
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.table import Row, comma_separated, latex, markdown, published_rows
+from fewshot_diti.held_out import split_folds
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.training import TrainingConfig
 
@@ -152,6 +153,24 @@ def test_features_of_the_unet_take_their_weight_off_the_scores(config: EvalConfi
     best = (-tokens + record["chosen"]["features_weight"] * said).argmax(1)
     assert record["chosen"]["features_weight"] > 0
     assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in best]
+
+
+def test_class_tokens_and_clip_are_mixed_as_sure_as_held_out_shots_allow(config: EvalConfig) -> None:
+    grid = Grid(replace(config, methods=("diti+clip", "diti"), shots=(2,)))
+    assert grid.run_missing() == []
+    task, bench = grid.task(2, 1), grid.bench
+    record, tokens = (json.loads((grid.config.folder / m / "2-1.json").read_text()) for m in ("diti+clip", "diti"))
+    chosen = record["chosen"]
+    errors = bench.diti(task)
+    weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
+    scores = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
+    held = [(shot, sorted(task.class_names)[c]) for _, fold in split_folds(task.groups(), 2) for c, shot in fold]
+    tip = TipAdapter(bench.clip, bench.templates, seed=1).fit([shot for shot, _ in held], [name for _, name in held])
+    of_clip = np.log(tip.predict_proba(task.test_images())) / chosen["clip_temperature"]
+    of_clip = of_clip[:, [tip.classes_.tolist().index(name) for name in task.class_names]]
+    w = chosen["clip_weight"]
+    mixed = -(1 - w) * scores / tokens["chosen"]["temperature"] + w * of_clip
+    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in mixed.argmax(1)]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

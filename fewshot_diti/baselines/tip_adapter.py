@@ -39,6 +39,8 @@ class TipAdapter(Baseline):
 
     Attributes:
         alpha_, beta_: the chosen ones, after `fit`.
+        left_out: logits [N, C] of each shot by the keys of the others, before any training of keys; None with one shot
+            a class.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class TipAdapter(Baseline):
         mean = views_VND.mean(0)
         self._keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
         self._values_NC = np.eye(len(self.classes_))[labels_N]
-        self.alpha_, self.beta_ = self._leave_one_out(self.clip.image_features(images), labels_N)
+        self.alpha_, self.beta_, self.left_out = self._leave_one_out(self.clip.image_features(images), labels_N)
         if self.fine_tune:
             self._train_keys(views_VND, labels_N)
 
@@ -80,23 +82,28 @@ class TipAdapter(Baseline):
             torch.manual_seed(self.seed)
             return np.stack([self.clip.encode_images([random_crop(i) for i in images]) for _ in range(self.views)])
 
-    def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+    def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float, np.ndarray | None]:
         counts = np.bincount(labels_N)[labels_N]
         if counts.min() < 2:
-            return ALPHA, BETA
+            return ALPHA, BETA, None
         zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
         rows = np.arange(len(labels_N))
 
-        def merit(alpha: float, beta: float) -> tuple[float, float]:
+        def logits(alpha: float, beta: float) -> np.ndarray:
             affinity = np.exp(-beta * (1 - cosines))
             affinity[rows, rows] = 0  # the shot's own key
             cache = affinity @ self._values_NC
             cache[rows, labels_N] *= counts / (counts - 1)  # its class has one key less than its rivals
-            logits = zero_shot + alpha * cache
-            return (logits.argmax(1) == labels_N).mean(), log_softmax(logits, axis=1)[rows, labels_N].mean()
+            out: np.ndarray = zero_shot + alpha * cache
+            return out
+
+        def merit(alpha: float, beta: float) -> tuple[float, float]:
+            found = logits(alpha, beta)
+            return (found.argmax(1) == labels_N).mean(), log_softmax(found, axis=1)[rows, labels_N].mean()
 
         alphas = [a for a in ALPHAS if a or not self.fine_tune]  # keys of no weight learn nothing
-        return max(product(alphas, BETAS), key=lambda pair: merit(*pair))
+        best = max(product(alphas, BETAS), key=lambda pair: merit(*pair))
+        return *best, logits(*best)
 
     def _train_keys(self, views_VND: np.ndarray, labels_N: np.ndarray) -> None:
         """AdamW on the keys, cosine schedule; each epoch sees one random view of every shot, in batches of 256."""

@@ -24,8 +24,8 @@ class EvalConfig(GridConfig):
     """Few-shot accuracy of class tokens and of baselines, over shots and seeds; runs that are there are not run again.
 
     Attributes:
-        quick: 1 and 2 shots, one seed, ten test images a class, 4 trials and a third of the training steps, whatever
-            the flags say.
+        quick: 1 and 2 shots, one seed, ten test images a class, 3 trials and a quarter of the training steps,
+            whatever the flags say.
         dry_run: says what would run, and how long it would take, and runs nothing.
         against: the method that all others are compared with, image by image.
 
@@ -50,7 +50,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
         OSError, ValueError: the data or a model cannot be loaded.
     """
     if config.quick:
-        config = replace(config, shots=(1, 2), seeds=(1,), max_test_images=10, trials=4, training_share=1 / 3)
+        config = replace(config, shots=(1, 2), seeds=(1,), max_test_images=10, trials=3, training_share=0.25)
     grid = Grid(config)
     if config.dry_run:
         console.out(plan(grid))

@@ -120,33 +120,40 @@ def zero_shot_sd(bench: Bench, task: Task) -> Outcome:
 
 def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     """Log-probabilities of class tokens and of Tip-Adapter, mixed with the weight under which held-out shots are most
-    likely; half and half with one shot a class."""
+    likely; half and half with one shot a class.
+
+    Both are made as sure as held-out shots allow before they are mixed: Tip-Adapter's logits grow with its alpha.
+    """
     start = perf_counter()
     errors, weighting = bench.diti(task), recommended_scoring(small=bench.backbone.small).weighting
     scores, temperature, _ = _scores(weighting, bench, task, errors)
-    make = partial(TipAdapter, bench.clip, bench.templates, seed=task.seed)
-    tip = make().fit(task.shot_images(), task.shot_labels())
-    weight = 0.5
-    if errors.out_of_fold:
+    groups = task.groups()
+    # by fold, as the errors of held-out shots are
+    shots = [(shot, sorted(groups)[c]) for _, held in split_folds(groups, FOLDS) for c, shot in held]
+    tip = TipAdapter(bench.clip, bench.templates, seed=task.seed)
+    tip.fit(*map(list, zip(*shots, strict=True)))
+    weight, clip_temperature = 0.5, 1.0
+    if errors.out_of_fold and tip.left_out is not None:
         held_out, _, _ = _scores(weighting, bench, task, errors, held_out=True)
         log_held_out = log_softmax(-held_out.numpy() / temperature, axis=1)
-        log_clip = np.log(_held_out(make, task).clip(TINY))
-        truth = errors.held_out_labels.numpy()
+        logits, labels = torch.from_numpy(in_task_order(tip, task, tip.left_out)), errors.held_out_labels
+        clip_temperature = fit_temperature(-logits, labels)
+        log_clip = log_softmax(logits.numpy() / clip_temperature, axis=1)
 
         def likelihood(w: float) -> float:
             mixed = log_softmax((1 - w) * log_held_out + w * log_clip, axis=1)
-            return mixed[np.arange(len(truth)), truth].mean()
+            return mixed[np.arange(len(labels)), labels.numpy()].mean()
 
         weight = float(max(ENSEMBLE_WEIGHTS, key=likelihood))
     fitted = perf_counter()
     log_diti = log_softmax(-scores.numpy() / temperature, axis=1)
-    log_clip = np.log(in_task_order(tip, task, tip.predict_proba(task.test_images())).clip(TINY))
+    log_clip = np.log(in_task_order(tip, task, tip.predict_proba(task.test_images())).clip(TINY)) / clip_temperature
     return Outcome(
-        probabilities=softmax((1 - weight) * log_diti + weight * log_clip, axis=1),
+        probabilities=softmax((1 - weight) * log_diti + weight * log_softmax(log_clip, axis=1), axis=1),
         evaluations=errors.test.shape[1] * errors.test.shape[2],
         training_seconds=errors.training_seconds + fitted - start,
         scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
-        chosen={"clip_weight": weight},
+        chosen={"clip_weight": weight, "clip_temperature": clip_temperature},
     )
 
 
@@ -216,16 +223,6 @@ def _weights(weighting: str, bench: Bench, task: Task, errors: DitiErrors) -> Te
     if fixed is not None:
         return fixed
     return timesteps.FROM_ERRORS[weighting](errors.held_out, errors.timesteps, len(abar))
-
-
-def _held_out(make: Callable[[], Baseline], task: Task) -> np.ndarray:
-    """A baseline's probabilities [n, C] of the shots, each by a fit without it, ordered as `DitiErrors.held_out`."""
-    rows = []
-    for kept, held in split_folds(task.groups(), FOLDS):
-        labelled = [(shot, label) for label, shots in kept.items() for shot in shots]
-        baseline = make().fit(*map(list, zip(*labelled, strict=True)))
-        rows.append(in_task_order(baseline, task, baseline.predict_proba([shot for _, shot in held])))
-    return np.concatenate(rows)
 
 
 def _window(bench: Bench, lo: float, hi: float) -> str:
