@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fewshot_diti.data.sources import load_bundled
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 def blocks(language: str) -> list[str]:
@@ -48,6 +50,9 @@ def test_the_first_two_shell_blocks_make_their_own_environment() -> None:
 def test_shell_blocks_name_flags_and_recipes_that_exist() -> None:
     for line in "".join(blocks("sh")[2:]).splitlines():
         words = shlex.split(line)
+        if words[0].endswith("pip"):
+            assert words[-1].removeprefix(".[").removesuffix("]") in EXTRAS
+            continue
         if words[0].endswith("fewshot-diti"):
             command = [sys.executable, "-m", "fewshot_diti", words[1], "--help"]
         else:
