@@ -202,9 +202,8 @@ def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta(clip: OpenCli
 
 
 def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        TipAdapter, "_leave_one_out", lambda *_: (1.0, 1.0, None)
-    )  # so mild that there is much to learn
+    mild = (1.0, 1.0, None)  # so mild that there is much to learn
+    monkeypatch.setattr(TipAdapter, "_leave_one_out", lambda *_: mild)
     shots, labels = pictures(3, 0)
     rows = np.searchsorted(sorted(NAMES), labels)
     plain = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)

@@ -34,8 +34,8 @@ class ClipLora(Baseline):
         clip: the model, which stays as it is.
         template: the one prompt of a class.
         candidates: numbers of iterations to choose from by two-fold cross-validation on the shots; none: as published.
-            One shot a class takes the published number, or the largest candidate if that is smaller.
-        steps_per_shot: iterations where there are no candidates.
+            One shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
+        steps_per_shot: iterations for each shot of a class, where there are no candidates.
         seed: of crops and batches.
 
     Attributes:
