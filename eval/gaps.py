@@ -14,8 +14,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.gaps import equal_trials, join, measure, plot
-from fewshot_diti.evaluation.grid import Grid, GridConfig
+from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import LARGE_T, SMALL_T
 from fewshot_diti.files import write_atomically
 
@@ -46,7 +47,9 @@ def main(config: GridConfig) -> None:
             write_atomically(path, plot(join(parts), title))
             print(f"wrote {path}")
     table = Table(
-        "trials", *(f"{k} shots" for k in equal), title="accuracy in %, the same number of trials in each row"
+        "trials",
+        *(f"{k} shot" if k == 1 else f"{k} shots" for k in equal),
+        title="accuracy in %, the same number of trials in each row",
     )
     for name in windows:
         table.add_row(name, *(f"{100 * np.mean([found[name] for found in each]):.1f}" for each in equal.values()))
@@ -54,4 +57,7 @@ def main(config: GridConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(GridConfig))
+    try:
+        main(tyro.cli(GridConfig))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -34,6 +34,18 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
     )
 
 
+@torch.no_grad()
+def seconds_of_an_evaluation(backbone: Backbone, size: tuple[int, int], batch_size: int = 1) -> float:
+    """Measured, in a batch of so many; `size` as of `announce_time`."""
+    shape = (batch_size, backbone.latent_channels, *(s // backbone.vae_scale_factor for s in size))
+    latents = torch.zeros(shape, device=backbone.device)
+    times = torch.zeros(batch_size, dtype=torch.long, device=backbone.device)
+    text = backbone.encode_text(backbone.tokenize([""] * batch_size))
+    start = time.perf_counter()
+    backbone.errors(latents, latents, times, text).sum().item()  # waits for a GPU
+    return (time.perf_counter() - start) / batch_size
+
+
 def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, what: str) -> None:
     """Before a large backbone starts on a CPU: measures one evaluation and says how long `what` will take.
 
@@ -45,12 +57,7 @@ def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, w
     """
     if backbone.device.type != "cpu" or backbone.small or not evaluations:
         return
-    shape = (1, backbone.latent_channels, *(s // backbone.vae_scale_factor for s in size))
-    with torch.no_grad():
-        text = backbone.encode_text(backbone.tokenize([""]))
-        start = time.perf_counter()
-        backbone.errors(torch.zeros(shape), torch.zeros(shape), torch.tensor([0]), text)
-    seconds = time.perf_counter() - start
+    seconds = seconds_of_an_evaluation(backbone, size)
     state = process_state()
     if state.is_main_process:
         print(

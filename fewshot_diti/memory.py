@@ -1,7 +1,10 @@
-"""Batches that memory is too small for."""
+"""Batches that memory is too small for, and what has been used."""
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 
@@ -15,3 +18,14 @@ def halved(size: int, error: RuntimeError) -> int:
         raise error
     clear_device_cache()
     return size // 2
+
+
+def peak_memory() -> int | None:
+    """Bytes: of this process so far, or on a GPU of its tensors since the last reset; None on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -62,6 +62,7 @@ class Scorer:
         pairs = torch.tensor([(0, c) for c in classes])
         return self.pair_errors(latents[None], [image_id], pairs, trials, timesteps)
 
+    @torch.no_grad()
     def pair_errors(
         self,
         latents_Nchw: Tensor,
@@ -81,12 +82,26 @@ class Scorer:
         Raises:
             ValueError: an error is not finite, naming the class.
         """
-        while True:
+        shape = tuple(latents_Nchw.shape[1:])
+        out_PS = torch.empty(len(pairs_P2), len(trials))
+        noise: dict[int, Tensor] = {}  # of the images in the batch
+        done = 0
+        while done < len(pairs_P2):
+            each = min(len(trials), self._at_once)
+            pairs = pairs_P2[done : done + max(1, self._at_once // each)]
+            noise = {
+                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape)
+                for n in pairs[:, 0].unique().tolist()
+            }
             try:
-                out_PS = self._pair_errors(latents_Nchw, image_ids, pairs_P2, trials, timesteps)
-                break
+                for part in torch.arange(len(trials)).split(each):
+                    noise_PS = torch.stack([noise[n][part] for n in pairs[:, 0].tolist()])
+                    times = torch.as_tensor(timesteps)[part]
+                    out_PS[done : done + len(pairs), part] = self._batch_errors(latents_Nchw, pairs, noise_PS, times)
             except RuntimeError as error:
                 self._at_once = halved(self._at_once, error)
+                continue
+            done += len(pairs)
         broken = (~out_PS.isfinite().all(1)).nonzero()
         if len(broken):
             image, label = pairs_P2[int(broken[0])].tolist()
@@ -96,41 +111,19 @@ class Scorer:
             )
         return out_PS
 
-    @torch.no_grad()
-    def _pair_errors(
-        self,
-        latents_Nchw: Tensor,
-        image_ids: Sequence[str],
-        pairs_P2: Tensor,
-        trials: Sequence[int],
-        timesteps: Sequence[int],
-    ) -> Tensor:
-        device, shape = self.backbone.device, tuple(latents_Nchw.shape[1:])
-        t_S = torch.as_tensor(timesteps, device=device)
-        m = min(len(trials), self._at_once)
-        width = max(1, self._at_once // m)
-        out_PS = torch.empty(len(pairs_P2), len(trials))
-        noise: dict[int, Tensor] = {}  # of the images in the batch
-        for i in range(0, len(pairs_P2), width):
-            images, classes = pairs_P2[i : i + width].T
-            present = images.unique().tolist()
-            noise = {
-                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape).to(device)
-                for n in present
-            }
-            index, groups = classes.to(device), len(classes)
-            with adapted(self.backbone.networks, self.bank.layout, self.rows_CP[index], ("unet",)):
-                for j in range(0, len(trials), m):
-                    part = slice(j, j + m)
-                    each = len(t_S[part])
-                    e = self.backbone.errors(
-                        latents_Nchw[images].to(device).repeat_interleave(each, 0),
-                        torch.cat([noise[n][part] for n in images.tolist()]),
-                        t_S[part].repeat(groups),
-                        self.text_CLD[index].repeat_interleave(each, 0),
-                    )
-                    out_PS[i : i + groups, part] = e.view(groups, each).float().cpu()
-        return out_PS
+    def _batch_errors(self, latents_Nchw: Tensor, pairs_P2: Tensor, noise_PS: Tensor, timesteps_S: Tensor) -> Tensor:
+        """Errors [P, S] in one forward; noise is [P, S, c, h, w]."""
+        device = self.backbone.device
+        images, classes = pairs_P2.T
+        index, each = classes.to(device), len(timesteps_S)
+        with adapted(self.backbone.networks, self.bank.layout, self.rows_CP[index], ("unet",)):
+            errors = self.backbone.errors(
+                latents_Nchw[images].to(device).repeat_interleave(each, 0),
+                noise_PS.flatten(0, 1).to(device),
+                timesteps_S.to(device).repeat(len(pairs_P2)),
+                self.text_CLD[index].repeat_interleave(each, 0),
+            )
+        return errors.view(-1, each).float().cpu()
 
 
 def error_tensor(

@@ -37,12 +37,17 @@ def test_groups_that_are_right_or_wrong_together_widen_the_interval() -> None:
     wilson = summarize(labels, probabilities, ("a", "b"), ids)["interval"]
     grouped = summarize(labels, probabilities, ("a", "b"), ids, groups=[str(i // 5) for i in range(40)])["interval"]
     assert grouped[1] - grouped[0] > 1.5 * (wilson[1] - wilson[0])
+    # the spread of two groups says little, and an image without a group is one by itself
+    two = summarize(labels, probabilities, ("a", "b"), ids, groups=["left"] * 20 + ["right"] * 20)
+    assert (two["interval"], two["interval_over"]) == (wilson, "images")
+    alone = summarize(labels, probabilities, ("a", "b"), ids, groups=[""] * 40)
+    assert alone["interval_over"] == "groups" and alone["interval"] == pytest.approx(wilson, abs=0.06)
 
 
 def test_matched_and_shifted_images_are_told_apart() -> None:
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.9, 0.1]])
-    matched = np.array([True, True, False, False])
-    found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), matched=matched)
+    parts = {"matched": np.array([True, True, False, False]), "shifted": np.array([False, False, True, True])}
+    found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), parts=parts)
     assert (found["matched"]["accuracy"], found["matched"]["images"]) == (1.0, 2)
     assert (found["shifted"]["accuracy"], found["shifted"]["images"]) == (0.5, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,7 +102,10 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     record = json.loads((folder / "diti" / "2-1.json").read_text())
     assert record["status"] == "ok" and record["evaluations_per_image"] == 9
     assert 0 <= record["interval"][0] <= record["accuracy"] <= record["interval"][1] <= 1
-    assert len(record["predictions"]) == 6 and set(record["predictions"][0]) == {"image_id", "label", "margin"}
+    assert len(record["predictions"]) == 6
+    assert set(record["predictions"][0]) == {"image_id", "true_label", "label", "margin"}
+    right = np.mean([p["label"] == p["true_label"] for p in record["predictions"]])
+    assert right == record["accuracy"]
     assert len(record["shots"]["image_ids"]) == 6
     for name in ("table.md", "table.tex", "table.csv", "accuracy.png", "comparisons.json"):
         assert (folder / name).stat().st_size > 0
@@ -195,6 +199,40 @@ def test_where_every_run_fails_the_reasons_are_printed(
     assert "1-1.json: ZeroDivisionError: division by zero" in capsys.readouterr().out
 
 
+def test_where_class_tokens_fail_their_rows_say_why(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no paint left")
+
+    monkeypatch.setattr(bench_module.Bench, "prepare", broken)
+    few = replace(config, methods=("diti", "nn-latents"), shots=(1,))
+    assert evaluate(few, QUIET) == 1
+    failed = json.loads((few.folder / "diti" / "1-1.json").read_text())
+    assert failed["error"] == "ValueError: no paint left" and "in broken" in failed["traceback"]
+    assert json.loads((few.folder / "nn-latents" / "1-1.json").read_text())["status"] == "ok"
+
+
+def test_a_draw_is_done_before_the_next_begins(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    prepare, draws = bench_module.Bench.prepare, []
+
+    def killed_at_the_second(self: Any, task: Any) -> None:
+        draws.append(task.num_shots)
+        if len(draws) > 1:
+            raise Killed
+        prepare(self, task)
+
+    monkeypatch.setattr(bench_module.Bench, "prepare", killed_at_the_second)
+    few = replace(config, methods=("diti", "diti-all-t"))
+    with pytest.raises(Killed):
+        evaluate(few, QUIET)
+    assert draws == [1, 2] and {(r.method, r.num_shots) for r in Grid(few).missing()} == {
+        ("diti", 2),
+        ("diti-all-t", 2),
+    }
+
+
 def test_a_damaged_record_is_made_again(config: EvalConfig) -> None:
     few = replace(config, methods=("ncm-sd",), against="ncm-sd", shots=(1,))
     assert evaluate(few, QUIET) == 0
@@ -213,6 +251,21 @@ def test_a_dry_run_says_what_is_missing_and_runs_nothing(
     printed = capsys.readouterr().out
     assert "nn-latents/2-1.json  time unknown" in printed and "3 runs to do, 1 done" in printed
     assert times(few.folder) == before
+    assert evaluate(replace(few, methods=("diti",), against="diti", dry_run=True), Console(width=200)) == 0
+    assert "class tokens of 1 shots, seed 1  about" in capsys.readouterr().out
+
+
+def test_data_that_no_table_can_be_made_of_are_refused(config: EvalConfig, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"What are all classes of folder:.*--concept bird"):
+        EvalConfig(dataset="folder:skin")
+    with pytest.raises(ValueError, match="pass it or group='hospital'"):
+        EvalConfig(shift="livery", group="hospital")
+    with pytest.raises(ValueError, match=r"has no splits.*folders train/CLASS and test/CLASS"):
+        Grid(replace(config, dataset=f"folder:{data / 'train'}"))
+    for split in ("train", "test"):
+        shutil.copytree(data / split / "nut", tmp_path / "one" / split / "nut")
+    with pytest.raises(ValueError, match=r"has the class \['nut'\] alone"):
+        Grid(replace(config, dataset=f"folder:{tmp_path / 'one'}"))
 
 
 def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -> None:
@@ -256,14 +309,19 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
         others = {grid.test.attributes["airline"][i] for i in np.flatnonzero(grid.test.labels != c)}
         assert len(worn) == 1 and (worn <= others or name == "747-8")  # nobody else wears the 747-8's
     record = json.loads((few.folder / "nn-latents" / "2-1.json").read_text())
-    assert record["matched"]["images"] + record["shifted"]["images"] == len(grid.test)
-    assert record["matched"]["images"] < 60
+    known = np.array(grid.test.attributes["airline"]) != ""
+    assert record["matched"]["images"] + record["shifted"]["images"] == known.sum() < len(grid.test)
+    assert record["matched"]["images"] < 60 and record["shots_of_one_value"]
+    eight = json.loads((few.folder / "nn-latents" / "8-1.json").read_text())
+    assert not eight["shots_of_one_value"]
     assert len({grid.task(8, 1).shots.attributes["airline"][i] for i in range(8)}) > 1  # no livery has eight images
     page = (few.folder / "shift.md").read_text()
     assert "bootstrap over airline" in page and "drop of accuracy" in page
-    assert page.count("| nn-latents |") == 3
-    with pytest.raises(ValueError, match="No attribute 'colour'; these images have"):
-        Grid(replace(few, group="colour"))
+    assert page.count("| nn-latents |") == 3 and "at 8 shots no airline has so many images" in page
+    with pytest.raises(
+        ValueError, match=r"no attribute 'colour' in its split train and test; pass --group with one of"
+    ):
+        Grid(replace(few, shift="none", group="colour"))
 
 
 def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apart() -> None:
@@ -271,7 +329,8 @@ def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apar
         *published_rows((1, 16))[-1:],
         Row(name="diti", accuracy={1: (40.0, 44.0), 16: (80.0, 82.0)}),
         Row(name="tip_adapter", accuracy={1: (45.0, 45.0)}),
-        Row(name="siblings", accuracy={1: (85.0,), 16: (97.0,)}, told="told more"),
+        Row(name="siblings", accuracy={1: (85.0, 85.0), 16: (97.0, 97.0)}, told="told more"),
+        Row(name="finetune", accuracy={1: (60.0,)}),
     ]
     assert markdown(rows, (1, 16)).splitlines() == [
         "| method | 1 shot | 16 shots | average |",
@@ -279,11 +338,12 @@ def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apar
         "| DiTi, SD 2.0 (published, Yue et al., CVPR 2024) | 48.5 | 79.9 | 64.2 |",
         "| diti | 42.0 ± 2.8 | **81.0 ± 1.4** | **61.5** |",
         "| tip_adapter | **45.0 ± 0.0** |  |  |",
-        "| siblings (told more) | 85.0 | 97.0 | 91.0 |",
+        "| siblings (told more) | 85.0 ± 0.0 | 97.0 ± 0.0 | 91.0 |",
+        "| finetune | 60.0 (1 of 2 seeds) |  |  |",
     ]
     assert r"tip\_adapter & \textbf{45.0 $\pm$ 0.0} &  &  \\" in latex(rows, (1, 16))
     lines = comma_separated(rows, (1, 16)).splitlines()
-    assert "diti,1,42.000,2.828,2,," in lines and "siblings,1,85.000,,1,,told more" in lines
+    assert "diti,1,42.000,2.828,2,," in lines and "siblings,1,85.000,0.000,2,,told more" in lines
 
 
 def test_unknown_methods_are_refused() -> None:
@@ -302,4 +362,5 @@ def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match="has 24 train images, 100 are needed; pass fewer --shots"):
         Grid(EvalConfig(shots=(100,)))
     with pytest.raises(ValueError, match="against='diti'; pass one of the methods ncm-sd"):
-        EvalConfig(methods=("ncm-sd",))
+        EvalConfig(methods=("ncm-sd",), against="diti")
+    assert EvalConfig(methods=("ncm-sd", "nn-latents")).against == "ncm-sd" and EvalConfig().against == "diti"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -24,8 +25,11 @@ class OpenClip:
     """A frozen OpenCLIP model.
 
     Args:
-        name: "pocket", the small one that ships; "local-dir:FOLDER", in open_clip's layout; or an architecture and its
-            weights, "ViT-H-14/laion2b_s32b_b79k".
+        name: "pocket", the small one that ships; "local-dir:FOLDER", in open_clip's layout; "hf-hub:ORGANISATION/NAME";
+            or an architecture and its weights, a tag or a file: "ViT-H-14/laion2b_s32b_b79k".
+
+    Raises:
+        ValueError: an architecture or weights that open_clip does not know.
 
     Attributes:
         image_features: images to unit vectors [N, D].
@@ -35,10 +39,21 @@ class OpenClip:
     def __init__(self, name: str = VIT_H, *, batch_size: int = 32) -> None:
         if name == POCKET:
             name = f"local-dir:{shipped('pocket-clip')}"
-        architecture, _, weights = (name, "", None) if name.startswith("local-dir:") else name.partition("/")
+        whole = name.startswith(("local-dir:", "hf-hub:"))
+        architecture, _, weights = (name, "", "") if whole else name.partition("/")
+        if (
+            not whole
+            and weights not in open_clip.list_pretrained_tags_by_model(architecture)
+            and not Path(weights).is_file()
+        ):
+            known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none: no such architecture"
+            raise ValueError(
+                f"{name!r} names no OpenCLIP model with weights; pass ARCHITECTURE/WEIGHTS such as {VIT_H}, "
+                f"hf-hub:ORGANISATION/NAME, local-dir:FOLDER or pocket. Weights of {architecture!r}: {known}."
+            )
         self.name, self.device, self._batch_size = name, default_device(), batch_size
         model, _, self._preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=weights, device=self.device
+            architecture, pretrained=weights or None, device=self.device
         )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(architecture)

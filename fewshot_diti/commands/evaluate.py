@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.comparison import compare
-from fewshot_diti.evaluation.grid import Grid, GridConfig, Run
+from fewshot_diti.evaluation.config import GridConfig
+from fewshot_diti.evaluation.grid import Grid, Run
 from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
 from fewshot_diti.evaluation.metrics import accuracy_with_interval, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
@@ -27,7 +28,8 @@ class EvalConfig(GridConfig):
         quick: 1 and 2 shots, one seed, ten test images a class, 3 trials and a quarter of the training steps,
             whatever the flags say.
         dry_run: says what would run, and how long it would take, and runs nothing.
-        against: the method that all others are compared with, image by image.
+        against: the method that all others are compared with, image by image; by default `diti` where it is one of the
+            methods, else the first.
 
     Raises:
         ValueError: as `GridConfig`, or `against` is none of the methods.
@@ -35,10 +37,12 @@ class EvalConfig(GridConfig):
 
     quick: bool = False
     dry_run: bool = False
-    against: str = "diti"
+    against: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.against:
+            object.__setattr__(self, "against", "diti" if "diti" in self.methods else self.methods[0])
         if self.against not in self.methods:
             raise ValueError(f"against={self.against!r}; pass one of the methods {', '.join(self.methods)}.")
 
@@ -65,26 +69,27 @@ def evaluate(config: EvalConfig, console: Console) -> int:
 
 
 def plan(grid: Grid) -> str:
-    """What would run, with an estimate of time from the runs of the same method that are there."""
+    """What would run, with an estimate of time: of class tokens from one measured batch, of runs from those of the same
+    method that are there."""
     done = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
-    lines, total, unknown, draws = [], 0.0, 0, set()
-    for run in grid.missing():
+    lines, total, unknown, missing = [], 0.0, 0, grid.missing()
+    needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if run.method in NEEDS_CLASS_TOKENS)
+    draws = [draw for draw in needed if not grid.prepared(*draw)]
+    evaluation = grid.bench.seconds_of_an_evaluation() if draws else 0.0
+    for num_shots, seed in draws:
+        seconds = evaluation * grid.bench.evaluations(num_shots, len(grid.test.class_names), len(grid.test))
+        total += seconds
+        lines.append(f"class tokens of {num_shots} shots, seed {seed}  about {seconds:.0f} s")
+    for run in missing:
         near = [other for other in done if other.method == run.method]
         if not near:
             unknown += 1
             lines.append(f"{run.path}  time unknown")
             continue
-        record = done[min(near, key=lambda other: abs(other.num_shots - run.num_shots))]
-        seconds = record["seconds"]
-        draw = (run.num_shots, run.seed)
-        if run.method in NEEDS_CLASS_TOKENS and draw not in draws and not grid.prepared(*draw):
-            draws.add(draw)  # all rows of the draw read the errors of one bank
-            trials = len(grid.test.class_names) * grid.bench.scoring(run.seed).trials
-            scoring = record["seconds_per_image"] * len(grid.test) * trials / record["evaluations_per_image"]
-            seconds += record["training_seconds"] + scoring
+        seconds = done[min(near, key=lambda other: abs(other.num_shots - run.num_shots))]["seconds"]
         total += seconds
         lines.append(f"{run.path}  about {seconds:.0f} s")
-    lines.append(f"{len(lines)} runs to do, {len(done)} done; about {total / 60:.0f} minutes, {unknown} unknown.")
+    lines.append(f"{len(missing)} runs to do, {len(done)} done; about {total / 60:.0f} minutes, {unknown} unknown.")
     return "\n".join(lines)
 
 
@@ -96,7 +101,8 @@ def report(grid: Grid, against: str, console: Console) -> None:
     rows = [
         table.Row(name=m, accuracy=_accuracy(records, m, config.shots), told=TOLD.get(m, "")) for m in config.methods
     ]
-    if config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
+    whole = not config.shifted and config.max_test_images is None
+    if whole and config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
         rows = table.published_rows(config.shots) + rows
     console.print(table.rich_table(rows, config.shots))
     for name, text in (
@@ -111,7 +117,10 @@ def report(grid: Grid, against: str, console: Console) -> None:
     if comparisons:
         head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons))
         head[0] = "against"
-        caption = f"accuracy of {against} minus the method's, in points, with its 95 % interval"
+        caption = (
+            f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
+            "McNemar's exact test over seeds"
+        )
         console.print(table.rich_lines(head, lines, caption))
         write_atomically(folder / "comparisons.md", table.markdown_lines(head, lines).encode())
         write_atomically(folder / "comparisons.json", (json.dumps(comparisons, indent=1) + "\n").encode())
@@ -154,7 +163,9 @@ def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str,
     for method, by_shots in comparisons.items():
         for k, comparison in by_shots.items():
             difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
-            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}]"
+            p = max(comparison["p_values"])
+            said = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
+            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {said}"
     return cells
 
 
@@ -163,6 +174,9 @@ def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Con
     config = grid.config
     held = {(m, k): found for m in config.methods for k in config.shots if (found := _matched(grid, records, m, k))}
     how = f"accuracy in % [95 % interval, bootstrap over {config.column}], images of all seeds"
+    mixed = [str(k) for k in config.shots if config.shifted and not grid.of_one_value(k)]
+    if mixed:
+        how += f"; at {' and '.join(mixed)} shots no {config.column} has so many images, and shots are drawn from all"
     parts = {
         f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
         f"shifted test images, which do not: {how}": _on_shifted,
@@ -182,7 +196,7 @@ def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Con
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Matched:
-    """Test images of all seeds of a method and number of shots: [N] each."""
+    """Test images of all seeds of a method and number of shots that have a value of the attribute: [N] each."""
 
     correct: np.ndarray
     matched: np.ndarray
@@ -191,17 +205,17 @@ class _Matched:
 
 
 def _matched(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_shots: int) -> _Matched | None:
-    found = [r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)]
-    if not found or any("matched_images" not in r for r in found):
+    found = {run: r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)}
+    kinds = [grid.matched_and_shifted(grid.task(run.num_shots, run.seed)) for run in found]
+    parts = [kind for kind in kinds if kind is not None]
+    if not parts:
         return None
-    predicted = np.array([[p["label"] for p in r["predictions"]] for r in found])
+    predicted = np.array([[p["label"] for p in r["predictions"]] for r in found.values()])
     labels = np.tile(grid.test.labels, len(found))
-    return _Matched(
-        correct=predicted.ravel() == np.array(grid.test.class_names)[labels],
-        matched=np.concatenate([r["matched_images"] for r in found]).astype(bool),
-        labels=labels,
-        groups=np.tile(np.array(grid.test.attributes[grid.config.column]), len(found)),
-    )
+    correct = predicted.ravel() == np.array(grid.test.class_names)[labels]
+    matched, shifted = (np.concatenate([part[name] for part in parts]) for name in ("matched", "shifted"))
+    known, values = matched | shifted, np.tile(np.array(grid.test.attributes[grid.config.column]), len(found))
+    return _Matched(correct=correct[known], matched=matched[known], labels=labels[known], groups=values[known])
 
 
 def _on_matched(images: _Matched) -> str:

@@ -1,7 +1,7 @@
 """Images, their sources, and the shots drawn from them."""
 
 from fewshot_diti.data.folders import load_folder
-from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.data.image_set import ImageSet, SplitError
 from fewshot_diti.data.images import ImageGeometry, ResizeRule, image_id, open_image
 from fewshot_diti.data.shots import (
     Shots,
@@ -25,6 +25,7 @@ __all__ = [
     "ImageSet",
     "ResizeRule",
     "Shots",
+    "SplitError",
     "check_disjoint",
     "image_id",
     "import_path_list",

@@ -92,9 +92,13 @@ def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.n
     return np.array([places[value] for value in values], dtype=np.int64), tuple(names)
 
 
+class SplitError(ValueError):
+    """A split is asked of a source without any, the other way round, or one that it does not have."""
+
+
 def check_has_split(name: str, split: str | None, splits: Sequence[str]) -> None:
-    """Raises ValueError where a split is asked of a source without any, or the other way round."""
+    """Raises SplitError where the source has no such split, or has splits and none is asked for."""
     if splits and split not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
+        raise SplitError(f"{name} has the splits {', '.join(splits)}, not {split!r}; pass one of them.")
     if split and not splits:
-        raise ValueError(f"{name} has no splits, so there is no {split!r}; leave the split out.")
+        raise SplitError(f"{name} has no splits, so there is no {split!r}; leave the split out.")

@@ -22,6 +22,7 @@ from fewshot_diti.baselines.imagenet import ImageNetwork
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import Groups
@@ -221,6 +222,18 @@ class Bench:
             shortlist=None,
             seed=seed,
         )
+
+    def seconds_of_an_evaluation(self) -> float:
+        """Measured, in a batch as scoring has it."""
+        backbone, size = self.backbone, self.geometry.size
+        seconds_of_an_evaluation(backbone, size)  # the first is slower
+        return seconds_of_an_evaluation(backbone, size, self.scoring(0).batch_size)
+
+    def evaluations(self, num_shots: int, num_classes: int, num_test: int) -> int:
+        """What `prepare` costs."""
+        scoring, shots = replace(self.scoring(0), folds=FOLDS if num_shots > 1 else 0), num_shots * num_classes
+        training = training_evaluations(self.training(num_shots, 0), scoring, shots, num_classes)
+        return training + num_test * num_classes * scoring.trials
 
     def error_settings(self, seed: int) -> str:
         """All of the scoring that an error depends on; how rows weigh and judge errors is their own."""

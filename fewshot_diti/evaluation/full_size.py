@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +16,7 @@ from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.elimination import racing
 from fewshot_diti.lora import Layout, find_targets
+from fewshot_diti.memory import peak_memory
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 
@@ -104,6 +104,6 @@ def full_size_round(*, classes: int = 4, trials: int = 4, size: int = 256, rank:
         "evaluations": found.evaluations,
         "size_px": size,
         "seconds": perf_counter() - start,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gb": (peak_memory() or 0) / 2**30,
         "lora_linears": len(layout.targets),
     }

@@ -26,7 +26,7 @@ class Gaps:
         right: bool [N, S], whether the trial alone gives the true class.
         gap: [N, S], error of the rival minus error of the true class, in standard deviations over the classes; the
             rival is the wrong class with the smallest mean error relative to what is usual at each t.
-        shared: bool [N], whether the rival's shots show the image's value of the attribute.
+        shared: bool [N], whether the rival's shots show the image's value of the attribute; never where it has none.
         groups: the image's value of the attribute.
     """
 
@@ -38,7 +38,13 @@ class Gaps:
 
 
 def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
-    """The gaps of one draw; raises KeyError where the images have no such column."""
+    """The gaps of one draw.
+
+    Raises:
+        ValueError: the images have no such column.
+    """
+    if column not in task.test.attributes:
+        raise ValueError(f"No attribute {column!r}; these images have {list(task.test.attributes)}. Pass --group.")
     error_NCS, labels = errors.test.double().numpy(), task.test.labels
     rows = np.arange(len(labels))
     relative_NC = (error_NCS / error_NCS.mean((0, 1))).mean(2)
@@ -50,7 +56,7 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
         timesteps=errors.timesteps.numpy(),
         right=error_NCS.argmin(1) == labels[:, None],
         gap=(error_NCS[rows, rival] - error_NCS[rows, labels]) / error_NCS.std(1),
-        shared=np.array([value in shown[c] for value, c in zip(values, rival, strict=True)]),
+        shared=np.array([bool(value) and value in shown[c] for value, c in zip(values, rival, strict=True)]),
         groups=values,
     )
 

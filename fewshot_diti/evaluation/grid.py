@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from fewshot_diti.backbone import POCKET, DtypeName
+from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.clip import VIT_H
-from fewshot_diti.baselines.imagenet import PACKAGED
 from fewshot_diti.data import (
     ImageSet,
+    SplitError,
     check_disjoint,
     load_images,
     sample_shots,
     sample_shots_of_one_value,
     seen_attribute,
 )
-from fewshot_diti.evaluation.bench import SIBLINGS, Bench, Task, fingerprint
+from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
+from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.methods import (
     METHODS,
     NEEDS_CLASS_TOKENS,
@@ -42,103 +42,11 @@ from fewshot_diti.evaluation.methods import (
 from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
+from fewshot_diti.memory import peak_memory
 from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import recommended_scoring
 
 PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")
-AIRLINE = "airline"  # the attribute of the bundled images that a livery is
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridConfig:
-    """Which runs a table has.
-
-    Attributes:
-        dataset: as `load_images` reads it, with splits train and test.
-        backbone: "pocket", a folder, or a hub id.
-        dtype: of its U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32. A table that is
-            begun on one processor and ended on another names one.
-        clip: as `OpenClip` takes it; by default the pocket's for the pocket, else ViT-H-14.
-        network: as `ImageNetwork` takes it.
-        siblings: a network trained with labels of sibling classes, as `ImageNetwork` takes it; by default the pocket's
-            for the pocket, else none.
-        methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
-        shots, seeds: columns, and draws of each.
-        concept: what all classes are.
-        trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
-        training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
-        max_test_images: of each class; by default all.
-        shift: "livery", the same as `group` airline; "none".
-        group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
-            images; test images of the class with a value that its shots show are matched, the others shifted.
-        output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
-
-    Raises:
-        ValueError: an unknown method, a number below 1, nothing to run or something twice, or the row `siblings`
-            without a network.
-    """
-
-    dataset: str = "bundled"
-    backbone: str = POCKET
-    dtype: DtypeName = "auto"
-    clip: str | None = None
-    network: str = PACKAGED
-    siblings: str | None = None
-    methods: tuple[str, ...] = ()
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    seeds: tuple[int, ...] = (1, 2, 3)
-    concept: str = "aircraft"
-    trials: int | None = None
-    training_share: float = 1.0
-    max_test_images: int | None = None
-    shift: Literal["none", "livery"] = "none"
-    group: str | None = None
-    output_dir: Path = Path("results")
-
-    def __post_init__(self) -> None:
-        if not self.methods:
-            usable = (m for m in METHODS if self.has_siblings or m != SIBLINGS)
-            object.__setattr__(self, "methods", tuple(usable))
-        unknown = [m for m in self.methods if m not in METHODS]
-        if unknown:
-            raise ValueError(f"methods {unknown}; pass some of {', '.join(METHODS)}.")
-        if not self.has_siblings and SIBLINGS in self.methods:
-            raise ValueError(
-                "The row siblings needs a network that was trained with labels of sibling classes; pass "
-                "--siblings local-dir:FOLDER (recipes/pocket_siblings.py trains one), or other --methods."
-            )
-        for name in ("methods", "shots", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name}={values}; pass at least one, and each once.")
-        for name in ("shots", "trials", "max_test_images"):
-            value = getattr(self, name)
-            if value is not None and np.min(value) < 1:
-                raise ValueError(f"{name}={value}; pass whole numbers of at least 1.")
-
-        if not 0 < self.training_share <= 1:
-            raise ValueError(f"training_share={self.training_share}; pass a number above 0, of at most 1.")
-
-    @property
-    def has_siblings(self) -> bool:
-        """Whether there is a network for the row `siblings`."""
-        return self.siblings is not None or self.backbone == POCKET
-
-    @property
-    def column(self) -> str:
-        """The attribute that matched and shifted test images differ in."""
-        return self.group or AIRLINE
-
-    @property
-    def shifted(self) -> bool:
-        """Whether the shots of a class share one value of it."""
-        return self.group is not None or self.shift != "none"
-
-    @property
-    def folder(self) -> Path:
-        """What all runs of this data set and backbone share."""
-        images = "" if self.max_test_images is None else f"@{self.max_test_images}"
-        return self.output_dir / (_slug(self.dataset) + images) / _slug(self.backbone) / _slug(self.group or self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +68,25 @@ class Grid:
 
     def __init__(self, config: GridConfig) -> None:
         self.config = config
-        self.pool = load_images(config.dataset, "train")
-        test = load_images(config.dataset, "test")
+        self.pool, test = _load(config.dataset, "train"), _load(config.dataset, "test")
         self.test = test if config.max_test_images is None else test.first_of_each_class(config.max_test_images)
-        self._has_column = all(config.column in part.attributes for part in (self.pool, self.test))
-        if config.shifted and not self._has_column:
-            raise ValueError(f"No attribute {config.column!r}; these images have {list(test.attributes)}.")
+        lacking = [
+            name for name, part in (("train", self.pool), ("test", test)) if config.column not in part.attributes
+        ]
+        self._has_column = not lacking
+        if config.shifted and lacking:
+            raise ValueError(
+                f"{config.dataset} has no attribute {config.column!r} in its split {' and '.join(lacking)}; pass "
+                f"--group with one of {sorted(set(self.pool.attributes) & set(test.attributes))} (a manifest's further "
+                "columns, or attributes.csv beside FGVC's lists), or neither --group nor --shift."
+            )
         if self.pool.class_names != test.class_names:
             raise ValueError(
                 f"Train and test of {config.dataset} differ in their classes: "
                 f"{sorted(set(self.pool.class_names) ^ set(test.class_names))}; leave these out."
             )
+        if len(test.class_names) < 2:
+            raise ValueError(f"{config.dataset} has the class {list(test.class_names)} alone; two at least are needed.")
         counts = np.bincount(self.pool.labels, minlength=len(self.pool.class_names))
         if counts.min() < max(config.shots):
             raise ValueError(
@@ -211,51 +127,54 @@ class Grid:
             return None
         try:
             record: dict[str, Any] = json.loads(run.path.read_text(encoding="utf-8"))
-            usable = record["status"] == "ok" and record["made_by"] == self.made_by(run)
+            status, made_by = record["status"], record["made_by"]
         except (ValueError, KeyError, TypeError):  # damaged: as good as none
             return None
-        return record if usable else None
+        return record if status == "ok" and made_by == self.made_by(run) else None
 
     def run_missing(self) -> list[Run]:
         """Runs what is missing under one progress bar, and returns the runs that failed.
 
-        All processes train and score class tokens together, draw by draw; then they share the runs. A failed run is
+        Draw by draw, all processes train and score its class tokens together, then share its runs. A failed run is
         recorded, and does not stop the rest.
         """
         state = process_state()
-        missing = broadcast_object_list([self.missing()])[0]
-        draws = list(dict.fromkeys((r.num_shots, r.seed) for r in missing if r.method in NEEDS_CLASS_TOKENS))
-        bar = tqdm(total=len(draws) + len(missing), desc="runs", disable=None if state.is_main_process else True)
-        reasons: dict[tuple[int, int] | None, str] = {}
-        zero_shot = [None] if any(r.method in NEEDS_ZERO_SHOT for r in missing) else []
-        for draw in [*zero_shot, *draws]:
-            try:
-                if draw is None:
-                    self.bench.prepare_zero_shot(self.test)
-                else:
-                    self.bench.prepare(self.task(*draw))
-            except Exception as error:
-                if state.num_processes > 1 and not isinstance(error, TrainingError | ValueError):
-                    raise  # the other processes may not have met it, and would wait for ever
-                reasons[draw] = f"{type(error).__name__}: {error}"
-            bar.update(draw is not None)
-        mine = missing[state.process_index :: state.num_processes]
-        for run in mine:
-            try:
-                record = self._run(run)
-            except Exception as error:  # whatever it is, the other runs go on
-                reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-                if run.method in NEEDS_ZERO_SHOT:
-                    reason = reasons.get(None, reason)
-                elif run.method in NEEDS_CLASS_TOKENS:
-                    reason = reasons.get((run.num_shots, run.seed), reason)
-                record = {"status": "failed", "error": reason, "traceback": trace}
-            record = {"made_by": self.made_by(run), "versions": _versions()} | record
-            write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
-            bar.update(state.num_processes)
+        missing: list[Run] = broadcast_object_list([self.missing()])[0]
+        bar = tqdm(total=len(missing), desc="runs", disable=None if state.is_main_process else True)
+        zero_shot = self._failure(lambda: self.bench.prepare_zero_shot(self.test), missing, NEEDS_ZERO_SHOT)
+        for draw in dict.fromkeys((run.num_shots, run.seed) for run in missing):
+            runs = [run for run in missing if (run.num_shots, run.seed) == draw]
+            tokens = self._failure(partial(self._prepare, *draw), runs, NEEDS_CLASS_TOKENS)
+            runs.sort(key=lambda run: run.method not in TRAINS_A_NETWORK)  # what takes long is dealt out first
+            for run in runs[state.process_index :: state.num_processes]:
+                record = (
+                    (zero_shot if run.method in NEEDS_ZERO_SHOT else None)
+                    or (tokens if run.method in NEEDS_CLASS_TOKENS else None)
+                    or self._run(run)
+                )
+                record = {"made_by": self.made_by(run), "versions": _versions()} | record
+                write_atomically(run.path, (json.dumps(record, indent=1, default=float) + "\n").encode())
+                bar.update(state.num_processes)
+            state.wait_for_everyone()
         bar.close()
-        state.wait_for_everyone()
         return [run for run in missing if self.record(run) is None]
+
+    def _prepare(self, num_shots: int, seed: int) -> None:
+        self.bench.prepare(self.task(num_shots, seed))
+
+    def _failure(
+        self, prepare: Callable[[], None], runs: list[Run], needed_by: frozenset[str]
+    ) -> dict[str, Any] | None:
+        """Prepares what some of the runs need; the record of its failure, if it fails."""
+        if not any(run.method in needed_by for run in runs):
+            return None
+        try:
+            prepare()
+        except Exception as error:
+            if process_state().num_processes > 1 and not isinstance(error, TrainingError | ValueError):
+                raise  # the other processes may not have met it, and would wait for ever
+            return _failed(error)
+        return None
 
     def task(self, num_shots: int, seed: int) -> Task:
         """The draw's shots with the test images.
@@ -263,13 +182,26 @@ class Grid:
         Raises:
             ValueError: a class has too few images, or a test image is a shot.
         """
-        if self.config.shifted and num_shots <= most_of_one_value(self.pool, self.config.column):
+        if self.of_one_value(num_shots):
             drawn = sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
         else:
             drawn = sample_shots(self.pool, num_shots, seed)
         shots = self.pool.subset(drawn.rows(self.pool))
         check_disjoint(shots, self.test)
         return Task(shots=shots, test=self.test, num_shots=num_shots, seed=seed)
+
+    def of_one_value(self, num_shots: int) -> bool:
+        """Whether the shots of a class share one value of the attribute; not where some class has too few images."""
+        return self.config.shifted and num_shots <= most_of_one_value(self.pool, self.config.column)
+
+    def matched_and_shifted(self, task: Task) -> dict[str, np.ndarray] | None:
+        """Masks [N] of test images whose value of the attribute the shots of their class show, and do not; None where
+        the images have no such attribute. An image without a value is neither."""
+        if not self._has_column:
+            return None
+        seen = seen_attribute(task.shots, task.test, self.config.column)
+        known = np.array([bool(value) for value in task.test.attributes[self.config.column]])
+        return {"matched": seen & known, "shifted": ~seen & known}
 
     def prepared(self, num_shots: int, seed: int) -> bool:
         """Whether the errors of the draw's class tokens are on disk."""
@@ -309,34 +241,56 @@ class Grid:
         }
 
     def _run(self, run: Run) -> dict[str, Any]:
-        task, start = self.task(run.num_shots, run.seed), perf_counter()
-        outcome = METHODS[run.method](self.bench, task)
-        figures = summarize(
-            self.test.labels,
-            outcome.probabilities,
-            self.test.class_names,
-            self.test.ids,
-            groups=self.test.attributes.get(self.config.column),
-            matched=seen_attribute(task.shots, self.test, self.config.column) if self._has_column else None,
-        )
-        count = len(self.test)
+        """What a run found, or why it failed."""
+        start = perf_counter()
+        try:
+            task = self.task(run.num_shots, run.seed)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            outcome = METHODS[run.method](self.bench, task)
+            figures = summarize(
+                self.test.labels,
+                outcome.probabilities,
+                self.test.class_names,
+                self.test.ids,
+                groups=self.test.attributes.get(self.config.column),
+                parts=self.matched_and_shifted(task) or {},
+            )
+        except Exception as error:  # whatever it is, the other runs go on
+            return _failed(error)
         return {
             "status": "ok",
             **figures,
             "chosen": outcome.chosen,
             "evaluations_per_image": outcome.evaluations,
             "training_seconds": outcome.training_seconds,
-            "seconds_per_image": outcome.scoring_seconds / count,
+            "seconds_per_image": outcome.scoring_seconds / len(self.test),
             "seconds": perf_counter() - start,
-            "peak_memory_of_the_process_so_far": _peak_memory(),
+            "peak_memory": peak_memory(),
             "shots": {"k": run.num_shots, "seed": run.seed, "image_ids": list(task.shots.ids)},
+            "shots_of_one_value": self.of_one_value(run.num_shots),
         }
 
 
+def _load(dataset: str, split: str) -> ImageSet:
+    try:
+        return load_images(dataset, split)
+    except SplitError as error:
+        raise SplitError(
+            f"{error} A few-shot table draws shots from the split train and judges images of the split test: folders "
+            "train/CLASS and test/CLASS, or a manifest with a column split."
+        ) from error
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    trace = "".join(traceback.format_exception(error))
+    return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": trace}
+
+
 def most_of_one_value(images: ImageSet, column: str) -> int:
-    """The largest number such that every class has so many images of some one value of the column."""
-    values = zip(images.labels.tolist(), images.attributes[column], strict=True)
-    counts = Counter(pair for pair in values if pair[1])
+    """The largest number such that every class has so many different images of some one value of the column."""
+    values = zip(images.labels.tolist(), images.attributes[column], images.ids, strict=True)
+    counts = Counter((label, value) for label, value, _ in set(values) if value)
     return min(
         max((n for (c, _), n in counts.items() if c == label), default=0) for label in set(images.labels.tolist())
     )
@@ -350,10 +304,6 @@ def _hash(of: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.@-]+", "_", name).strip("_")
-
-
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -362,10 +312,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _peak_memory() -> int:
-    """Bytes: of this process so far, or on a GPU of its tensors."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

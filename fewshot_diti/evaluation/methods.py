@@ -26,7 +26,6 @@ from fewshot_diti.baselines import (
 )
 from fewshot_diti.baselines.clip_lora import STEPS_PER_SHOT
 from fewshot_diti.baselines.imagenet import FineTuned
-from fewshot_diti.baselines.unet_features import TIMESTEPS
 from fewshot_diti.calibration import (
     candidate_windows,
     choose_window,
@@ -253,8 +252,8 @@ METHODS: dict[str, Method] = {
     ),
     "linear-clip": _logistic(lambda bench: {"CLIP": bench.clip.image_features}),
     "clip-lora": of_baseline(_clip_lora),
-    "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=len(TIMESTEPS)),
-    "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=len(TIMESTEPS)),
+    "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=1),
+    "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=1),
     "lda-sd": of_baseline(
         lambda bench, _: ShrinkageLda(next(iter(bench.unet_features.candidates().values()))), evaluations=1
     ),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, f1_score
 
 from fewshot_diti.reports import bootstrap_interval, wilson_interval
+
+FEWEST_GROUPS = 5
 
 
 def summarize(
@@ -19,7 +22,7 @@ def summarize(
     image_ids: Sequence[str],
     *,
     groups: Sequence[str] | None = None,
-    matched: np.ndarray | None = None,
+    parts: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Figures of N test images, ready for JSON; shares are 0 to 1.
 
@@ -27,10 +30,9 @@ def summarize(
         labels_N: true classes, positions in `class_names`.
         probabilities_NC: by class; the largest is the prediction.
         image_ids: of the images.
-        groups: of each image, such as its livery: images of one group are right or wrong together, so the interval of
-            accuracy is a bootstrap over groups; None: Wilson's.
-        matched: bool [N], test images that share a spurious attribute with the shots of their class; the accuracy on
-            these and on the others, shifted, is told apart.
+        groups: of each image, as `accuracy_with_interval` takes them.
+        parts: masks [N] by name, such as test images that share a spurious attribute with the shots of their class, and
+            others; the accuracy on each is told apart.
 
     Raises:
         ValueError: probabilities that are not finite, or lengths that differ.
@@ -45,7 +47,6 @@ def summarize(
         raise ValueError(f"Image {image_ids[image]} has no finite probability of class {class_names[label]!r}.")
     predicted = probabilities_NC.argmax(1)
     correct = predicted == labels_N
-    parts = {} if matched is None else {"matched": matched, "shifted": ~matched}
     top_two = np.sort(probabilities_NC, axis=1)[:, -2:]
     return {
         **accuracy_with_interval(correct, groups),
@@ -60,10 +61,9 @@ def summarize(
         "macro_f1": float(f1_score(labels_N, predicted, average="macro")),
         "confusion": confusion_matrix(labels_N, predicted, labels=range(len(class_names))).tolist(),
         "predictions": [
-            {"image_id": i, "label": class_names[p], "margin": float(b - a)}
-            for i, p, (a, b) in zip(image_ids, predicted, top_two, strict=True)
+            {"image_id": i, "true_label": class_names[y], "label": class_names[p], "margin": float(b - a)}
+            for i, y, p, (a, b) in zip(image_ids, labels_N, predicted, top_two, strict=True)
         ],
-        **({} if matched is None else {"matched_images": matched.tolist()}),
     }
 
 
@@ -105,9 +105,16 @@ def drop_from_matched_to_shifted(correct_N: np.ndarray, matched_N: np.ndarray, l
 
 
 def accuracy_with_interval(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
-    """Accuracy of images, 0 to 1, with its 95 % interval: bootstrap over their groups, else Wilson's."""
-    if groups is None:
-        interval = wilson_interval(int(correct.sum()), len(correct))
+    """Accuracy of images, 0 to 1, with its 95 % interval, and what that is over.
+
+    Images of one group, such as a livery, are right or wrong together: the interval is a bootstrap over groups. An
+    image of the group "" is one by itself. Without groups, and with fewer than `FEWEST_GROUPS`, which say too little of
+    their spread, it is Wilson's over images.
+    """
+    found = {"accuracy": float(correct.mean()), "images": len(correct)}
+    names = [group or f"\0{i}" for i, group in enumerate(groups or ())]
+    if len(set(names)) < FEWEST_GROUPS:
+        interval, over = wilson_interval(int(correct.sum()), len(correct)), "images"
     else:
-        interval = bootstrap_interval(correct.astype(float), groups)
-    return {"accuracy": float(correct.mean()), "interval": list(interval), "images": len(correct)}
+        interval, over = bootstrap_interval(correct.astype(float), names), "groups"
+    return found | {"interval": list(interval), "interval_over": over}

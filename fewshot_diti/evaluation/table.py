@@ -74,31 +74,36 @@ def published_rows(shots: Sequence[int]) -> list[Row]:
     ]
 
 
-def _cells(row: Row, shots: Sequence[int]) -> list[str]:
+def _most(rows: Sequence[Row], k: int) -> int:
+    """Seeds of a whole cell."""
+    return max((len(row.accuracy.get(k, ())) for row in rows if not row.source), default=1)
+
+
+def _whole(row: Row, rows: Sequence[Row], shots: Sequence[int]) -> bool:
+    """Whether the row competes at these shots: on equal terms, and with all seeds."""
+    return row.competes and all(len(row.accuracy.get(k, ())) == _most(rows, k) for k in shots)
+
+
+def _cells(row: Row, rows: Sequence[Row], shots: Sequence[int]) -> list[str]:
     cells = []
     for k in shots:
-        values = row.accuracy.get(k, ())
+        values, most = row.accuracy.get(k, ()), _most(rows, k)
         spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.1f}{spread}" if len(values) else "")
+        lacking = f" ({len(values)} of {most} seeds)" if len(values) < most and not row.source else ""
+        cells.append(f"{np.mean(values):.1f}{spread}{lacking}" if len(values) else "")
     average = row.average(shots)
     return [*cells, "" if np.isnan(average) else f"{average:.1f}"]
 
 
-def _best(rows: Sequence[Row], shots: Sequence[int]) -> list[float]:
-    """The largest number of each column among the rows that compete."""
-    competing = [row for row in rows if row.competes]
-    columns = [[row.mean(k) for row in competing] for k in shots] + [[row.average(shots) for row in competing]]
-    return [max((v for v in column if not np.isnan(v)), default=float("nan")) for column in columns]
-
-
 def _marked(rows: Sequence[Row], shots: Sequence[int], bold: Callable[[str], Any]) -> list[list[Any]]:
     """Lines of the table, the best number of each column as `bold` makes it."""
-    best, lines = _best(rows, shots), []
+    columns = [*((k,) for k in shots), tuple(shots)]  # the last: their average
+    best = [max((row.average(c) for row in rows if _whole(row, rows, c)), default=float("nan")) for c in columns]
+    lines = []
     for row in rows:
-        numbers = [row.mean(k) for k in shots] + [row.average(shots)]
         cells = [
-            bold(cell) if row.competes and number == top else cell
-            for cell, number, top in zip(_cells(row, shots), numbers, best, strict=True)
+            bold(cell) if _whole(row, rows, column) and row.average(column) == top else cell
+            for cell, column, top in zip(_cells(row, rows, shots), columns, best, strict=True)
         ]
         lines.append([row.title, *cells])
     return lines
