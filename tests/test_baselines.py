@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler, normalize
 from small_clip import save_tiny_clip
 
 from fewshot_diti.backbone import Backbone
@@ -33,8 +36,10 @@ from fewshot_diti.baselines.clip import prompt_templates
 from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
 from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
 from fewshot_diti.baselines.unet_features import UnetFeatures
+from fewshot_diti.baselines.views import recolouring
 from fewshot_diti.data import ImageGeometry
 from fewshot_diti.features import fit_discriminant
+from fewshot_diti.training import TrainingConfig
 
 NAMES = ("A319", "A321", "717")
 TEMPLATES = prompt_templates("aircraft")
@@ -54,7 +59,7 @@ def pictures(per_class: int, seed: int) -> tuple[list[Image.Image], list[str]]:
     return [Image.fromarray(a) for a in arrays], labels
 
 
-def mean_colour(images: Sequence[Image.Image]) -> np.ndarray:
+def mean_colour(images: Sequence[Image.Image], *, keep: bool = True) -> np.ndarray:
     return np.stack([np.asarray(image).mean((0, 1)) for image in images])
 
 
@@ -86,15 +91,57 @@ def test_the_logistic_probe_is_scikit_learns_with_the_strength_that_cross_valida
     assert probe.classes_.tolist() == sorted(NAMES)
 
 
+def test_recoloured_copies_of_the_kept_shots_alone_help_to_choose_the_strength() -> None:
+    (shots, labels), (test, _) = pictures(4, 0), pictures(3, 1)
+
+    def darker(image: Image.Image) -> Image.Image:
+        return Image.fromarray(np.asarray(image) // 2)
+
+    features = KeptFeatures(mean_colour)
+    probe = LogisticProbe({"mean colour": features}, recolour=darker, copies=1).fit(shots, labels)
+    plain, dark = mean_colour(shots), mean_colour([darker(image) for image in shots])
+    scaler = StandardScaler().fit(np.concatenate([plain, dark]))
+    x, z, y = scaler.transform(plain), scaler.transform(dark), np.searchsorted(sorted(NAMES), labels)
+
+    def merit(c: float) -> float:
+        right = []
+        for kept, held in StratifiedKFold(4).split(x, y):
+            model = LogisticRegression(C=c, max_iter=1000)
+            model.fit(np.concatenate([x[kept], z[kept]]), np.concatenate([y[kept], y[kept]]))
+            right.append(model.score(x[held], y[held]))
+        return float(np.mean(right))
+
+    best = LogisticRegression(C=max(np.logspace(-3, 2, 6), key=merit), max_iter=1000)
+    best.fit(np.concatenate([x, z]), np.concatenate([y, y]))
+    np.testing.assert_allclose(
+        probe.predict_proba(test), best.predict_proba(scaler.transform(mean_colour(test))), atol=1e-3
+    )
+    assert len(features._kept) == len(shots) + len(test)  # nobody asks for the copies again
+
+
+def test_recolouring_is_as_strong_as_class_tokens_are_jittered() -> None:
+    image, still = pictures(1, 0)[0][0], {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    assert np.array_equal(recolouring(TrainingConfig(steps=1, **still))(image), image)
+    permute = recolouring(TrainingConfig(steps=1, permute_channels=True, **still))
+    seen = {tuple(np.asarray(permute(image)).mean((0, 1)).round(6)) for _ in range(100)}
+    assert seen == set(permutations(np.asarray(image).mean((0, 1)).round(6)))
+    darkest = recolouring(TrainingConfig(steps=1, **still | {"brightness": 0.5}))
+    ratios = [np.asarray(darkest(image)).mean() / np.asarray(image).mean() for _ in range(100)]
+    assert 0.48 < min(ratios) < 0.6 and max(ratios) > 1.1  # bright pixels are cut off at 255
+
+
 @pytest.mark.parametrize(
     ("baseline", "reference"),
     [
-        (NearestMean({"mean colour": mean_colour}), NearestCentroid()),
+        (
+            NearestMean({"mean colour": mean_colour}),
+            make_pipeline(StandardScaler(with_std=False), Normalizer(), NearestCentroid()),
+        ),
         (NearestNeighbour(mean_colour), KNeighborsClassifier(n_neighbors=1)),
     ],
 )
 def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
-    baseline: Baseline, reference: NearestCentroid | KNeighborsClassifier
+    baseline: Baseline, reference: Pipeline | KNeighborsClassifier
 ) -> None:
     (shots, labels), (test, _) = pictures(3, 0), pictures(20, 1)
     reference.fit(mean_colour(shots), labels)
@@ -119,7 +166,7 @@ def test_the_discriminant_judges_by_features_and_one_shot_asks_for_the_cosine() 
 def test_the_shots_choose_the_features_that_tell_classes_apart_and_one_shot_takes_the_first(
     kind: type[LogisticProbe | NearestMean],
 ) -> None:
-    def nothing(images: Sequence[Image.Image]) -> np.ndarray:
+    def nothing(images: Sequence[Image.Image], *, keep: bool = True) -> np.ndarray:
         return np.random.default_rng(0).normal(size=(len(images), 3))
 
     candidates = {"nothing": nothing, "mean colour": mean_colour}
@@ -166,6 +213,7 @@ def test_zero_shot_clip_is_the_cosine_with_the_mean_prompt(clip: OpenClip) -> No
 def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_shot_they_judge(clip: OpenClip) -> None:
     (shots, labels), (test, _) = pictures(3, 0), pictures(2, 1)
     tip = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)
+    tuned = TipAdapter(clip, TEMPLATES, views=2, fine_tune=True, steps=1).fit(shots, labels)
     keys, classes = tip._keys_ND, sorted(NAMES)
     weights = clip.class_weights(classes, TEMPLATES)
 
@@ -194,6 +242,8 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
     chosen, best = merits[tip.alpha_, tip.beta_], max(merits.values())
     assert chosen[0] == best[0]
     assert chosen[1] == pytest.approx(best[1], abs=1e-6)
+    likeliest = max(likely for (alpha, _), (_, likely) in merits.items() if alpha)  # keys that are trained have a say
+    assert merits[tuned.alpha_, tuned.beta_][1] == pytest.approx(likeliest, abs=1e-6)
 
 
 def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta(clip: OpenClip) -> None:
@@ -222,6 +272,30 @@ def test_clip_lora_learns_the_shots_and_leaves_the_model_alone(clip: OpenClip) -
     assert lora.steps_ == 30
     assert end > start + 0.1
     torch.testing.assert_close(clip.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_clip_lora_adds_up_times_down_over_the_root_of_the_rank_to_q_k_and_v(clip: OpenClip) -> None:
+    shots, labels = pictures(4, 0)
+    lora = ClipLora(clip, TEMPLATES[0], rank=4, lr=1e-2, candidates=(3,)).fit(shots, labels)
+    model, updates = deepcopy(clip.model), iter(lora._towers.updates)
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "in_proj_weight", None)
+            if weight is None and hasattr(module, "qkv"):
+                weight = module.qkv.weight
+            if weight is not None:
+                update = next(updates)
+                for part in range(3):
+                    rows = slice(part * len(weight) // 3, (part + 1) * len(weight) // 3)
+                    weight[rows] += update.up[part] @ update.down[part] / 2  # the root of rank 4
+        assert next(updates, None) is None
+        image = torch.nn.functional.normalize(model.encode_image(clip.pixels(shots)), dim=1)
+        prompts = clip.tokenizer([TEMPLATES[0].format(name) for name in sorted(NAMES)])
+        text = torch.nn.functional.normalize(model.encode_text(prompts), dim=1)
+        expected = (model.logit_scale.exp() * image @ text.T).softmax(1).numpy()
+    np.testing.assert_allclose(lora.predict_proba(shots), expected, atol=1e-4)
+    zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels).predict_proba(shots)
+    assert np.abs(zero_shot - expected).max() > 1e-3
 
 
 def test_clip_lora_without_a_step_is_zero_shot_clip(clip: OpenClip) -> None:
@@ -257,3 +331,17 @@ def test_a_fine_tuned_network_learns_the_shots_and_leaves_the_network_alone(monk
     rows = np.searchsorted(sorted(NAMES), labels)
     assert np.log(tuned.predict_proba(shots)[range(len(rows)), rows]).mean() > -0.9  # chance: log(1/3) = -1.1
     torch.testing.assert_close(network.module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_transformer_keeps_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
+    network = ImageNetwork("test_vit", size=(32, 64))
+    height, width = network.module.pretrained_cfg["input_size"][1:]
+    assert network.geometry.size == (height, width) and len(network.features(pictures(1, 0)[0])) == 3
+
+
+def test_a_clip_without_weights_is_refused() -> None:
+    for name, text in (("ViT-B-32", "Weights of 'ViT-B-32': .*openai"), ("ViT-X/openai", "no such architecture")):
+        with pytest.raises(ValueError, match=f"names no OpenCLIP model with weights.*{text}"):
+            OpenClip(name)

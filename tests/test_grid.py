@@ -169,7 +169,8 @@ def test_class_tokens_and_clip_are_mixed_as_sure_as_held_out_shots_allow(config:
     weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
     scores = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
     held = [(shot, sorted(task.class_names)[c]) for _, fold in split_folds(task.groups(), 2) for c, shot in fold]
-    tip = TipAdapter(bench.clip, bench.templates, seed=1).fit([shot for shot, _ in held], [name for _, name in held])
+    tip = TipAdapter(bench.clip, bench.templates, recolour=bench.recolour, seed=1)
+    tip.fit([shot for shot, _ in held], [name for _, name in held])
     of_clip = np.log(tip.predict_proba(task.test_images())) / chosen["clip_temperature"]
     of_clip = of_clip[:, [tip.classes_.tolist().index(name) for name in task.class_names]]
     w = chosen["clip_weight"]

@@ -66,8 +66,10 @@ class KeptFeatures:
         self._compute, self._batch_size = compute, batch_size
         self._kept: dict[str, np.ndarray] = {}
 
-    def __call__(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Features [N, D]."""
+    def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray:
+        """Features [N, D]; `keep` says whether these images will be asked for again."""
+        if not keep:
+            return self._compute([open_image(image) for image in images])
         ids = images.ids if isinstance(images, LazyImages) else [image_id(image) for image in images]
         new = {i: row for row, i in enumerate(ids) if i not in self._kept}
         for start in range(0, len(new), self._batch_size):

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.clip import OpenClip
-from fewshot_diti.baselines.views import random_crop
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource, open_image
 
 STEPS_PER_SHOT = 500  # the published number
@@ -33,6 +33,7 @@ class ClipLora(Baseline):
     Args:
         clip: the model, which stays as it is.
         template: the one prompt of a class.
+        recolour: colours of a view; a batch takes a random crop of a shot.
         candidates: numbers of iterations to choose from by two-fold cross-validation on the shots; none: as published.
             One shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
         steps_per_shot: iterations for each shot of a class, where there are no candidates.
@@ -47,6 +48,7 @@ class ClipLora(Baseline):
         clip: OpenClip,
         template: str,
         *,
+        recolour: Recolour = as_it_is,
         rank: int = 2,
         lr: float = 2e-4,
         batch_size: int = 32,
@@ -54,7 +56,7 @@ class ClipLora(Baseline):
         steps_per_shot: int = STEPS_PER_SHOT,
         seed: int = 0,
     ) -> None:
-        self.clip, self.template = clip, template
+        self.clip, self.template, self.recolour = clip, template, recolour
         self.rank, self.lr, self.batch_size, self.seed = rank, lr, batch_size, seed
         self.candidates, self.steps_per_shot = tuple(candidates), steps_per_shot
 
@@ -95,7 +97,7 @@ class ClipLora(Baseline):
                 if not len(order):
                     order = torch.randperm(len(images))
                 rows, order = order[: self.batch_size], order[self.batch_size :]
-                logits = towers.logits([random_crop(images[i]) for i in rows.tolist()])
+                logits = towers.logits([random_view(images[i], self.recolour) for i in rows.tolist()])
                 loss = F.cross_entropy(logits, labels[rows].to(logits.device))
                 optimizer.zero_grad()
                 loss.backward()

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from fewshot_diti.backbone import POCKET, default_device, hash_weights
 from fewshot_diti.baselines.base import Baseline
-from fewshot_diti.baselines.views import random_crop
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
 
@@ -41,7 +41,7 @@ class ImageNetwork:
     Args:
         name: "efficientnet-lite0", whose weights come in packages; a timm model, whose weights the hub holds; or
             "local-dir:FOLDER", a network that `pretraining.siblings` left, "pocket" being the one that ships.
-        size: (height, width) that images are squashed to; the last has its own.
+        size: (height, width) that images are squashed to; the last, and transformers, have their own.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -63,6 +63,8 @@ class ImageNetwork:
         elif name != PACKAGED:
             network: Any = timm.create_model(name, pretrained=True, num_classes=0)
             self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
+            if network.pretrained_cfg.get("fixed_input_size"):
+                size = tuple(network.pretrained_cfg["input_size"][1:])
         elif installed():
             self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
         else:
@@ -114,18 +116,28 @@ class FineTuned(Baseline):
     """The whole network trained on the shots under strong augmentation, with a linear head that starts at zero.
 
     AdamW, cosine schedule, label smoothing 0.1; batch normalisation keeps the statistics of ImageNet. Each image is
-    cropped at random and changed by one random operation (TrivialAugment, Müller and Hutter, ICCV 2021); no flips.
+    cropped at random, recoloured, and changed by one random operation (TrivialAugment, Müller and Hutter, ICCV 2021);
+    no flips.
 
     Args:
         network: which stays as it is.
+        recolour: colours of a view.
         steps, batch_size, lr: of training, at least 20 epochs; the head learns ten times as fast.
         seed: of batches and augmentation.
     """
 
     def __init__(
-        self, network: ImageNetwork, *, steps: int = 200, batch_size: int = 24, lr: float = 3e-4, seed: int = 0
+        self,
+        network: ImageNetwork,
+        *,
+        recolour: Recolour = as_it_is,
+        steps: int = 200,
+        batch_size: int = 24,
+        lr: float = 3e-4,
+        seed: int = 0,
     ) -> None:
-        self.network, self.steps, self.batch_size, self.lr, self.seed = network, steps, batch_size, lr, seed
+        self.network, self.recolour = network, recolour
+        self.steps, self.batch_size, self.lr, self.seed = steps, batch_size, lr, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         opened = [open_image(image) for image in images]
@@ -147,7 +159,7 @@ class FineTuned(Baseline):
             torch.manual_seed(self.seed)
             for _ in range(steps):
                 rows = torch.randperm(len(opened))[: self.batch_size]
-                pixels = self.network.pixels([change(random_crop(opened[i])) for i in rows.tolist()])
+                pixels = self.network.pixels([change(random_view(opened[i], self.recolour)) for i in rows.tolist()])
                 loss = F.cross_entropy(head(module(pixels)), labels[rows].to(pixels.device), label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()

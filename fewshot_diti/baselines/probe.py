@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,26 +13,34 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
+from threadpoolctl import threadpool_limits
 
 from fewshot_diti.baselines.base import Baseline
-from fewshot_diti.data.images import ImageSource
+from fewshot_diti.baselines.views import Recolour
+from fewshot_diti.data.images import ImageSource, open_image
 from fewshot_diti.features import fit_discriminant
 
-Features = Callable[[Sequence[ImageSource]], np.ndarray]  # images to [N, D]
+Features = Callable[..., np.ndarray]  # images to [N, D]; with keep=False no copy of them is kept
 
 STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
 
 
-def logistic_head(labels_N: np.ndarray) -> Pipeline:
-    """Logistic regression on standardised features, to be fitted on shots of these labels.
+def logistic_head(labels_N: np.ndarray, copies: int = 0) -> Pipeline:
+    """Logistic regression on standardised features, to be fitted on shots of these labels, then on copies of them.
 
     Its strength C is chosen by cross-validation on the shots, 1 where a class has one shot.
+
+    Args:
+        labels_N: of the shots.
+        copies: of each shot. The rows to fit on are all shots, then the first copies of all, and so on.
     """
     fewest = int(np.bincount(labels_N).min())
-    model = LogisticRegression(max_iter=1000)
+    model: Any = LogisticRegression(max_iter=1000)
     if fewest > 1:
-        model = GridSearchCV(model, {"C": STRENGTHS}, cv=min(4, fewest))
+        folds = StratifiedKFold(min(4, fewest)).split(labels_N, labels_N)
+        starts = len(labels_N) * np.arange(1 + copies)[:, None]
+        model = GridSearchCV(model, {"C": STRENGTHS}, cv=[((starts + kept).ravel(), held) for kept, held in folds])
     # as many components as shots lose nothing, and make wide features cheap
     return make_pipeline(StandardScaler(), PCA(), model)
 
@@ -42,25 +51,50 @@ class LogisticProbe(Baseline):
     Args:
         candidates: features by name, of which the shots choose by cross-validation; the first where a class has one
             shot.
+        recolour: colours of the copies that it is fitted on beside the shots; None: on the shots alone.
+        copies: of each shot.
+        seed: of the copies.
 
     Attributes:
         chosen_: the name of the features, after `fit`.
         strength_: C, after `fit`.
     """
 
-    def __init__(self, candidates: Mapping[str, Features]) -> None:
-        self.candidates = candidates
+    def __init__(
+        self,
+        candidates: Mapping[str, Features],
+        *,
+        recolour: Recolour | None = None,
+        copies: int = 7,
+        seed: int = 0,
+    ) -> None:
+        self.candidates, self.recolour, self.copies, self.seed = candidates, recolour, copies, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        def fitted(features: Features) -> Pipeline:
-            return logistic_head(labels_N).fit(features(images), labels_N)
+        def fitted(features: Features, recoloured_ND: np.ndarray | None = None) -> Pipeline:
+            rows, copies = features(images), 0
+            if recoloured_ND is not None:
+                rows, copies = np.concatenate([rows, recoloured_ND]), self.copies
+            with threadpool_limits(1):  # two threads took 17 times as long over products this small
+                return logistic_head(labels_N, copies).fit(rows, np.tile(labels_N, 1 + copies))
 
         self.chosen_ = next(iter(self.candidates))
         if len(self.candidates) > 1 and np.bincount(labels_N).min() > 1:
             merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        self._model = fitted(self.candidates[self.chosen_])
+        recoloured_ND = None if self.recolour is None else self._recoloured(images, self.recolour)
+        self._model = fitted(self.candidates[self.chosen_], recoloured_ND)
         self.strength_ = float(getattr(self._model[-1], "best_estimator_", self._model[-1]).C)
+
+    def _recoloured(self, images: Sequence[ImageSource], recolour: Recolour) -> np.ndarray:
+        """Features [copies x N, D]."""
+        features = self.candidates[self.chosen_]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            rows = [
+                features([recolour(image) for _ in range(self.copies)], keep=False) for image in map(open_image, images)
+            ]
+        return np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
@@ -69,6 +103,8 @@ class LogisticProbe(Baseline):
 
 class NearestMean(Baseline):
     """The class whose mean feature is nearest; probabilities: softmax of minus the squared distance.
+
+    On directions: the shots' mean is taken away, then every length (Wang et al., SimpleShot, 2019).
 
     Args:
         candidates: as of `LogisticProbe`.
@@ -87,22 +123,27 @@ class NearestMean(Baseline):
             folds = min(4, fewest)
             merits = {name: self._cross_validated(f(images), labels_N, folds) for name, f in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        self._means_CD = self._means(self.candidates[self.chosen_](images), labels_N)
+        self._shots_ND, self._labels_N = self.candidates[self.chosen_](images), labels_N
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        distances = cdist(self.candidates[self.chosen_](images), self._means_CD, "sqeuclidean")
-        return softmax(-distances, axis=1)
-
-    def _means(self, features_ND: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-        return np.stack([features_ND[labels_N == c].mean(0) for c in range(len(self.classes_))])
+        features_ND = self.candidates[self.chosen_](images)
+        return softmax(-_distances_to_means(self._shots_ND, self._labels_N, features_ND), axis=1)
 
     def _cross_validated(self, features_ND: np.ndarray, labels_N: np.ndarray, folds: int) -> float:
         right = []
         for train, held_out in StratifiedKFold(folds).split(features_ND, labels_N):
-            distances = cdist(features_ND[held_out], self._means(features_ND[train], labels_N[train]), "sqeuclidean")
+            distances = _distances_to_means(features_ND[train], labels_N[train], features_ND[held_out])
             right.append((distances.argmin(1) == labels_N[held_out]).mean())
         return float(np.mean(right))
+
+
+def _distances_to_means(shots_nD: np.ndarray, labels_n: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
+    """Squared distances [N, C] of directions to the mean directions of the classes."""
+    centre = shots_nD.mean(0)
+    shots_nD, features_ND = normalize(shots_nD - centre), normalize(features_ND - centre)
+    means_CD = np.stack([shots_nD[labels_n == c].mean(0) for c in range(labels_n.max() + 1)])
+    return cdist(features_ND, means_CD, "sqeuclidean")
 
 
 class ShrinkageLda(Baseline):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.clip import OpenClip
-from fewshot_diti.baselines.views import random_crop
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource, open_image
 
 EPOCHS = 20
@@ -26,14 +26,16 @@ BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
 class TipAdapter(Baseline):
     """Logits scale * f W + alpha * exp(-beta (1 - f K)) L, with the shots' features as keys K (equation 5).
 
-    alpha and beta are those under which the shots are most often right, and then most likely, each judged by the keys
-    of the others; the paper takes them from validation images.
+    alpha and beta are those under which the shots are most often right, each judged by the keys of the others; for
+    Tip-Adapter-F those under which they are most likely, which is what its keys then learn. The paper takes them from
+    validation images.
 
     Args:
         clip: the model.
         templates: prompts of the zero-shot part W.
         fine_tune: whether keys are trained, Tip-Adapter-F.
         steps, lr: of that training, in batches of 256; at least 20 epochs, the paper's number.
+        recolour: colours of a view.
         views: random crops of each shot; a key is their mean.
         seed: of crops and training.
 
@@ -49,12 +51,13 @@ class TipAdapter(Baseline):
         templates: Sequence[str],
         *,
         fine_tune: bool = False,
+        recolour: Recolour = as_it_is,
         steps: int = 500,
         lr: float = 1e-3,
         views: int = 10,
         seed: int = 0,
     ) -> None:
-        self.clip, self.templates, self.fine_tune = clip, tuple(templates), fine_tune
+        self.clip, self.templates, self.fine_tune, self.recolour = clip, tuple(templates), fine_tune, recolour
         self.steps, self.lr, self.views, self.seed = steps, lr, views, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
@@ -80,7 +83,9 @@ class TipAdapter(Baseline):
         """Features [views, N, D] of random crops that keep each image's shape."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return np.stack([self.clip.encode_images([random_crop(i) for i in images]) for _ in range(self.views)])
+            return np.stack(
+                [self.clip.encode_images([random_view(i, self.recolour) for i in images]) for _ in range(self.views)]
+            )
 
     def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float, np.ndarray | None]:
         counts = np.bincount(labels_N)[labels_N]
@@ -99,7 +104,9 @@ class TipAdapter(Baseline):
 
         def merit(alpha: float, beta: float) -> tuple[float, float]:
             found = logits(alpha, beta)
-            return (found.argmax(1) == labels_N).mean(), log_softmax(found, axis=1)[rows, labels_N].mean()
+            right = (found.argmax(1) == labels_N).mean()
+            likely = log_softmax(found, axis=1)[rows, labels_N].mean()
+            return (likely, right) if self.fine_tune else (right, likely)
 
         alphas = [a for a in ALPHAS if a or not self.fine_tune]  # keys of no weight learn nothing
         best = max(product(alphas, BETAS), key=lambda pair: merit(*pair))

@@ -51,8 +51,8 @@ class UnetFeatures:
             for share in TIMESTEPS
         }
 
-    def _block(self, name: str, share: float, images: Sequence[ImageSource]) -> np.ndarray:
-        rows = self._kept[share](images)
+    def _block(self, name: str, share: float, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray:
+        rows = self._kept[share](images, keep=keep)
         place = list(self._blocks).index(name)
         start = sum(self._widths[:place])
         return rows[:, start : start + self._widths[place]].astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
 from fewshot_diti.baselines.unet_features import UnetFeatures
+from fewshot_diti.baselines.views import Recolour, recolouring
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
@@ -36,6 +38,7 @@ SIBLINGS = "siblings"  # the row that stands on another network than its neighbo
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
+PIXELS = 224 * 448  # of an image for the ImageNet network
 SMALL_IMAGES = (112, 224)  # (height, width) in pixels
 
 
@@ -148,8 +151,11 @@ class Bench:
 
     @cached_property
     def network(self) -> ImageNetwork:
-        """The ImageNet network."""
-        return ImageNetwork(self._names["network"])
+        """The ImageNet network, for images in the backbone's aspect with about `PIXELS` pixels."""
+        height, width = self.backbone.image_size
+        side = math.sqrt(PIXELS / (height * width))
+        size = round(side * height / 32) * 32, round(side * width / 32) * 32
+        return ImageNetwork(self._names["network"], size=size)
 
     @cached_property
     def network_to_tune(self) -> ImageNetwork:
@@ -201,6 +207,11 @@ class Bench:
         """How class tokens are trained."""
         recommended = recommended_training(num_shots, small=self.backbone.small)
         return replace(recommended, steps=self.steps(recommended.steps), seed=seed)
+
+    @property
+    def recolour(self) -> Recolour:
+        """The colour jitter of class tokens, for baselines that train on views."""
+        return recolouring(self.training(num_shots=1, seed=0))
 
     def steps(self, whole: int) -> int:
         """Of a training that has `whole` steps, how many are done."""

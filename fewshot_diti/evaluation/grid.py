@@ -37,6 +37,7 @@ from fewshot_diti.evaluation.methods import (
     NEEDS_CLIP,
     NEEDS_NETWORK,
     NEEDS_ZERO_SHOT,
+    RECOLOURS,
     TRAINS_A_NETWORK,
 )
 from fewshot_diti.evaluation.metrics import summarize
@@ -233,6 +234,7 @@ class Grid:
             "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
             "network": _hash(lambda: bench.network_of(run.method).described) if run.method in NEEDS_NETWORK else None,
             "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
+            **({"recolour": str(bench.recolour)} if run.method in RECOLOURS else {}),
             "training_share": config.training_share if run.method in TRAINS_A_NETWORK else None,
             "errors": bench.error_settings(run.seed) if reads_errors else None,
             "judged_by": judged_by if reads_errors else None,

@@ -26,6 +26,7 @@ from fewshot_diti.baselines import (
 )
 from fewshot_diti.baselines.clip_lora import STEPS_PER_SHOT
 from fewshot_diti.baselines.imagenet import FineTuned
+from fewshot_diti.baselines.views import as_it_is
 from fewshot_diti.calibration import (
     candidate_windows,
     choose_window,
@@ -130,7 +131,7 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     groups = task.groups()
     # by fold, as the errors of held-out shots are
     shots = [(shot, sorted(groups)[c]) for _, held in split_folds(groups, FOLDS) for c, shot in held]
-    tip = TipAdapter(bench.clip, bench.templates, seed=task.seed)
+    tip = _tip_adapter(bench, task)
     tip.fit(*map(list, zip(*shots, strict=True)))
     weight, clip_temperature = 0.5, 1.0
     if errors.out_of_fold and tip.left_out is not None:
@@ -233,20 +234,29 @@ def _window(bench: Bench, lo: float, hi: float) -> str:
 def _clip_lora(bench: Bench, task: Task) -> ClipLora:
     """As published; beside the pocket with a learning rate for its few attention layers, and for as many steps as
     cross-validation on the shots says."""
-    make = partial(ClipLora, bench.clip, bench.templates[0], seed=task.seed)
+    make = partial(ClipLora, bench.clip, bench.templates[0], recolour=bench.recolour, seed=task.seed)
     if bench.backbone.small:
         return make(lr=POCKET_LORA_LR, candidates=tuple(map(bench.steps, POCKET_LORA_STEPS)))
     return make(steps_per_shot=bench.steps(STEPS_PER_SHOT))
 
 
+def _tip_adapter(bench: Bench, task: Task) -> TipAdapter:
+    """Its keys are recoloured where the shots choose how much a key says: a mean over colours is like no image."""
+    recolour = bench.recolour if task.num_shots > 1 else as_it_is
+    return TipAdapter(bench.clip, bench.templates, recolour=recolour, seed=task.seed)
+
+
 def _logistic(candidates: Callable[[Bench], Any], *, evaluations: int = 0) -> Method:
-    return of_baseline(lambda bench, _: LogisticProbe(candidates(bench)), evaluations=evaluations)
+    def make(bench: Bench, task: Task) -> LogisticProbe:
+        return LogisticProbe(candidates(bench), recolour=bench.recolour, seed=task.seed)
+
+    return of_baseline(make, evaluations=evaluations)
 
 
 METHODS: dict[str, Method] = {
     "zeroshot-sd": zero_shot_sd,
     "zeroshot-clip": of_baseline(lambda bench, _: ZeroShotClip(bench.clip, bench.templates)),
-    "tip-adapter": of_baseline(lambda bench, task: TipAdapter(bench.clip, bench.templates, seed=task.seed)),
+    "tip-adapter": of_baseline(_tip_adapter),
     "tip-adapter-f": of_baseline(
         lambda bench, task: TipAdapter(bench.clip, bench.templates, fine_tune=True, seed=task.seed)
     ),
@@ -260,7 +270,9 @@ METHODS: dict[str, Method] = {
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(
-        lambda bench, task: FineTuned(bench.network_to_tune, steps=bench.steps(TUNING_STEPS), seed=task.seed)
+        lambda bench, task: FineTuned(
+            bench.network_to_tune, recolour=bench.recolour, steps=bench.steps(TUNING_STEPS), seed=task.seed
+        )
     ),
     SIBLINGS: _logistic(lambda bench: {"siblings": bench.siblings_features}),
     "diti": lambda bench, task: diti(recommended_scoring(small=bench.backbone.small).weighting, bench, task),
@@ -277,5 +289,8 @@ NEEDS_CLASS_TOKENS = frozenset(name for name in METHODS if name.startswith("diti
 NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` leaves
 NEEDS_CLIP = frozenset(name for name in METHODS if "clip" in name or name.startswith("tip-"))
 TRAINS_A_NETWORK = frozenset({"finetune", "clip-lora"})
+RECOLOURS = frozenset(
+    {"tip-adapter", "linear-clip", "clip-lora", "linear-sd", "linear-imagenet", "finetune", SIBLINGS, "diti+clip"}
+)
 NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune", SIBLINGS})
 TOLD = {SIBLINGS: "told labels of sibling classes"}  # what a method knows beyond the shots
