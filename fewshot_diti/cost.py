@@ -36,13 +36,14 @@ def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_s
 
 @torch.no_grad()
 def seconds_of_an_evaluation(backbone: Backbone, size: tuple[int, int], batch_size: int = 1) -> float:
-    """Measured, in a batch of so many; `size` as of `announce_time`."""
+    """Seconds of one evaluation, measured in a batch; `size` is (height, width) of the images in pixels."""
     shape = (batch_size, backbone.latent_channels, *(s // backbone.vae_scale_factor for s in size))
     latents = torch.zeros(shape, device=backbone.device)
     times = torch.zeros(batch_size, dtype=torch.long, device=backbone.device)
     text = backbone.encode_text(backbone.tokenize([""] * batch_size))
+    text.sum().item()  # a GPU is waited for, before and after
     start = time.perf_counter()
-    backbone.errors(latents, latents, times, text).sum().item()  # waits for a GPU
+    backbone.errors(latents, latents, times, text).sum().item()
     return (time.perf_counter() - start) / batch_size
 
 

@@ -20,10 +20,10 @@ def halved(size: int, error: RuntimeError) -> int:
     return size // 2
 
 
-def peak_memory() -> int | None:
+def peak_memory(device: torch.device) -> int | None:
     """Bytes: of this process so far, or on a GPU of its tensors since the last reset; None on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:

@@ -46,18 +46,24 @@ def bootstrap_interval(
     """95 % interval (low, high) of the mean of values [N], by resampling whole groups (percentile bootstrap).
 
     Images of one group (liveries, as a rule) are right or wrong together, so intervals over images would be too narrow.
+    An image of the group "" is one by itself.
 
     Raises:
         ValueError: no values, or not one group a value.
     """
     if not len(values) or len(values) != len(groups):
         raise ValueError(f"{len(values)} values and {len(groups)} groups; pass at least one value, each with a group.")
-    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    names, index = np.unique(single_groups(groups), return_inverse=True)
     sums, counts = np.bincount(index, weights=values), np.bincount(index)
     shares = np.full(len(names), 1 / len(names))
     times_RG = np.random.default_rng(seed).multinomial(len(names), shares, size=resamples)
     low, high = np.quantile((times_RG @ sums) / (times_RG @ counts), (0.025, 0.975))
     return float(low), float(high)
+
+
+def single_groups(groups: Sequence[str]) -> list[str]:
+    """The groups, with one of its own for each image whose group is ""."""
+    return [group or f"\0{i}" for i, group in enumerate(groups)]
 
 
 def accuracy_table(

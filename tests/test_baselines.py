@@ -34,9 +34,10 @@ from fewshot_diti.baselines import (
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.clip import prompt_templates
 from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
+from fewshot_diti.baselines.probe import logistic_head
 from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
 from fewshot_diti.baselines.unet_features import UnetFeatures
-from fewshot_diti.baselines.views import recolouring
+from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.data import ImageGeometry
 from fewshot_diti.features import fit_discriminant
 from fewshot_diti.training import TrainingConfig
@@ -117,15 +118,18 @@ def test_recoloured_copies_of_the_kept_shots_alone_help_to_choose_the_strength()
         probe.predict_proba(test), best.predict_proba(scaler.transform(mean_colour(test))), atol=1e-3
     )
     assert len(features._kept) == len(shots) + len(test)  # nobody asks for the copies again
+    for kept, held in logistic_head(y, copies=1)[-1].cv:  # copies of held-out shots are held out too
+        assert set(kept) == (set(range(24)) - set(held)) - {i + 12 for i in held}
+        assert sorted(set(kept) | set(held)) == sorted(set(range(24)) - {i + 12 for i in held})
 
 
 def test_recolouring_is_as_strong_as_class_tokens_are_jittered() -> None:
     image, still = pictures(1, 0)[0][0], {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-    assert np.array_equal(recolouring(TrainingConfig(steps=1, **still))(image), image)
-    permute = recolouring(TrainingConfig(steps=1, permute_channels=True, **still))
+    assert np.array_equal(ColourJitter.of(TrainingConfig(steps=1, **still))(image), image)
+    permute = ColourJitter.of(TrainingConfig(steps=1, permute_channels=True, **still))
     seen = {tuple(np.asarray(permute(image)).mean((0, 1)).round(6)) for _ in range(100)}
     assert seen == set(permutations(np.asarray(image).mean((0, 1)).round(6)))
-    darkest = recolouring(TrainingConfig(steps=1, **still | {"brightness": 0.5}))
+    darkest = ColourJitter.of(TrainingConfig(steps=1, **still | {"brightness": 0.5}))
     ratios = [np.asarray(darkest(image)).mean() / np.asarray(image).mean() for _ in range(100)]
     assert 0.48 < min(ratios) < 0.6 and max(ratios) > 1.1  # bright pixels are cut off at 255
 
@@ -333,6 +337,26 @@ def test_a_fine_tuned_network_learns_the_shots_and_leaves_the_network_alone(monk
     torch.testing.assert_close(network.module.state_dict(), before, rtol=0, atol=0)
 
 
+def test_what_trains_on_views_recolours_them(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
+    asked: list[Image.Image] = []
+
+    def recolour(image: Image.Image) -> Image.Image:
+        asked.append(image)
+        return image
+
+    network = ImageNetwork("test_resnet", size=(32, 64))
+    for baseline, views in (
+        (FineTuned(network, recolour=recolour, steps=1, batch_size=3), 20 * 3),  # 20 epochs of one batch
+        (ClipLora(clip, TEMPLATES[0], recolour=recolour, candidates=(2,)), 2 * 3),
+        (TipAdapter(clip, TEMPLATES, recolour=recolour, views=4), 4 * 3),
+    ):
+        asked.clear()
+        baseline.fit(*pictures(1, 0))
+        assert len(asked) == views
+
+
 def test_a_transformer_keeps_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
@@ -342,6 +366,6 @@ def test_a_transformer_keeps_its_own_size(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_clip_without_weights_is_refused() -> None:
-    for name, text in (("ViT-B-32", "Weights of 'ViT-B-32': .*openai"), ("ViT-X/openai", "no such architecture")):
-        with pytest.raises(ValueError, match=f"names no OpenCLIP model with weights.*{text}"):
+    for name, text in (("ViT-B-32", "Weights of ViT-B-32: .*openai"), ("ViT-X/openai", "called 'ViT-X'")):
+        with pytest.raises(ValueError, match=f"is no OpenCLIP model with weights.*{text}"):
             OpenClip(name)

@@ -41,16 +41,8 @@ class OpenClip:
             name = f"local-dir:{shipped('pocket-clip')}"
         whole = name.startswith(("local-dir:", "hf-hub:"))
         architecture, _, weights = (name, "", "") if whole else name.partition("/")
-        if (
-            not whole
-            and weights not in open_clip.list_pretrained_tags_by_model(architecture)
-            and not Path(weights).is_file()
-        ):
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none: no such architecture"
-            raise ValueError(
-                f"{name!r} names no OpenCLIP model with weights; pass ARCHITECTURE/WEIGHTS such as {VIT_H}, "
-                f"hf-hub:ORGANISATION/NAME, local-dir:FOLDER or pocket. Weights of {architecture!r}: {known}."
-            )
+        if not whole:
+            _check_has_weights(architecture, weights)
         self.name, self.device, self._batch_size = name, default_device(), batch_size
         model, _, self._preprocess = open_clip.create_model_and_transforms(
             architecture, pretrained=weights or None, device=self.device
@@ -83,6 +75,19 @@ class OpenClip:
             self.model, self.tokenizer, list(class_names), list(templates), device=self.device
         )
         return weights.T.float().cpu().numpy()
+
+
+def _check_has_weights(architecture: str, weights: str) -> None:
+    """Raises ValueError: open_clip would go on with random weights, or fail in its own words."""
+    known = architecture in open_clip.list_models()
+    if known and (open_clip.is_pretrained_cfg(architecture, weights) or Path(weights).is_file()):
+        return
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none by name, so pass a file"
+    raise ValueError(
+        f"{architecture}/{weights} is no OpenCLIP model with weights; pass ARCHITECTURE/WEIGHTS such as {VIT_H}, "
+        f"hf-hub:ORGANISATION/NAME, local-dir:FOLDER or pocket. "
+        + (f"Weights of {architecture}: {tags}." if known else f"No architecture is called {architecture!r}.")
+    )
 
 
 def prompt_templates(concept: str) -> tuple[str, ...]:

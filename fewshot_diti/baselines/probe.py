@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,14 @@ from fewshot_diti.baselines.views import Recolour
 from fewshot_diti.data.images import ImageSource, open_image
 from fewshot_diti.features import fit_discriminant
 
-Features = Callable[..., np.ndarray]  # images to [N, D]; with keep=False no copy of them is kept
+MOST_ROWS = 2000  # of shots and copies together
+
+
+class Features(Protocol):
+    """From images to [N, D]; `keep` says whether these images will be asked for again."""
+
+    def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray: ...
+
 
 STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
 
@@ -41,7 +48,7 @@ def logistic_head(labels_N: np.ndarray, copies: int = 0) -> Pipeline:
         folds = StratifiedKFold(min(4, fewest)).split(labels_N, labels_N)
         starts = len(labels_N) * np.arange(1 + copies)[:, None]
         model = GridSearchCV(model, {"C": STRENGTHS}, cv=[((starts + kept).ravel(), held) for kept, held in folds])
-    # as many components as shots lose nothing, and make wide features cheap
+    # as many components as rows lose nothing, and make wide features cheap
     return make_pipeline(StandardScaler(), PCA(), model)
 
 
@@ -52,7 +59,7 @@ class LogisticProbe(Baseline):
         candidates: features by name, of which the shots choose by cross-validation; the first where a class has one
             shot.
         recolour: colours of the copies that it is fitted on beside the shots; None: on the shots alone.
-        copies: of each shot.
+        copies: of each shot, fewer where there would be more than `MOST_ROWS` rows to fit.
         seed: of the copies.
 
     Attributes:
@@ -72,9 +79,10 @@ class LogisticProbe(Baseline):
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         def fitted(features: Features, recoloured_ND: np.ndarray | None = None) -> Pipeline:
-            rows, copies = features(images), 0
+            rows = features(images)
             if recoloured_ND is not None:
-                rows, copies = np.concatenate([rows, recoloured_ND]), self.copies
+                rows = np.concatenate([rows, recoloured_ND])
+            copies = len(rows) // len(labels_N) - 1
             with threadpool_limits(1):  # two threads took 17 times as long over products this small
                 return logistic_head(labels_N, copies).fit(rows, np.tile(labels_N, 1 + copies))
 
@@ -89,11 +97,10 @@ class LogisticProbe(Baseline):
     def _recoloured(self, images: Sequence[ImageSource], recolour: Recolour) -> np.ndarray:
         """Features [copies x N, D]."""
         features = self.candidates[self.chosen_]
+        copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            rows = [
-                features([recolour(image) for _ in range(self.copies)], keep=False) for image in map(open_image, images)
-            ]
+            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
+            rows = [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
         return np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
@@ -104,7 +111,7 @@ class LogisticProbe(Baseline):
 class NearestMean(Baseline):
     """The class whose mean feature is nearest; probabilities: softmax of minus the squared distance.
 
-    On directions: the shots' mean is taken away, then every length (Wang et al., SimpleShot, 2019).
+    Features are centred on the shots' mean and scaled to unit length (Wang et al., SimpleShot, 2019).
 
     Args:
         candidates: as of `LogisticProbe`.
@@ -172,7 +179,7 @@ class NearestNeighbour(Baseline):
         features: of images; latents, for one.
     """
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Callable[[Sequence[ImageSource]], np.ndarray]) -> None:
         self.features = features
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:

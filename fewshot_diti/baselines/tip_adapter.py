@@ -82,7 +82,7 @@ class TipAdapter(Baseline):
     def _encode_views(self, images: list[Image.Image]) -> np.ndarray:
         """Features [views, N, D] of random crops that keep each image's shape."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
             return np.stack(
                 [self.clip.encode_images([random_view(i, self.recolour) for i in images]) for _ in range(self.views)]
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 from PIL import Image
 from torchvision.transforms import v2
@@ -17,11 +18,26 @@ def as_it_is(image: Image.Image) -> Image.Image:
     return image
 
 
-def recolouring(training: TrainingConfig) -> Recolour:
-    """Copies in other colours, jittered as strongly as those that class tokens are trained on."""
-    jitter = v2.ColorJitter(training.brightness, training.contrast, training.saturation, training.hue)
-    recolour: Recolour = v2.Compose([v2.RandomChannelPermutation(), jitter]) if training.permute_channels else jitter
-    return recolour
+@dataclass(frozen=True, kw_only=True)
+class ColourJitter:
+    """Copies in other colours; strengths as of `TrainingConfig`."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    permute_channels: bool
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> ColourJitter:
+        """As strong as that of the copies that class tokens are trained on."""
+        return cls(**{f.name: getattr(training, f.name) for f in fields(cls)})
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """A copy, as torch's global generator draws."""
+        permuted = v2.RandomChannelPermutation()(image) if self.permute_channels else image
+        copy: Image.Image = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)(permuted)
+        return copy
 
 
 def random_view(image: Image.Image, recolour: Recolour) -> Image.Image:

@@ -15,7 +15,7 @@ from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
 from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
-from fewshot_diti.evaluation.metrics import accuracy_with_interval, drop_from_matched_to_shifted
+from fewshot_diti.evaluation.metrics import FEWEST_GROUPS, accuracy_with_interval, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
@@ -75,11 +75,11 @@ def plan(grid: Grid) -> str:
     lines, total, unknown, missing = [], 0.0, 0, grid.missing()
     needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if run.method in NEEDS_CLASS_TOKENS)
     draws = [draw for draw in needed if not grid.prepared(*draw)]
-    evaluation = grid.bench.seconds_of_an_evaluation() if draws else 0.0
+    evaluation = grid.bench.evaluation_seconds() if draws else 0.0
     for num_shots, seed in draws:
         seconds = evaluation * grid.bench.evaluations(num_shots, len(grid.test.class_names), len(grid.test))
         total += seconds
-        lines.append(f"class tokens of {num_shots} shots, seed {seed}  about {seconds:.0f} s")
+        lines.append(f"class tokens at {num_shots} shots a class, seed {seed}  about {seconds:.0f} s")
     for run in missing:
         near = [other for other in done if other.method == run.method]
         if not near:
@@ -99,7 +99,13 @@ def report(grid: Grid, against: str, console: Console) -> None:
     config, folder = grid.config, grid.config.folder
     records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
     rows = [
-        table.Row(name=m, accuracy=_accuracy(records, m, config.shots), told=TOLD.get(m, "")) for m in config.methods
+        table.Row(
+            name=m,
+            accuracy=_accuracy(records, m, config.shots),
+            seeds=len(config.seeds),
+            told=TOLD.get(m, ""),
+        )
+        for m in config.methods
     ]
     whole = not config.shifted and config.max_test_images is None
     if whole and config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
@@ -119,10 +125,10 @@ def report(grid: Grid, against: str, console: Console) -> None:
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
-            "McNemar's exact test over seeds"
+            "McNemar's exact test over seeds; images are taken as independent"
         )
         console.print(table.rich_lines(head, lines, caption))
-        write_atomically(folder / "comparisons.md", table.markdown_lines(head, lines).encode())
+        write_atomically(folder / "comparisons.md", f"{caption}:\n\n{table.markdown_lines(head, lines)}".encode())
         write_atomically(folder / "comparisons.json", (json.dumps(comparisons, indent=1) + "\n").encode())
     console.out(f"Tables, plot and runs: {folder}")
 
@@ -172,11 +178,19 @@ def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str,
 def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Console) -> None:
     """Prints what matched and shifted images tell, and writes shift.md; nothing where no image is either."""
     config = grid.config
-    held = {(m, k): found for m in config.methods for k in config.shots if (found := _matched(grid, records, m, k))}
-    how = f"accuracy in % [95 % interval, bootstrap over {config.column}], images of all seeds"
+    draws = {(run.num_shots, run.seed) for run in records}
+    kinds = {draw: kind for draw in draws if (kind := grid.matched_and_shifted(grid.task(*draw)))}
+    if not kinds:
+        return
+    cells = [(method, k) for method in config.methods for k in config.shots]
+    held = {cell: found for cell in cells if (found := _matched(grid, records, kinds, *cell))}
+    how = (
+        f"accuracy in % [95 % interval, bootstrap over {config.column}; none where fewer than {FEWEST_GROUPS} occur], "
+        "images of all seeds"
+    )
     mixed = [str(k) for k in config.shots if config.shifted and not grid.of_one_value(k)]
     if mixed:
-        how += f"; at {' and '.join(mixed)} shots no {config.column} has so many images, and shots are drawn from all"
+        how += f"; {', '.join(mixed)} shots are drawn as ever: some class has too few images of any {config.column}"
     parts = {
         f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
         f"shifted test images, which do not: {how}": _on_shifted,
@@ -204,12 +218,17 @@ class _Matched:
     groups: np.ndarray
 
 
-def _matched(grid: Grid, records: dict[Run, dict[str, Any]], method: str, num_shots: int) -> _Matched | None:
+def _matched(
+    grid: Grid,
+    records: dict[Run, dict[str, Any]],
+    kinds: dict[tuple[int, int], dict[str, np.ndarray]],
+    method: str,
+    num_shots: int,
+) -> _Matched | None:
     found = {run: r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)}
-    kinds = [grid.matched_and_shifted(grid.task(run.num_shots, run.seed)) for run in found]
-    parts = [kind for kind in kinds if kind is not None]
-    if not parts:
+    if not found:
         return None
+    parts = [kinds[run.num_shots, run.seed] for run in found]
     predicted = np.array([[p["label"] for p in r["predictions"]] for r in found.values()])
     labels = np.tile(grid.test.labels, len(found))
     correct = predicted.ravel() == np.array(grid.test.class_names)[labels]
@@ -230,8 +249,9 @@ def _share(images: _Matched, kind: np.ndarray) -> str:
     if not kind.any():
         return ""
     figures = accuracy_with_interval(images.correct[kind], images.groups[kind].tolist())
-    low, high = figures["interval"]
-    return f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    accuracy, (low, high) = f"{100 * figures['accuracy']:.1f}", figures["interval"]
+    # an image that occurs once a seed is no new one, so that an interval over images would be too narrow
+    return f"{accuracy} [{100 * low:.0f}, {100 * high:.0f}]" if figures["interval_over"] == "groups" else accuracy
 
 
 def _drop(images: _Matched) -> str:

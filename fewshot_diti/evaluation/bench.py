@@ -21,7 +21,7 @@ from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
 from fewshot_diti.baselines.unet_features import UnetFeatures
-from fewshot_diti.baselines.views import Recolour, recolouring
+from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
@@ -209,9 +209,9 @@ class Bench:
         return replace(recommended, steps=self.steps(recommended.steps), seed=seed)
 
     @property
-    def recolour(self) -> Recolour:
+    def recolour(self) -> ColourJitter:
         """The colour jitter of class tokens, for baselines that train on views."""
-        return recolouring(self.training(num_shots=1, seed=0))
+        return ColourJitter.of(self.training(num_shots=1, seed=0))
 
     def steps(self, whole: int) -> int:
         """Of a training that has `whole` steps, how many are done."""
@@ -234,11 +234,10 @@ class Bench:
             seed=seed,
         )
 
-    def seconds_of_an_evaluation(self) -> float:
-        """Measured, in a batch as scoring has it."""
-        backbone, size = self.backbone, self.geometry.size
-        seconds_of_an_evaluation(backbone, size)  # the first is slower
-        return seconds_of_an_evaluation(backbone, size, self.scoring(0).batch_size)
+    def evaluation_seconds(self) -> float:
+        """Of one evaluation, measured."""
+        seconds_of_an_evaluation(self.backbone, self.geometry.size)  # the first is slower
+        return seconds_of_an_evaluation(self.backbone, self.geometry.size, batch_size=4)
 
     def evaluations(self, num_shots: int, num_classes: int, num_test: int) -> int:
         """What `prepare` costs."""

@@ -104,6 +104,6 @@ def full_size_round(*, classes: int = 4, trials: int = 4, size: int = 256, rank:
         "evaluations": found.evaluations,
         "size_px": size,
         "seconds": perf_counter() - start,
-        "peak_memory_gb": (peak_memory() or 0) / 2**30,
+        "peak_memory_gb": None if (peak := peak_memory(backbone.device)) is None else peak / 2**30,
         "lora_linears": len(layout.targets),
     }

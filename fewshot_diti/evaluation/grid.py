@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -154,9 +155,9 @@ class Grid:
                     or self._run(run)
                 )
                 record = {"made_by": self.made_by(run), "versions": _versions()} | record
-                write_atomically(run.path, (json.dumps(record, indent=1, default=float) + "\n").encode())
-                bar.update(state.num_processes)
+                write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
             state.wait_for_everyone()
+            bar.update(len(runs))
         bar.close()
         return [run for run in missing if self.record(run) is None]
 
@@ -193,7 +194,18 @@ class Grid:
 
     def of_one_value(self, num_shots: int) -> bool:
         """Whether the shots of a class share one value of the attribute; not where some class has too few images."""
-        return self.config.shifted and num_shots <= most_of_one_value(self.pool, self.config.column)
+        return self.config.shifted and num_shots <= self._most_of_one_value
+
+    @cached_property
+    def _most_of_one_value(self) -> int:
+        return most_of_one_value(self.pool, self.config.column)
+
+    @cached_property
+    def _values(self) -> str:
+        """What decides shots of one value: the attribute, and a hash of its values."""
+        column = self.config.column
+        values = repr([part.attributes[column] for part in (self.pool, self.test)])
+        return f"{column} {hashlib.sha256(values.encode()).hexdigest()[:32]}"
 
     def matched_and_shifted(self, task: Task) -> dict[str, np.ndarray] | None:
         """Masks [N] of test images whose value of the attribute the shots of their class show, and do not; None where
@@ -234,12 +246,12 @@ class Grid:
             "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
             "network": _hash(lambda: bench.network_of(run.method).described) if run.method in NEEDS_NETWORK else None,
             "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
-            **({"recolour": str(bench.recolour)} if run.method in RECOLOURS else {}),
+            "recolour": str(bench.recolour) if run.method in RECOLOURS else None,
             "training_share": config.training_share if run.method in TRAINS_A_NETWORK else None,
             "errors": bench.error_settings(run.seed) if reads_errors else None,
             "judged_by": judged_by if reads_errors else None,
             "concept": config.concept,
-            "one_value_of": config.column if config.shifted else None,
+            "one_value_of": self._values if config.shifted else None,
         }
 
     def _run(self, run: Run) -> dict[str, Any]:
@@ -268,7 +280,7 @@ class Grid:
             "training_seconds": outcome.training_seconds,
             "seconds_per_image": outcome.scoring_seconds / len(self.test),
             "seconds": perf_counter() - start,
-            "peak_memory": peak_memory(),
+            "peak_memory": peak_memory(self.bench.backbone.device),
             "shots": {"k": run.num_shots, "seed": run.seed, "image_ids": list(task.shots.ids)},
             "shots_of_one_value": self.of_one_value(run.num_shots),
         }

@@ -232,8 +232,8 @@ def _window(bench: Bench, lo: float, hi: float) -> str:
 
 
 def _clip_lora(bench: Bench, task: Task) -> ClipLora:
-    """As published; beside the pocket with a learning rate for its few attention layers, and for as many steps as
-    cross-validation on the shots says."""
+    """As published but for the colours of views; beside the pocket with a learning rate for its few attention layers,
+    and for as many steps as cross-validation on the shots says."""
     make = partial(ClipLora, bench.clip, bench.templates[0], recolour=bench.recolour, seed=task.seed)
     if bench.backbone.small:
         return make(lr=POCKET_LORA_LR, candidates=tuple(map(bench.steps, POCKET_LORA_STEPS)))

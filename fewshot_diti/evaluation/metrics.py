@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, f1_score
 
-from fewshot_diti.reports import bootstrap_interval, wilson_interval
+from fewshot_diti.reports import bootstrap_interval, single_groups, wilson_interval
 
 FEWEST_GROUPS = 5
 
@@ -107,14 +107,12 @@ def drop_from_matched_to_shifted(correct_N: np.ndarray, matched_N: np.ndarray, l
 def accuracy_with_interval(correct: np.ndarray, groups: Sequence[str] | None) -> dict[str, Any]:
     """Accuracy of images, 0 to 1, with its 95 % interval, and what that is over.
 
-    Images of one group, such as a livery, are right or wrong together: the interval is a bootstrap over groups. An
-    image of the group "" is one by itself. Without groups, and with fewer than `FEWEST_GROUPS`, which say too little of
-    their spread, it is Wilson's over images.
+    Images of one group, such as a livery, are right or wrong together: the interval is `bootstrap_interval`'s. Without
+    groups, and with fewer than `FEWEST_GROUPS`, which say too little of their spread, it is Wilson's over images.
     """
     found = {"accuracy": float(correct.mean()), "images": len(correct)}
-    names = [group or f"\0{i}" for i, group in enumerate(groups or ())]
-    if len(set(names)) < FEWEST_GROUPS:
+    if len(set(single_groups(groups or ()))) < FEWEST_GROUPS:
         interval, over = wilson_interval(int(correct.sum()), len(correct)), "images"
     else:
-        interval, over = bootstrap_interval(correct.astype(float), names), "groups"
+        interval, over = bootstrap_interval(correct.astype(float), groups or ()), "groups"
     return found | {"interval": list(interval), "interval_over": over}

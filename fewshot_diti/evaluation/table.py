@@ -32,12 +32,14 @@ class Row:
     Attributes:
         name: of the method.
         accuracy: by shots, one number a seed.
+        seeds: how many there should be.
         source: of published numbers, "" for measured ones.
         told: what the method knows beyond the shots of the others, "" where they compete on equal terms.
     """
 
     name: str
     accuracy: Mapping[int, Sequence[float]]
+    seeds: int = 1
     source: str = ""
     told: str = ""
 
@@ -74,22 +76,17 @@ def published_rows(shots: Sequence[int]) -> list[Row]:
     ]
 
 
-def _most(rows: Sequence[Row], k: int) -> int:
-    """Seeds of a whole cell."""
-    return max((len(row.accuracy.get(k, ())) for row in rows if not row.source), default=1)
-
-
-def _whole(row: Row, rows: Sequence[Row], shots: Sequence[int]) -> bool:
+def _whole(row: Row, shots: Sequence[int]) -> bool:
     """Whether the row competes at these shots: on equal terms, and with all seeds."""
-    return row.competes and all(len(row.accuracy.get(k, ())) == _most(rows, k) for k in shots)
+    return row.competes and all(len(row.accuracy.get(k, ())) == row.seeds for k in shots)
 
 
-def _cells(row: Row, rows: Sequence[Row], shots: Sequence[int]) -> list[str]:
+def _cells(row: Row, shots: Sequence[int]) -> list[str]:
     cells = []
     for k in shots:
-        values, most = row.accuracy.get(k, ()), _most(rows, k)
+        values = row.accuracy.get(k, ())
         spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        lacking = f" ({len(values)} of {most} seeds)" if len(values) < most and not row.source else ""
+        lacking = f" ({len(values)} of {row.seeds} seeds)" if len(values) < row.seeds else ""
         cells.append(f"{np.mean(values):.1f}{spread}{lacking}" if len(values) else "")
     average = row.average(shots)
     return [*cells, "" if np.isnan(average) else f"{average:.1f}"]
@@ -98,12 +95,12 @@ def _cells(row: Row, rows: Sequence[Row], shots: Sequence[int]) -> list[str]:
 def _marked(rows: Sequence[Row], shots: Sequence[int], bold: Callable[[str], Any]) -> list[list[Any]]:
     """Lines of the table, the best number of each column as `bold` makes it."""
     columns = [*((k,) for k in shots), tuple(shots)]  # the last: their average
-    best = [max((row.average(c) for row in rows if _whole(row, rows, c)), default=float("nan")) for c in columns]
+    best = [max((row.average(c) for row in rows if _whole(row, c)), default=float("nan")) for c in columns]
     lines = []
     for row in rows:
         cells = [
-            bold(cell) if _whole(row, rows, column) and row.average(column) == top else cell
-            for cell, column, top in zip(_cells(row, rows, shots), columns, best, strict=True)
+            bold(cell) if _whole(row, column) and row.average(column) == top else cell
+            for cell, column, top in zip(_cells(row, shots), columns, best, strict=True)
         ]
         lines.append([row.title, *cells])
     return lines
