@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -83,7 +85,9 @@ class LogisticProbe(Baseline):
             if recoloured_ND is not None:
                 rows = np.concatenate([rows, recoloured_ND])
             copies = len(rows) // len(labels_N) - 1
-            with threadpool_limits(1):  # two threads took 17 times as long over products this small
+            # two threads took 17 times as long over products this small; too large a C need not converge to lose
+            with threadpool_limits(1), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
                 return logistic_head(labels_N, copies).fit(rows, np.tile(labels_N, 1 + copies))
 
         self.chosen_ = next(iter(self.candidates))
