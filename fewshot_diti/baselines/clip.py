@@ -85,7 +85,7 @@ def _check_has_weights(architecture: str, weights: str) -> None:
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none by name, so pass a file"
     raise ValueError(
         f"{architecture}/{weights} is no OpenCLIP model with weights; pass ARCHITECTURE/WEIGHTS such as {VIT_H}, "
-        f"hf-hub:ORGANISATION/NAME, local-dir:FOLDER or pocket. "
+        "hf-hub:ORGANISATION/NAME, local-dir:FOLDER or pocket. "
         + (f"Weights of {architecture}: {tags}." if known else f"No architecture is called {architecture!r}.")
     )
 
