@@ -2,9 +2,9 @@
 
     python -m eval.detail --shots 1 4 16 --seeds 1
 
-An ImageNet network's features with logistic regression judge the test images three times: as they are, shrunk to the
-backbone's size, and restored from its latents. What the network loses at the last step is lost to class tokens before
-the U-Net sees it. Needs the extra `imagenet`.
+An ImageNet network's features with logistic regression, fitted on the shots and on copies in other colours, judge the
+test images three times: as they are, shrunk to the backbone's size, and restored from its latents. What the network
+loses at the last step is lost to class tokens before the U-Net sees it. Needs the extra `imagenet`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.baselines import LogisticProbe
 from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork
+from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.data import ImageGeometry, load_images, sample_shots, seen_attribute
 from fewshot_diti.evaluation.table import rich_lines
+from fewshot_diti.recommended import recommended_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ def main(config: Config) -> None:
     """Prints one table."""
     backbone, network = load_backbone(config.backbone), ImageNetwork(config.network)
     pool, test = (load_images(config.dataset, split) for split in ("train", "test"))
+    recolour = ColourJitter.of(recommended_training(1, small=backbone.small))
     truth = np.array([test.class_names[c] for c in test.labels])
     lines = []
     for name, way in versions(backbone).items():
@@ -69,7 +72,7 @@ def main(config: Config) -> None:
             cells = []
             for seed in config.seeds:
                 shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
-                probe = LogisticProbe({name: kept})
+                probe = LogisticProbe({name: kept}, recolour=recolour, seed=seed)
                 probe.fit(LazyImages(shots), [shots.class_names[c] for c in shots.labels])
                 right = probe.predict(LazyImages(test)) == truth
                 seen = np.array(seen_attribute(shots, test, config.column))

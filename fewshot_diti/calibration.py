@@ -251,7 +251,7 @@ def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Ten
     rows: list[Tensor] = []
     for kept, held in split_folds({x: list(features) for x, features in shot_features.items()}, folds):
         discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})
-        rows += discriminant.log_probabilities(torch.stack([features for _, features in held]))
+        rows += discriminant.log_probabilities(torch.stack([views[0] for _, views in held]))
     ids = [image_id(shot) for _, held in split_folds(groups, folds) for _, shot in held]
     return dict(zip(ids, rows, strict=True))
 

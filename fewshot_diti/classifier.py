@@ -36,8 +36,8 @@ class DiTiClassifier:
     """A few-shot classifier on the denoising errors of a Stable Diffusion.
 
     Where `scoring` asks for it (as is recommended for small backbones), the frozen U-Net's own features of an image
-    have a say beside the class tokens; the features of the shots are then kept with the bank
-    (8 x 16 values a channel: 328 KB a shot with Stable Diffusion 2.0 at 512 pixels).
+    have a say beside the class tokens; those of the shots and of three copies in other colours are then kept with the
+    bank (8 x 16 values a channel: 655 KB a shot with Stable Diffusion 2.0 at 512 pixels).
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.

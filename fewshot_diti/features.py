@@ -1,6 +1,7 @@
 """What the frozen U-Net itself holds of an image: it helps the class tokens decide, or names the classes worth a trial.
 
-Shapes in names: N images, n shots, B batch, C classes, D values of a feature, m dimensions that the shots span.
+Shapes in names: N images, n shots, V views of a shot, B batch, C classes, D values of a feature, m dimensions that the
+shots span.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fewshot_diti.held_out import fit_temperature
 
 TIMESTEP = 0.06  # as a share of the schedule
 POSITIONS = (8, 16)  # a block's map is averaged down to at most this height and width
+VIEWS = 4  # of a shot: itself and copies in other colours
 FOLDS = 4  # in which shots tell how sure a discriminant may be
 _COSINE_TEMPERATURE = 0.1
 
@@ -128,10 +130,12 @@ class Discriminant:
 
 
 def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
-    """The discriminant of features [n_c, D] of each class's shots, its columns in the order of the classes given.
+    """The discriminant of features [n_c, V, D] of each class's shots, its columns in the order of the classes given.
 
-    Its temperature is fitted on shots that discriminants of the others judge, in four folds; 1 where every class has
-    one shot. The shots are dealt out to the folds across classes, so that most classes keep two where they have three.
+    It is fitted on all V views of a shot, the shot itself first, then copies of it in other colours; where every class
+    has one shot, on the shots alone. Its temperature is fitted on shots that discriminants of the others judge, in four
+    folds; 1 where every class has one shot. The shots are dealt out to the folds across classes, so that most classes
+    keep two where they have three.
 
     Raises:
         ValueError: a feature is not finite, naming the class, or all shots have the same features.
@@ -144,17 +148,22 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
             )
 
     labels_n = np.repeat(np.arange(len(shots)), [len(features) for features in shots.values()])
-    features_nD = torch.cat(list(shots.values()))
+    features_nVD = torch.cat(list(shots.values())).float()
+    shots_nD = features_nVD[:, 0]
     others_n = np.bincount(labels_n)[labels_n] > 1  # shots that leave one of their class when they are held out
     if not others_n.any():
-        return Discriminant(features_nD.numpy(), labels_n)
+        return Discriminant(shots_nD.numpy(), labels_n)
+
+    def judge(kept_n: np.ndarray, temperature: float = 1.0) -> Discriminant:
+        views_nD = features_nVD[kept_n].flatten(0, 1).numpy()
+        return Discriminant(views_nD, labels_n[kept_n].repeat(features_nVD.shape[1]), temperature)
+
     fold_n = np.where(others_n, np.cumsum(others_n) % FOLDS, -1)
     log_p_nC = torch.zeros(len(labels_n), len(shots), dtype=torch.float64)
     for fold in set(fold_n[others_n]):
-        judge = Discriminant(features_nD[fold_n != fold].numpy(), labels_n[fold_n != fold])
-        log_p_nC[fold_n == fold] = judge.log_probabilities(features_nD[fold_n == fold])
+        log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(shots_nD[fold_n == fold])
     temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
-    return Discriminant(features_nD.numpy(), labels_n, temperature)
+    return judge(fold_n >= -1, temperature)
 
 
 def score_offsets(log_probabilities_NC: Tensor, weight: float, shortlist: int | None = None) -> Tensor:

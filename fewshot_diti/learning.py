@@ -14,7 +14,7 @@ from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
-from fewshot_diti.features import block_features
+from fewshot_diti.features import VIEWS, block_features
 from fewshot_diti.held_out import split_folds
 from fewshot_diti.prior import prior_latents
 from fewshot_diti.processes import process_state
@@ -91,12 +91,16 @@ class Learner:
         return torch.cat([block_features(self.backbone, x[None], text)[0] for x in latents_Nchw])
 
     def shot_features(self, groups: Groups) -> dict[Label, Tensor]:
-        """`features` [n_c, D] of each class's shots; none where the scoring does not ask for them."""
+        """`features` [n_c, V, D] of each class's shots and of copies in other colours, float16; none where the scoring
+        does not ask for them."""
         if not self.scoring.asks_features:
             return {}
-        latents, labels = self.shot_latents(groups)
-        features = self.features(latents)
-        return {x: features[labels == c] for c, x in enumerate(sorted(groups))}
+        config, found = self.config(groups), {}
+        for label in sorted(groups):
+            latents = self.class_shots(label, groups[label], config).mean[:, :VIEWS]
+            features = self.features(latents.flatten(0, 1))
+            found[label] = features.unflatten(0, latents.shape[:2]).half()
+        return found
 
     def scorer(self, bank: Bank) -> Scorer:
         """The bank made ready to score."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -155,10 +155,15 @@ def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
 def test_the_discriminant_judges_by_features_and_one_shot_asks_for_the_cosine() -> None:
     (shots, labels), (test, _) = pictures(6, 0), pictures(20, 1)
     lda, names, colours = ShrinkageLda(mean_colour).fit(shots, labels), sorted(NAMES), mean_colour(shots)
-    groups = {name: torch.from_numpy(colours[np.array(labels) == name]) for name in names}
+    groups = {name: torch.from_numpy(colours[np.array(labels) == name])[:, None] for name in names}
     expected = fit_discriminant(groups).log_probabilities(torch.from_numpy(mean_colour(test)))
     np.testing.assert_allclose(lda.predict_proba(test), expected.exp(), atol=1e-6)
     assert lda.classes_.tolist() == names
+    inverted = torch.from_numpy(mean_colour([ImageOps.invert(shot) for shot in shots]))[:, None].expand(-1, 3, -1)
+    views = {x: torch.cat([f, inverted[np.array(labels) == x]], 1) for x, f in groups.items()}
+    lda = ShrinkageLda(mean_colour, recolour=ImageOps.invert).fit(shots, labels)
+    expected = fit_discriminant(views).log_probabilities(torch.from_numpy(mean_colour(test)))
+    np.testing.assert_allclose(lda.predict_proba(test), expected.exp(), atol=1e-6)
     one, labels = pictures(1, 0)
     mean = mean_colour(one).mean(0)
     cosines = normalize(mean_colour(test) - mean) @ normalize(mean_colour(one) - mean).T

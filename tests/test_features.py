@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig
 from fewshot_diti.elimination import eliminate, exhaustive, racing
-from fewshot_diti.features import Discriminant, block_features, fit_discriminant, score_offsets
+from fewshot_diti.features import VIEWS, Discriminant, block_features, fit_discriminant, score_offsets
 from fewshot_diti.held_out import fit_temperature, split_folds
 
 CLASSES = ["747", "a320", "dc-9", "tu-154"]
@@ -37,7 +37,7 @@ def expected_offsets(classifier: DiTiClassifier, pictures: dict[str, list[Path]]
     images, labels = shots_of(pictures, CLASSES, 1)
     text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"]))
     shots, asked = (block_features(backbone, learner.encode(x), text)[0] for x in (images, tests))
-    groups = {x: shots[[i for i, label in enumerate(labels) if label == x]] for x in CLASSES}
+    groups = {x: shots[[i for i, label in enumerate(labels) if label == x]][:, None] for x in CLASSES}
     return -0.02 * fit_discriminant(groups).log_probabilities(asked)
 
 
@@ -112,7 +112,7 @@ def test_cross_validation_asks_features_of_the_other_shots_alone(
     log_p = []
     for kept, held in split_folds({x: list(f) for x, f in learner.shot_features(groups).items()}, 2):
         judge = fit_discriminant({x: torch.stack(f) for x, f in kept.items()})
-        log_p.append(judge.log_probabilities(torch.stack([f for _, f in held])))
+        log_p.append(judge.log_probabilities(torch.stack([views[0] for _, views in held])))
     scores = errors.double().mean(2) + score_offsets(torch.cat(log_p), 0.02)
     listed = score_offsets(torch.cat(log_p), 0.02, 3).isfinite()
     calibration = classifier.calibration_
@@ -134,7 +134,7 @@ def test_auto_chooses_on_errors_and_judges_with_features(backbone: Backbone, pic
     right = []  # at such a weight the features decide
     for kept, held in split_folds({x: list(f) for x, f in features.items()}, 3):
         judge = fit_discriminant({x: torch.stack(f) for x, f in kept.items()})
-        right += [judge.log_probabilities(f[None]).argmax().item() == c for c, f in held]
+        right += [judge.log_probabilities(views[:1]).argmax().item() == c for c, views in held]
     assert both.accuracy == pytest.approx(np.mean(right))
 
 
@@ -176,7 +176,7 @@ def test_the_discriminant_is_the_formula_at_one_temperature(counts: tuple[int, .
     centres = rng.normal(0, 1, (len(counts), 40))
     draw = lambda c, n: torch.from_numpy(centres[c] + rng.normal(0, 1, (n, 40))).float()  # noqa: E731
     shots = {f"class {c}": draw(c, n) for c, n in enumerate(counts)}
-    judge = fit_discriminant(shots)
+    judge = fit_discriminant({x: features[:, None] for x, features in shots.items()})
     asked = torch.cat([draw(c, 50) for c in range(len(counts))])
     log_p = judge.log_probabilities(asked)
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(len(asked)).double())
@@ -205,6 +205,36 @@ def test_the_discriminant_is_the_formula_at_one_temperature(counts: tuple[int, .
         assert ratio > 0
 
 
+def test_a_discriminant_is_fitted_on_all_views_and_asked_about_the_shots() -> None:
+    rng = np.random.default_rng(3)
+    colour, shape = torch.eye(20)[0], torch.eye(20)[1:4]
+    noise = lambda *size: torch.from_numpy(rng.normal(0, 0.2, (*size, 20))).float()  # noqa: E731
+    # every class has a shape, and shots whose colours say the class too; copies have all colours, as those asked for
+    paint = torch.tensor([[-2.0, -2, -2], [0, 0, 0], [2, 2, 2]])
+    shots = {c: (shape[c] + paint[c][:, None] * colour + noise(3))[:, None] for c in range(3)}
+    anew = lambda *size: torch.from_numpy(rng.normal(0, 2, (*size, 1))).float() * colour  # noqa: E731
+    views = {c: torch.cat([x, shape[c] + anew(3, 6) + noise(3, 6)], 1) for c, x in shots.items()}
+    asked, truth = torch.cat([shape[c] + anew(100) + noise(100) for c in range(3)]), torch.arange(3)
+    plain, of_views = (
+        (fit_discriminant(x).log_probabilities(asked).argmax(1) == truth.repeat_interleave(100)).double().mean()
+        for x in (shots, views)
+    )
+    assert plain < 0.6 < 0.9 < of_views
+    one = {c: x[:1] for c, x in views.items()}  # one shot a class: the cosine to the shots alone
+    same = fit_discriminant({c: x[:, :1] for c, x in one.items()}).log_probabilities(asked)
+    torch.testing.assert_close(fit_discriminant(one).log_probabilities(asked), same)
+
+
+def test_copies_in_the_colours_of_training_are_kept(backbone: Backbone, pictures: dict[str, list[Path]]) -> None:
+    learner = make(backbone, scoring=WITH_FEATURES).learner
+    groups = {x: pictures[x][:2] for x in CLASSES}
+    kept = learner.shot_features(groups)
+    copies = learner.class_shots("747", groups["747"], learner.config(groups)).mean
+    assert kept["747"].dtype == torch.float16 and kept["747"].shape[:2] == (2, min(VIEWS, copies.shape[1]))
+    for shot, views in enumerate(kept["747"]):
+        torch.testing.assert_close(views.float(), learner.features(copies[shot, :VIEWS]), rtol=2e-3, atol=1e-3)
+
+
 def mahalanobis_squares(points: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     apart = points - mean
     return (apart @ np.linalg.inv(covariance) * apart).sum(1)
@@ -225,18 +255,18 @@ def test_a_discriminant_is_as_sure_as_held_out_shots_allow_and_refuses_shots_tha
         {c: torch.from_numpy(centres[c] + rng.normal(0, 1, (n, 30))).float() for c in range(3)} for n in (8, 300)
     )
     truth = torch.arange(3).repeat_interleave(300)
-    log_p = fit_discriminant(shots).log_probabilities(torch.cat(list(asked.values())))
+    log_p = fit_discriminant({c: x[:, None] for c, x in shots.items()}).log_probabilities(torch.cat([*asked.values()]))
     plain = Discriminant(torch.cat(list(shots.values())).numpy(), np.repeat(range(3), 8))
     unfitted = plain.log_probabilities(torch.cat(list(asked.values())))
     best = fit_temperature(-log_p, truth)
     assert abs(np.log(best)) < 0.5 * abs(np.log(fit_temperature(-unfitted, truth)))  # log 1 would be exact
     with pytest.raises(ValueError, match="of the shots of 1 are not finite"):
-        fit_discriminant({0: torch.ones(2, 3), 1: torch.full((2, 3), torch.nan)})
+        fit_discriminant({0: torch.ones(2, 1, 3), 1: torch.full((2, 1, 3), torch.nan)})
     with pytest.raises(ValueError, match="of an image are not finite"):
         plain.log_probabilities(torch.full((1, 30), torch.inf))
     with pytest.raises(ValueError, match="look the same"):
-        fit_discriminant({0: torch.ones(2, 3), 1: torch.ones(2, 3)})
-    twice = fit_discriminant({0: torch.tensor([[1.0, 0]] * 2), 1: torch.tensor([[0.0, 1]] * 2)})  # no scatter within
+        fit_discriminant({0: torch.ones(2, 1, 3), 1: torch.ones(2, 1, 3)})
+    twice = fit_discriminant({0: torch.tensor([[[1.0, 0]]] * 2), 1: torch.tensor([[[0.0, 1]]] * 2)})  # no scatter
     assert twice.log_probabilities(torch.eye(2)).argmax(1).tolist() == [0, 1]
 
 

@@ -21,9 +21,10 @@ from threadpoolctl import threadpool_limits
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import Recolour
 from fewshot_diti.data.images import ImageSource, open_image
-from fewshot_diti.features import fit_discriminant
+from fewshot_diti.features import VIEWS, fit_discriminant
 
 MOST_ROWS = 2000  # of shots and copies together
+STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
 
 
 class Features(Protocol):
@@ -32,7 +33,15 @@ class Features(Protocol):
     def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray: ...
 
 
-STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
+def features_of_copies(
+    features: Features, images: Sequence[ImageSource], recolour: Recolour, copies: int, seed: int
+) -> np.ndarray:
+    """Features [N, copies, D] of copies of each image in other colours."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
+        return np.stack(
+            [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
+        )
 
 
 def logistic_head(labels_N: np.ndarray, copies: int = 0) -> Pipeline:
@@ -94,18 +103,13 @@ class LogisticProbe(Baseline):
         if len(self.candidates) > 1 and np.bincount(labels_N).min() > 1:
             merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        recoloured_ND = None if self.recolour is None else self._recoloured(images, self.recolour)
+        recoloured_ND = None
+        if self.recolour is not None:
+            copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
+            recoloured = features_of_copies(self.candidates[self.chosen_], images, self.recolour, copies, self.seed)
+            recoloured_ND = recoloured.swapaxes(0, 1).reshape(-1, recoloured.shape[2])
         self._model = fitted(self.candidates[self.chosen_], recoloured_ND)
         self.strength_ = float(getattr(self._model[-1], "best_estimator_", self._model[-1]).C)
-
-    def _recoloured(self, images: Sequence[ImageSource], recolour: Recolour) -> np.ndarray:
-        """Features [copies x N, D]."""
-        features = self.candidates[self.chosen_]
-        copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
-            rows = [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
-        return np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
@@ -162,14 +166,21 @@ class ShrinkageLda(Baseline):
 
     Args:
         features: of images.
+        recolour: colours of the copies that it is fitted on beside the shots, as many as class tokens keep; None: on
+            the shots alone.
+        seed: of the copies.
     """
 
-    def __init__(self, features: Features) -> None:
-        self.features = features
+    def __init__(self, features: Features, *, recolour: Recolour | None = None, seed: int = 0) -> None:
+        self.features, self.recolour, self.seed = features, recolour, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        features_ND = torch.from_numpy(self.features(images))
-        self._model = fit_discriminant({c: features_ND[labels_N == c] for c in range(len(self.classes_))})
+        views_NVD = self.features(images)[:, None]
+        if self.recolour is not None:
+            copies = features_of_copies(self.features, images, self.recolour, VIEWS - 1, self.seed)
+            views_NVD = np.concatenate([views_NVD, copies], axis=1)
+        shots = torch.from_numpy(views_NVD)
+        self._model = fit_discriminant({c: shots[labels_N == c] for c in range(len(self.classes_))})
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""

@@ -31,7 +31,7 @@ from fewshot_diti.learning import Groups
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti.training import Label, TrainingConfig
 from fewshot_diti.trials import even_grid
 
 SIBLINGS = "siblings"  # the row that stands on another network than its neighbours
@@ -188,6 +188,11 @@ class Bench:
         """Features of the backbone's U-Net."""
         return UnetFeatures(self.backbone, self.geometry, f"a photo of {with_article(self.concept)}")
 
+    def shot_features(self, task: Task) -> dict[Label, Tensor]:
+        """The U-Net's features of the shots and of copies of them, as the classifier keeps them."""
+        scoring = replace(self.scoring(task.seed), features_weight=1.0)
+        return self._classifier(task, scoring).learner.shot_features(task.groups())
+
     @cached_property
     def latents(self) -> KeptFeatures:
         """The backbone's latents, flattened."""
@@ -259,10 +264,7 @@ class Bench:
         path, made_by = self._diti_file(task)
         if _load(path, made_by) is not None:
             return
-        training, scoring = self.training(task.num_shots, task.seed), self.scoring(task.seed)
-        classifier = DiTiClassifier(
-            self.backbone, concept=self.concept, training=training, scoring=scoring, geometry=self.geometry
-        )
+        classifier = self._classifier(task, self.scoring(task.seed))
         start = perf_counter()
         classifier.fit(task.shot_images(), task.shot_labels())
         trained = perf_counter()
@@ -290,6 +292,12 @@ class Bench:
                 "seconds": torch.tensor([trained - start + calibrated - scored, scored - trained]),
             },
             made_by,
+        )
+
+    def _classifier(self, task: Task, scoring: ScoringConfig) -> DiTiClassifier:
+        training = self.training(task.num_shots, task.seed)
+        return DiTiClassifier(
+            self.backbone, concept=self.concept, training=training, scoring=scoring, geometry=self.geometry
         )
 
     def prepare_zero_shot(self, test: ImageSet) -> None:

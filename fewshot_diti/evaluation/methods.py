@@ -169,7 +169,7 @@ def diti_with_features(bench: Bench, task: Task) -> Outcome:
     features = next(iter(bench.unet_features.candidates().values()))
     groups = task.groups()
     order = [sorted(groups).index(name) for name in task.class_names]
-    shot_features = {x: torch.from_numpy(features(groups[x])) for x in sorted(groups)}
+    shot_features = bench.shot_features(task)
     of_shots, temperature, _ = _scores(recommended.weighting, bench, task, errors, held_out=True)
     weight = recommended.features_weight or FEATURES_WEIGHT * temperature
     if errors.out_of_fold:
@@ -253,6 +253,11 @@ def _logistic(candidates: Callable[[Bench], Any], *, evaluations: int = 0) -> Me
     return of_baseline(make, evaluations=evaluations)
 
 
+def _discriminant(bench: Bench, task: Task) -> ShrinkageLda:
+    features = next(iter(bench.unet_features.candidates().values()))
+    return ShrinkageLda(features, recolour=bench.recolour, seed=task.seed)
+
+
 METHODS: dict[str, Method] = {
     "zeroshot-sd": zero_shot_sd,
     "zeroshot-clip": of_baseline(lambda bench, _: ZeroShotClip(bench.clip, bench.templates)),
@@ -264,9 +269,7 @@ METHODS: dict[str, Method] = {
     "clip-lora": of_baseline(_clip_lora),
     "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=1),
     "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=1),
-    "lda-sd": of_baseline(
-        lambda bench, _: ShrinkageLda(next(iter(bench.unet_features.candidates().values()))), evaluations=1
-    ),
+    "lda-sd": of_baseline(_discriminant, evaluations=1),
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(
@@ -290,7 +293,8 @@ NEEDS_ZERO_SHOT = frozenset({"zeroshot-sd"})  # what `Bench.prepare_zero_shot` l
 NEEDS_CLIP = frozenset(name for name in METHODS if "clip" in name or name.startswith("tip-"))
 TRAINS_A_NETWORK = frozenset({"finetune", "clip-lora"})
 RECOLOURS = frozenset(
-    {"tip-adapter", "linear-clip", "clip-lora", "linear-sd", "linear-imagenet", "finetune", SIBLINGS, "diti+clip"}
+    {"tip-adapter", "linear-clip", "clip-lora", "linear-sd", "lda-sd", "linear-imagenet", "finetune", SIBLINGS}
+    | {"diti+clip", "diti+sd"}
 )
 NEEDS_NETWORK = frozenset({"linear-imagenet", "finetune", SIBLINGS})
 TOLD = {SIBLINGS: "told labels of sibling classes"}  # what a method knows beyond the shots
