@@ -75,8 +75,9 @@ def main(config: Config) -> None:
                 probe = LogisticProbe({name: kept}, recolour=recolour, seed=seed)
                 probe.fit(LazyImages(shots), [shots.class_names[c] for c in shots.labels])
                 right = probe.predict(LazyImages(test)) == truth
-                seen = np.array(seen_attribute(shots, test, config.column))
-                cells.append([100 * right[kind].mean() for kind in (seen | ~seen, seen, ~seen)])
+                seen = seen_attribute(shots, test, config.column)
+                known = np.array([bool(value) for value in test.attributes[config.column]])
+                cells.append([100 * right[kind].mean() for kind in (seen | ~seen, seen & known, ~seen & known)])
             lines.append([name, str(num_shots), *(f"{x:.1f}" for x in np.mean(cells, axis=0))])
     caption = (
         f"accuracy in %, mean over {len(config.seeds)} draws of shots; seen: {config.column} among the class's shots"
@@ -85,4 +86,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -132,10 +132,10 @@ class Discriminant:
 def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
     """The discriminant of features [n_c, V, D] of each class's shots, its columns in the order of the classes given.
 
-    It is fitted on all V views of a shot, the shot itself first, then copies of it in other colours; where every class
-    has one shot, on the shots alone. Its temperature is fitted on shots that discriminants of the others judge, in four
-    folds; 1 where every class has one shot. The shots are dealt out to the folds across classes, so that most classes
-    keep two where they have three.
+    It is fitted on all V views of a shot, the shot itself first, then copies of it in other colours, as many as every
+    class has; where some class has one shot, on the shots alone, since copies would make the other classes look too
+    well known beside it. Its temperature is fitted on shots that discriminants of the others judge, in four folds; 1
+    where every class has one shot.
 
     Raises:
         ValueError: a feature is not finite, naming the class, or all shots have the same features.
@@ -148,20 +148,22 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
             )
 
     labels_n = np.repeat(np.arange(len(shots)), [len(features) for features in shots.values()])
-    features_nVD = torch.cat(list(shots.values())).float()
-    shots_nD = features_nVD[:, 0]
     others_n = np.bincount(labels_n)[labels_n] > 1  # shots that leave one of their class when they are held out
-    if not others_n.any():
-        return Discriminant(shots_nD.numpy(), labels_n)
+    fewest = min(features.shape[1] for features in shots.values()) if others_n.all() else 1
+    features_nVD = torch.cat([features[:, :fewest] for features in shots.values()]).float()
 
     def judge(kept_n: np.ndarray, temperature: float = 1.0) -> Discriminant:
         views_nD = features_nVD[kept_n].flatten(0, 1).numpy()
-        return Discriminant(views_nD, labels_n[kept_n].repeat(features_nVD.shape[1]), temperature)
+        return Discriminant(views_nD, labels_n[kept_n].repeat(fewest), temperature)
 
-    fold_n = np.where(others_n, np.cumsum(others_n) % FOLDS, -1)
+    if not others_n.any():
+        return judge(~others_n)
+    # each class's shots are dealt out in turn: a class with fewer left than the others would look improbable
+    rank_n = np.concatenate([np.arange(len(features)) for features in shots.values()])
+    fold_n = np.where(others_n, rank_n % FOLDS, -1)
     log_p_nC = torch.zeros(len(labels_n), len(shots), dtype=torch.float64)
     for fold in set(fold_n[others_n]):
-        log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(shots_nD[fold_n == fold])
+        log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(features_nVD[fold_n == fold, 0])
     temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
     return judge(fold_n >= -1, temperature)
 

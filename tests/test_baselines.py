@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler, normalize
+from sklearn.preprocessing import Normalizer, StandardScaler
 from small_clip import save_tiny_clip
 
 from fewshot_diti.backbone import Backbone
@@ -27,7 +27,6 @@ from fewshot_diti.baselines import (
     NearestMean,
     NearestNeighbour,
     OpenClip,
-    ShrinkageLda,
     TipAdapter,
     ZeroShotClip,
 )
@@ -39,7 +38,6 @@ from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.data import ImageGeometry
-from fewshot_diti.features import fit_discriminant
 from fewshot_diti.training import TrainingConfig
 
 NAMES = ("A319", "A321", "717")
@@ -150,25 +148,6 @@ def test_nearest_mean_and_neighbour_agree_with_scikit_learn(
     (shots, labels), (test, _) = pictures(3, 0), pictures(20, 1)
     reference.fit(mean_colour(shots), labels)
     np.testing.assert_array_equal(baseline.fit(shots, labels).predict(test), reference.predict(mean_colour(test)))
-
-
-def test_the_discriminant_judges_by_features_and_one_shot_asks_for_the_cosine() -> None:
-    (shots, labels), (test, _) = pictures(6, 0), pictures(20, 1)
-    lda, names, colours = ShrinkageLda(mean_colour).fit(shots, labels), sorted(NAMES), mean_colour(shots)
-    groups = {name: torch.from_numpy(colours[np.array(labels) == name])[:, None] for name in names}
-    expected = fit_discriminant(groups).log_probabilities(torch.from_numpy(mean_colour(test)))
-    np.testing.assert_allclose(lda.predict_proba(test), expected.exp(), atol=1e-6)
-    assert lda.classes_.tolist() == names
-    inverted = torch.from_numpy(mean_colour([ImageOps.invert(shot) for shot in shots]))[:, None].expand(-1, 3, -1)
-    views = {x: torch.cat([f, inverted[np.array(labels) == x]], 1) for x, f in groups.items()}
-    lda = ShrinkageLda(mean_colour, recolour=ImageOps.invert).fit(shots, labels)
-    expected = fit_discriminant(views).log_probabilities(torch.from_numpy(mean_colour(test)))
-    np.testing.assert_allclose(lda.predict_proba(test), expected.exp(), atol=1e-6)
-    one, labels = pictures(1, 0)
-    mean = mean_colour(one).mean(0)
-    cosines = normalize(mean_colour(test) - mean) @ normalize(mean_colour(one) - mean).T
-    expected = np.array(labels)[cosines.argmax(1)]
-    np.testing.assert_array_equal(ShrinkageLda(mean_colour).fit(one, labels).predict(test), expected)
 
 
 @pytest.mark.parametrize("kind", [LogisticProbe, NearestMean])

@@ -220,9 +220,24 @@ def test_a_discriminant_is_fitted_on_all_views_and_asked_about_the_shots() -> No
         for x in (shots, views)
     )
     assert plain < 0.6 < 0.9 < of_views
-    one = {c: x[:1] for c, x in views.items()}  # one shot a class: the cosine to the shots alone
-    same = fit_discriminant({c: x[:, :1] for c, x in one.items()}).log_probabilities(asked)
-    torch.testing.assert_close(fit_discriminant(one).log_probabilities(asked), same)
+    # where a class has one shot copies are left out, and all classes have as many as the one with the fewest
+    for counts, kept in (((1, 1, 1), 1), ((1, 3, 3), 1), ((2, 3, 3), 7)):
+        some = {c: x[:n] for (c, x), n in zip(views.items(), counts, strict=True)}
+        same = fit_discriminant({c: x[:, :kept] for c, x in some.items()}).log_probabilities(asked)
+        torch.testing.assert_close(fit_discriminant(some).log_probabilities(asked), same)
+    fewer = fit_discriminant(views | {0: views[0][:, :2]}).log_probabilities(asked)
+    torch.testing.assert_close(
+        fewer, fit_discriminant({c: x[:, :2] for c, x in views.items()}).log_probabilities(asked)
+    )
+
+
+def test_shots_held_out_are_no_less_likely_than_others_where_a_class_has_two() -> None:
+    rng = np.random.default_rng(4)
+    centres = rng.normal(0, 1, (12, 300))
+    shots = {c: torch.from_numpy(x + rng.normal(0, 2, (2, 4, 300))).float() for c, x in enumerate(centres)}
+    asked = torch.from_numpy(np.concatenate([x + rng.normal(0, 2, (50, 300)) for x in centres])).float()
+    log_p = fit_discriminant(shots).log_probabilities(asked)
+    assert abs(np.log(fit_temperature(-log_p, torch.arange(12).repeat_interleave(50)))) < np.log(3)  # log 1 is exact
 
 
 def test_copies_in_the_colours_of_training_are_kept(backbone: Backbone, pictures: dict[str, list[Path]]) -> None:

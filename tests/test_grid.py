@@ -18,10 +18,11 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy.special import softmax
 from small_clip import save_tiny_clip
 
-from fewshot_diti import DiTiClassifier
-from fewshot_diti.baselines import ShrinkageLda, TipAdapter
+from fewshot_diti import DiTiClassifier, features
+from fewshot_diti.baselines import TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation import methods
@@ -143,20 +144,35 @@ def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -
     assert [p["label"] for p in record["predictions"]] == classifier.predict(task.test_images()).tolist()
 
 
-def test_features_of_the_unet_take_their_weight_off_the_scores(config: EvalConfig) -> None:
+def test_features_of_the_unet_take_their_weight_off_the_scores(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # held-out shots tell a random U-Net that it knows nothing
+    monkeypatch.setattr(features, "fit_temperature", lambda *_: 1.0)
+    monkeypatch.setattr(methods, "fit_temperature", lambda *_: 0.1)
     grid = Grid(replace(config, methods=("diti-all-t", "diti+sd", "lda-sd"), against="lda-sd", shots=(2,)))
     assert grid.run_missing() == []
     task, bench = grid.task(2, 1), grid.bench
     errors = bench.diti(task)
     weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
     tokens = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
-    lda = ShrinkageLda(next(iter(bench.unet_features.candidates().values())))
-    lda.fit(task.shot_images(), task.shot_labels())
-    said = np.log(lda.predict_proba(task.test_images()))[:, [lda.classes_.tolist().index(n) for n in task.class_names]]
-    record = json.loads((grid.config.folder / "diti+sd" / "2-1.json").read_text())
-    best = (-tokens + record["chosen"]["features_weight"] * said).argmax(1)
-    assert record["chosen"]["features_weight"] > 0
-    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in best]
+    learner = DiTiClassifier(
+        config.backbone, concept="part", training=replace(TRAINING, seed=1), scoring=ScoringConfig(features_weight=1)
+    ).learner
+    lda, classes = features.fit_discriminant(learner.shot_features(task.groups())), sorted(task.class_names)
+    said = lda.log_probabilities(learner.features(learner.encode(list(task.test_images())))).numpy()
+    said = said[:, [classes.index(name) for name in task.class_names]]
+    records = {m: json.loads((grid.config.folder / m / "2-1.json").read_text()) for m in grid.config.methods}
+    predicted = {m: [p["label"] for p in record["predictions"]] for m, record in records.items()}
+    assert predicted["lda-sd"] == [task.class_names[c] for c in said.argmax(1)]
+    chosen = records["diti+sd"]["chosen"]
+    assert chosen["features_weight"] > 0
+    probabilities = softmax((-tokens + chosen["features_weight"] * said) / chosen["temperature"], axis=1)
+    assert predicted["diti+sd"] == [task.class_names[c] for c in probabilities.argmax(1)]
+    second, first = np.sort(probabilities, axis=1)[:, -2:].T
+    np.testing.assert_allclose([p["margin"] for p in records["diti+sd"]["predictions"]], first - second, atol=2e-3)
+    alone = softmax(-tokens / chosen["temperature"], axis=1)
+    assert np.abs(alone - probabilities).max() > 0.05  # the features have a say
 
 
 def test_class_tokens_and_clip_are_mixed_as_sure_as_held_out_shots_allow(config: EvalConfig) -> None:

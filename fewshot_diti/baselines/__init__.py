@@ -3,7 +3,7 @@
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.clip import OpenClip, ZeroShotClip
 from fewshot_diti.baselines.clip_lora import ClipLora
-from fewshot_diti.baselines.probe import LogisticProbe, NearestMean, NearestNeighbour, ShrinkageLda
+from fewshot_diti.baselines.probe import LogisticProbe, NearestMean, NearestNeighbour
 from fewshot_diti.baselines.tip_adapter import TipAdapter
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "NearestMean",
     "NearestNeighbour",
     "OpenClip",
-    "ShrinkageLda",
     "TipAdapter",
     "ZeroShotClip",
 ]

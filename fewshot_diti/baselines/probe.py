@@ -1,4 +1,4 @@
-"""Simple heads on frozen features: logistic regression, discriminants, the nearest class mean, the nearest shot."""
+"""Simple heads on frozen features: logistic regression, the nearest class mean, the nearest shot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from threadpoolctl import threadpool_limits
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import Recolour
 from fewshot_diti.data.images import ImageSource, open_image
-from fewshot_diti.features import VIEWS, fit_discriminant
 
 MOST_ROWS = 2000  # of shots and copies together
 STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
@@ -159,32 +158,6 @@ def _distances_to_means(shots_nD: np.ndarray, labels_n: np.ndarray, features_ND:
     shots_nD, features_ND = normalize(shots_nD - centre), normalize(features_ND - centre)
     means_CD = np.stack([shots_nD[labels_n == c].mean(0) for c in range(labels_n.max() + 1)])
     return cdist(features_ND, means_CD, "sqeuclidean")
-
-
-class ShrinkageLda(Baseline):
-    """`features.fit_discriminant`: linear discriminant analysis with a shrunk covariance.
-
-    Args:
-        features: of images.
-        recolour: colours of the copies that it is fitted on beside the shots, as many as class tokens keep; None: on
-            the shots alone.
-        seed: of the copies.
-    """
-
-    def __init__(self, features: Features, *, recolour: Recolour | None = None, seed: int = 0) -> None:
-        self.features, self.recolour, self.seed = features, recolour, seed
-
-    def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        views_NVD = self.features(images)[:, None]
-        if self.recolour is not None:
-            copies = features_of_copies(self.features, images, self.recolour, VIEWS - 1, self.seed)
-            views_NVD = np.concatenate([views_NVD, copies], axis=1)
-        shots = torch.from_numpy(views_NVD)
-        self._model = fit_discriminant({c: shots[labels_N == c] for c in range(len(self.classes_))})
-
-    def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Probabilities [N, C]."""
-        return self._model.log_probabilities(torch.from_numpy(self.features(images))).exp().numpy()
 
 
 class NearestNeighbour(Baseline):

@@ -19,6 +19,9 @@ from fewshot_diti.evaluation.metrics import FEWEST_GROUPS, accuracy_with_interva
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
+# half of the bundled test images
+QUICK: dict[str, Any] = {"shots": (1, 2), "seeds": (1,), "max_test_images": 10, "trials": 3, "training_share": 0.25}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(GridConfig):
@@ -41,6 +44,9 @@ class EvalConfig(GridConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given = [name for name in QUICK if self.quick and getattr(self, name) != getattr(EvalConfig, name)]
+        if given:
+            raise ValueError(f"--quick sets {', '.join(QUICK)} itself; leave out {', '.join(given)}, or --quick.")
         if not self.against:
             object.__setattr__(self, "against", "diti" if "diti" in self.methods else self.methods[0])
         if self.against not in self.methods:
@@ -54,7 +60,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
         OSError, ValueError: the data or a model cannot be loaded.
     """
     if config.quick:
-        config = replace(config, shots=(1, 2), seeds=(1,), max_test_images=10, trials=3, training_share=0.25)
+        config = replace(config, quick=False, **QUICK)
     grid = Grid(config)
     if config.dry_run:
         console.out(plan(grid))

@@ -128,6 +128,7 @@ class Bench:
         self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
         self._training_share = training_share
+        self._shot_features: dict[tuple[int, int], dict[Label, Tensor]] = {}
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -190,8 +191,11 @@ class Bench:
 
     def shot_features(self, task: Task) -> dict[Label, Tensor]:
         """The U-Net's features of the shots and of copies of them, as the classifier keeps them."""
-        scoring = replace(self.scoring(task.seed), features_weight=1.0)
-        return self._classifier(task, scoring).learner.shot_features(task.groups())
+        draw = task.num_shots, task.seed
+        if draw not in self._shot_features:  # of one draw at a time: they are large
+            scoring = replace(self.scoring(task.seed), features_weight=1.0)
+            self._shot_features = {draw: self._classifier(task, scoring).learner.shot_features(task.groups())}
+        return self._shot_features[draw]
 
     @cached_property
     def latents(self) -> KeptFeatures:

@@ -20,7 +20,6 @@ from fewshot_diti.baselines import (
     LogisticProbe,
     NearestMean,
     NearestNeighbour,
-    ShrinkageLda,
     TipAdapter,
     ZeroShotClip,
 )
@@ -34,7 +33,7 @@ from fewshot_diti.calibration import (
     held_out_log_probabilities,
 )
 from fewshot_diti.evaluation.bench import FOLDS, SIBLINGS, Bench, DitiErrors, Task
-from fewshot_diti.features import fit_discriminant, score_offsets
+from fewshot_diti.features import Discriminant, fit_discriminant, score_offsets
 from fewshot_diti.held_out import fit_temperature, split_folds
 from fewshot_diti.recommended import recommended_scoring
 
@@ -158,6 +157,19 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     )
 
 
+def lda_sd(bench: Bench, task: Task) -> Outcome:
+    """The discriminant on the frozen U-Net's own features alone, as `diti_with_features` asks it."""
+    start = perf_counter()
+    discriminant = fit_discriminant(bench.shot_features(task))
+    fitted = perf_counter()
+    return Outcome(
+        probabilities=_by_features(bench, task, discriminant).exp().numpy(),
+        evaluations=1,
+        training_seconds=fitted - start,
+        scoring_seconds=perf_counter() - fitted,
+    )
+
+
 def diti_with_features(bench: Bench, task: Task) -> Outcome:
     """Class tokens and a discriminant on the frozen U-Net's own features of the image, without noise.
 
@@ -166,19 +178,17 @@ def diti_with_features(bench: Bench, task: Task) -> Outcome:
     """
     start = perf_counter()
     errors, recommended = bench.diti(task), recommended_scoring(small=bench.backbone.small)
-    features = next(iter(bench.unet_features.candidates().values()))
-    groups = task.groups()
-    order = [sorted(groups).index(name) for name in task.class_names]
     shot_features = bench.shot_features(task)
     of_shots, temperature, _ = _scores(recommended.weighting, bench, task, errors, held_out=True)
     weight = recommended.features_weight or FEATURES_WEIGHT * temperature
     if errors.out_of_fold:
-        said = torch.stack(list(held_out_log_probabilities(groups, shot_features, FOLDS).values()))[:, order]
+        held_out = held_out_log_probabilities(task.groups(), shot_features, FOLDS)
+        said = torch.stack(list(held_out.values()))[:, _order(task)]
         temperature = fit_temperature(of_shots + score_offsets(said, weight), errors.held_out_labels)
     discriminant = fit_discriminant(shot_features)
     fitted = perf_counter()
     scores, _, _ = _scores(recommended.weighting, bench, task, errors)
-    said = discriminant.log_probabilities(torch.from_numpy(features(task.test_images())))[:, order]
+    said = _by_features(bench, task, discriminant)
     return Outcome(
         probabilities=softmax(-(scores + score_offsets(said, weight)).numpy() / temperature, axis=1),
         evaluations=errors.test.shape[1] * errors.test.shape[2] + 1,
@@ -186,6 +196,17 @@ def diti_with_features(bench: Bench, task: Task) -> Outcome:
         scoring_seconds=errors.scoring_seconds + perf_counter() - fitted,
         chosen={"temperature": temperature, "features_weight": weight},
     )
+
+
+def _by_features(bench: Bench, task: Task, discriminant: Discriminant) -> Tensor:
+    """Log-probabilities [N, C] of the test images by the U-Net's own features."""
+    features = next(iter(bench.unet_features.candidates().values()))
+    return discriminant.log_probabilities(torch.from_numpy(features(task.test_images())))[:, _order(task)]
+
+
+def _order(task: Task) -> list[int]:
+    """The place of each class among the sorted ones, which is how features of shots are kept."""
+    return [sorted(task.class_names).index(name) for name in task.class_names]
 
 
 def recommended_temperature(bench: Bench) -> float:
@@ -253,11 +274,6 @@ def _logistic(candidates: Callable[[Bench], Any], *, evaluations: int = 0) -> Me
     return of_baseline(make, evaluations=evaluations)
 
 
-def _discriminant(bench: Bench, task: Task) -> ShrinkageLda:
-    features = next(iter(bench.unet_features.candidates().values()))
-    return ShrinkageLda(features, recolour=bench.recolour, seed=task.seed)
-
-
 METHODS: dict[str, Method] = {
     "zeroshot-sd": zero_shot_sd,
     "zeroshot-clip": of_baseline(lambda bench, _: ZeroShotClip(bench.clip, bench.templates)),
@@ -269,7 +285,7 @@ METHODS: dict[str, Method] = {
     "clip-lora": of_baseline(_clip_lora),
     "linear-sd": _logistic(lambda bench: bench.unet_features.candidates(), evaluations=1),
     "ncm-sd": of_baseline(lambda bench, _: NearestMean(bench.unet_features.candidates()), evaluations=1),
-    "lda-sd": of_baseline(_discriminant, evaluations=1),
+    "lda-sd": lda_sd,
     "nn-latents": of_baseline(lambda bench, _: NearestNeighbour(bench.latents)),
     "linear-imagenet": _logistic(lambda bench: {"ImageNet": bench.network_features}),
     "finetune": of_baseline(
