@@ -2,9 +2,10 @@
 
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
-Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been scored yet are left
-out. Writes one plot a number of shots beside the tables, and prints what small, all and large t tell at the same number
-of trials.
+Of test images whose airline the shots of another class show and those of their own do not: how far such rivals are, and
+how far the others. Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been
+scored yet are left out. Writes one plot a number of shots beside the tables, and prints what small, all and large t
+tell at the same number of trials.
 """
 
 from __future__ import annotations

@@ -51,13 +51,16 @@ def read_settings(folder: str | Path) -> tuple[dict[str, Any], Calibration | Non
 
 
 def read_features(folder: str | Path, labels: Sequence[Label]) -> dict[Label, Tensor]:
-    """Features of the shots of each class, where the bank was saved with them."""
+    """Features [n, V, D] of the shots of each class and of copies of them, where the bank was saved with them."""
     try:
         found = load(read_files(folder, [FEATURES_FILE])[FEATURES_FILE])
     except FileNotFoundError:
         return {}
     with written_here(folder):
-        return {x: found[str(c)] for c, x in enumerate(labels)}
+        features = {x: found[str(c)] for c, x in enumerate(labels)}
+        if any(views.ndim != 3 for views in features.values()):
+            raise TypeError("shots without copies in other colours")
+        return features
 
 
 def _tuples(value: Any) -> Any:

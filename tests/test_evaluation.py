@@ -65,7 +65,7 @@ def test_the_drop_weighs_classes_alike_and_leaves_out_those_without_both_kinds()
     assert drop_from_matched_to_shifted(correct, np.ones(19, dtype=bool), labels) is None
 
 
-def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_livery() -> None:
+def test_gaps_are_to_the_strongest_rivals_whose_shots_show_the_livery_and_do_not() -> None:
     def images(labels: list[int], airlines: tuple[str, ...]) -> ImageSet:
         pictures = [np.full((2, 2, 3), 7 * len(airlines) + i, np.uint8) for i in range(len(labels))]
         names = tuple(str(i) for i in range(len(labels)))
@@ -74,15 +74,16 @@ def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_liver
             images=pictures, labels=np.array(labels), class_names=("a", "b", "c"), names=names, attributes=attributes
         )
 
-    shots, test = images([0, 1, 2], ("KLM", "SAS", "TAP")), images([0, 0], ("SAS", "SAS"))
-    errors = torch.tensor([[[1.0, 2.0], [1.5, 1.0], [3.0, 3.0]], [[2.0, 1.0], [4.0, 4.0], [3.0, 0.5]]])
+    shots, test = images([0, 1, 2], ("KLM", "SAS", "TAP")), images([0, 0, 0, 0], ("SAS", "TAP", "KLM", ""))
+    two = [[[1.0, 2.0], [1.5, 1.0], [3.0, 3.0]], [[2.0, 1.0], [4.0, 4.0], [3.0, 0.5]]]
+    errors = torch.tensor(two + two)
     task = Task(shots=shots, test=test, num_shots=1, seed=0)
     gaps = measure(
         DitiErrors(
             timesteps=torch.tensor([10, 20]),
             test=errors,
             held_out=errors,
-            held_out_labels=torch.tensor([0, 0]),
+            held_out_labels=torch.tensor([0] * 4),
             out_of_fold=False,
             training_seconds=0.0,
             scoring_seconds=0.0,
@@ -90,12 +91,13 @@ def test_the_gap_is_to_the_strongest_rival_and_knows_whose_shots_share_the_liver
         task,
         "airline",
     )
-    assert gaps.right.tolist() == [[True, False], [True, False]]
-    assert gaps.shared.tolist() == [True, False]  # the rivals are b, whose shot wears SAS, and c
+    assert gaps.right.tolist() == [[True, False], [True, False]] * 2
+    assert gaps.misleading.tolist() == [True, True, False, False]  # the third is matched, of the last nothing is known
     deviations = errors.double().numpy().std(1)
-    np.testing.assert_allclose(gaps.gap * deviations, [[0.5, -1.0], [1.0, -0.5]])
+    np.testing.assert_allclose((gaps.sharing * deviations)[:2], [[0.5, -1.0], [1.0, -0.5]])  # to b, and to c
+    np.testing.assert_allclose((gaps.other * deviations)[:2], [[2.0, 1.0], [2.0, 3.0]])  # to c, and to b
     both = join([gaps, gaps])
-    assert both.gap.shape == (4, 2) and len(both.groups) == 4
+    assert both.sharing.shape == both.other.shape == both.right.shape == (8, 2) and len(both.groups) == 8
     assert plot(both, "a title").startswith(b"\x89PNG")
 
 

@@ -329,13 +329,17 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
     known = np.array(grid.test.attributes["airline"]) != ""
     assert record["matched"]["images"] + record["shifted"]["images"] == known.sum() < len(grid.test)
     assert record["matched"]["images"] < 60 and record["shots_of_one_value"]
+    misleading = record["misleading"]["images"]  # they wear what the shots of another class do
+    shots_wear = dict(zip(task.shots.attributes["airline"], task.shots.labels, strict=True))
+    wearers = [(shots_wear.get(v), c) for v, c in zip(task.test.attributes["airline"], task.test.labels, strict=True)]
+    assert 0 < misleading == sum(shot is not None and shot != c for shot, c in wearers) < record["shifted"]["images"]
     eight = json.loads((few.folder / "nn-latents" / "8-1.json").read_text())
     assert not eight["shots_of_one_value"]
     assert len({grid.task(8, 1).shots.attributes["airline"][i] for i in range(8)}) > 1  # no livery has eight images
     page = (few.folder / "shift.md").read_text()
     assert "bootstrap over airline" in page and "drop of accuracy" in page
     assert (
-        page.count("| nn-latents |") == 3
+        page.count("| nn-latents |") == 4
         and "8 shots are drawn as ever: some class has too few images of any airline" in page
     )
     with pytest.raises(

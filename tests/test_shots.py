@@ -18,6 +18,7 @@ from fewshot_diti.data import (
     sample_shots,
     sample_shots_of_one_value,
     seen_attribute,
+    shown_attribute,
 )
 
 
@@ -123,8 +124,11 @@ def test_an_attribute_is_seen_only_among_the_shots_of_its_own_class():
     shots = image_set([("A", 1), ("B", 2)], airline=("KLM", ""))
     test = image_set([("B", 3), ("A", 4), ("B", 5), ("A", 6)], airline=("KLM", "KLM", "", ""))
     assert seen_attribute(shots, test).tolist() == [False, True, True, False]
-    with pytest.raises(ValueError, match="livery"):
-        seen_attribute(shots, test, "livery")
+    assert test.class_names == ("A", "B")  # and no value is no value that shots could show
+    assert shown_attribute(shots, test, "airline").tolist() == [[True, False], [True, False], [False] * 2, [False] * 2]
+    for function in (seen_attribute, shown_attribute):
+        with pytest.raises(ValueError, match="livery"):
+            function(shots, test, "livery")
 
 
 def test_shots_of_one_value_wear_what_other_classes_wear_in_the_test():

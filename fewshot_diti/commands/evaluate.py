@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fewshot_diti.evaluation import table
+from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
 from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
-from fewshot_diti.evaluation.metrics import FEWEST_GROUPS, accuracy_with_interval, drop_from_matched_to_shifted
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
@@ -124,10 +123,13 @@ def report(grid: Grid, against: str, console: Console) -> None:
     ):
         write_atomically(folder / name, text.encode())
     write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
-    _report_matched(grid, records, console)
+    if parts := shift.tables(grid, records):
+        for caption, head, lines in parts:
+            console.print(table.rich_lines(head, lines, caption))
+        write_atomically(folder / "shift.md", shift.markdown(parts).encode())
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons))
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), TOLD)
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
@@ -179,89 +181,3 @@ def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str,
             said = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
             cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {said}"
     return cells
-
-
-def _report_matched(grid: Grid, records: dict[Run, dict[str, Any]], console: Console) -> None:
-    """Prints what matched and shifted images tell, and writes shift.md; nothing where no image is either."""
-    config = grid.config
-    draws = {(run.num_shots, run.seed) for run in records}
-    kinds = {draw: kind for draw in draws if (kind := grid.matched_and_shifted(grid.task(*draw)))}
-    if not kinds:
-        return
-    cells = [(method, k) for method in config.methods for k in config.shots]
-    held = {cell: found for cell in cells if (found := _matched(grid, records, kinds, *cell))}
-    how = (
-        f"accuracy in % [95 % interval, bootstrap over {config.column}; none where fewer than {FEWEST_GROUPS} occur], "
-        "images of all seeds"
-    )
-    mixed = [str(k) for k in config.shots if config.shifted and not grid.of_one_value(k)]
-    if mixed:
-        how += f"; {', '.join(mixed)} shots are drawn as ever: some class has too few images of any {config.column}"
-    parts = {
-        f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
-        f"shifted test images, which do not: {how}": _on_shifted,
-        "drop of accuracy from matched to shifted in points [95 % interval, bootstrap over classes], mean over the "
-        "classes that have both": _drop,
-    }
-    pages = []
-    for caption, cell in parts.items():
-        texts = {key: cell(images) for key, images in held.items()}
-        head, lines = table.lines_by_shots(config.methods, config.shots, texts)
-        if any(text for line in lines for text in line[1:]):
-            console.print(table.rich_lines(head, lines, caption))
-            pages.append(f"{caption}:\n\n{table.markdown_lines(head, lines)}")
-    if pages:
-        write_atomically(config.folder / "shift.md", "\n".join(pages).encode())
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Matched:
-    """Test images of all seeds of a method and number of shots that have a value of the attribute: [N] each."""
-
-    correct: np.ndarray
-    matched: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray
-
-
-def _matched(
-    grid: Grid,
-    records: dict[Run, dict[str, Any]],
-    kinds: dict[tuple[int, int], dict[str, np.ndarray]],
-    method: str,
-    num_shots: int,
-) -> _Matched | None:
-    found = {run: r for run, r in records.items() if (run.method, run.num_shots) == (method, num_shots)}
-    if not found:
-        return None
-    parts = [kinds[run.num_shots, run.seed] for run in found]
-    predicted = np.array([[p["label"] for p in r["predictions"]] for r in found.values()])
-    labels = np.tile(grid.test.labels, len(found))
-    correct = predicted.ravel() == np.array(grid.test.class_names)[labels]
-    matched, shifted = (np.concatenate([part[name] for part in parts]) for name in ("matched", "shifted"))
-    known, values = matched | shifted, np.tile(np.array(grid.test.attributes[grid.config.column]), len(found))
-    return _Matched(correct=correct[known], matched=matched[known], labels=labels[known], groups=values[known])
-
-
-def _on_matched(images: _Matched) -> str:
-    return _share(images, images.matched)
-
-
-def _on_shifted(images: _Matched) -> str:
-    return _share(images, ~images.matched)
-
-
-def _share(images: _Matched, kind: np.ndarray) -> str:
-    if not kind.any():
-        return ""
-    figures = accuracy_with_interval(images.correct[kind], images.groups[kind].tolist())
-    accuracy, (low, high) = f"{100 * figures['accuracy']:.1f}", figures["interval"]
-    # an image that occurs once a seed is no new one, so that an interval over images would be too narrow
-    return f"{accuracy} [{100 * low:.0f}, {100 * high:.0f}]" if figures["interval_over"] == "groups" else accuracy
-
-
-def _drop(images: _Matched) -> str:
-    drop = drop_from_matched_to_shifted(images.correct, images.matched, images.labels)
-    if drop is None:
-        return ""
-    return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (drop.matched - drop.shifted, drop.low, drop.high)))

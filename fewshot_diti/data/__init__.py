@@ -9,6 +9,7 @@ from fewshot_diti.data.shots import (
     sample_shots,
     sample_shots_of_one_value,
     seen_attribute,
+    shown_attribute,
 )
 from fewshot_diti.data.sources import (
     load_bundled,
@@ -40,4 +41,5 @@ __all__ = [
     "sample_shots",
     "sample_shots_of_one_value",
     "seen_attribute",
+    "shown_attribute",
 ]

@@ -122,9 +122,7 @@ def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int,
     Raises:
         ValueError: no such column, or a class has no value that k of its images wear.
     """
-    for part in (data, test):
-        if column not in part.attributes:
-            raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")
+    _check_column(column, data, test)
     drawn = {}
     for name in data.class_names:
         worn = [(v, test.class_names[c]) for v, c in zip(test.attributes[column], test.labels, strict=True)]
@@ -161,10 +159,28 @@ def seen_attribute(shots: ImageSet, test: ImageSet, column: str = "airline") -> 
     Raises:
         ValueError: one of the two has no such column.
     """
-    for part in (shots, test):
-        if column not in part.attributes:
-            raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")
+    _check_column(column, shots, test)
     shot_classes = (shots.class_names[label] for label in shots.labels)
     seen = set(zip(shot_classes, shots.attributes[column], strict=True))
     test_classes = (test.class_names[label] for label in test.labels)
     return np.array([key in seen for key in zip(test_classes, test.attributes[column], strict=True)], dtype=bool)
+
+
+def shown_attribute(shots: ImageSet, test: ImageSet, column: str) -> np.ndarray:
+    """bool [N, C]: whether the shots of a class (of the test images' C, by name) show a test image's value of the
+    column; "" is none.
+
+    Raises:
+        ValueError: one of the two has no such column.
+    """
+    _check_column(column, shots, test)
+    shown = {
+        (shots.class_names[c], value) for c, value in zip(shots.labels, shots.attributes[column], strict=True) if value
+    }
+    return np.array([[(name, value) in shown for name in test.class_names] for value in test.attributes[column]])
+
+
+def _check_column(column: str, *parts: ImageSet) -> None:
+    for part in parts:
+        if column not in part.attributes:
+            raise ValueError(f"No attribute {column!r}; these images have {list(part.attributes)}.")

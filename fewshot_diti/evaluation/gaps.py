@@ -1,4 +1,4 @@
-"""Which time-steps tell the true class from its rivals, and whether a shared livery makes the rival stronger."""
+"""Which time-steps tell the true class from its rivals, and what a livery does that a rival's shots show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fewshot_diti.data import ImageSet
+from fewshot_diti.data import shown_attribute
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.reports import bootstrap_interval
 from fewshot_diti.timesteps import relative, score
@@ -21,19 +21,24 @@ from fewshot_diti.timesteps import relative, score
 class Gaps:
     """Of N test images at S trials.
 
+    A gap is the error of a rival minus the error of the true class, in standard deviations over the classes; the rival
+    is the strongest wrong class of its kind, the one with the smallest mean error relative to what is usual at each t.
+
     Attributes:
         timesteps: [S].
         right: bool [N, S], whether the trial alone gives the true class.
-        gap: [N, S], error of the rival minus error of the true class, in standard deviations over the classes; the
-            rival is the wrong class with the smallest mean error relative to what is usual at each t.
-        shared: bool [N], whether the rival's shots show the image's value of the attribute; never where it has none.
+        sharing: [N, S], gap to the classes whose shots show the image's value of the attribute.
+        other: [N, S], gap to the classes whose shots do not.
+        misleading: bool [N], images that have a value which the shots of another class show and those of their own do
+            not, and both kinds of rivals; elsewhere `sharing` and `other` say nothing.
         groups: the image's value of the attribute.
     """
 
     timesteps: np.ndarray
     right: np.ndarray
-    gap: np.ndarray
-    shared: np.ndarray
+    sharing: np.ndarray
+    other: np.ndarray
+    misleading: np.ndarray
     groups: tuple[str, ...]
 
 
@@ -43,32 +48,35 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
     Raises:
         ValueError: the images have no such column.
     """
-    if column not in task.test.attributes:
-        raise ValueError(f"No attribute {column!r}; these images have {list(task.test.attributes)}. Pass --group.")
+    shown_NC = shown_attribute(task.shots, task.test, column)
     error_NCS, labels = errors.test.double().numpy(), task.test.labels
     rows = np.arange(len(labels))
     relative_NC = (error_NCS / error_NCS.mean((0, 1))).mean(2)
-    relative_NC[rows, labels] = np.inf
-    rival = relative_NC.argmin(1)
-    shown = [_values(task.shots, name, column) for name in task.class_names]
-    values = task.test.attributes[column]
+    wrong_NC = labels[:, None] != np.arange(shown_NC.shape[1])
+
+    def gap(rivals_NC: np.ndarray) -> np.ndarray:
+        rival = np.where(rivals_NC, relative_NC, np.inf).argmin(1)
+        found: np.ndarray = (error_NCS[rows, rival] - error_NCS[rows, labels]) / error_NCS.std(1)
+        return found
+
+    sharing_NC, other_NC = wrong_NC & shown_NC, wrong_NC & ~shown_NC
     return Gaps(
         timesteps=errors.timesteps.numpy(),
         right=error_NCS.argmin(1) == labels[:, None],
-        gap=(error_NCS[rows, rival] - error_NCS[rows, labels]) / error_NCS.std(1),
-        shared=np.array([bool(value) and value in shown[c] for value, c in zip(values, rival, strict=True)]),
-        groups=values,
+        sharing=gap(sharing_NC),
+        other=gap(other_NC),
+        misleading=~shown_NC[rows, labels] & sharing_NC.any(1) & other_NC.any(1),
+        groups=task.test.attributes[column],
     )
 
 
 def join(parts: Sequence[Gaps]) -> Gaps:
     """Several draws at the same time-steps as one."""
+    names = ("right", "sharing", "other", "misleading")
     return Gaps(
         timesteps=parts[0].timesteps,
-        right=np.concatenate([p.right for p in parts]),
-        gap=np.concatenate([p.gap for p in parts]),
-        shared=np.concatenate([p.shared for p in parts]),
         groups=tuple(g for p in parts for g in p.groups),
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names},
     )
 
 
@@ -102,21 +110,22 @@ def equal_trials(
 
 
 def plot(gaps: Gaps, title: str) -> bytes:
-    """PNG: the gap to rivals that share the livery and to others, and accuracy of each time-step alone.
+    """PNG: of misleading images, the gap to rivals whose shots show their livery and to others; and accuracy of each
+    time-step alone, of these and of all images.
 
     Bands are 95 % intervals, bootstrap over liveries.
     """
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for mask, colour, label in (
-        (gaps.shared, "C3", "rival whose shots share the livery"),
-        (~gaps.shared, "C0", "other rival"),
-    ):
-        if mask.any():
-            _curve(left, gaps, gaps.gap, mask, colour, f"{label}, {mask.sum()} images")
+    misleading, every = gaps.misleading, np.ones(len(gaps.misleading), dtype=bool)
+    if misleading.any():
+        _curve(left, gaps, gaps.sharing, misleading, "C3", "rival whose shots show the image's livery")
+        _curve(left, gaps, gaps.other, misleading, "C0", "other rival")
+        _curve(right, gaps, 100.0 * gaps.right, misleading, "C1", f"{misleading.sum()} misleading images")
     left.axhline(0, color="black", lw=0.8)
+    left.set_title(f"{misleading.sum()} misleading images", fontsize=10)
     left.set_ylabel("error of the rival minus the true class's\n(standard deviations over classes)")
-    _curve(right, gaps, 100.0 * gaps.right, np.ones(len(gaps.shared), dtype=bool), "C2", "all images")
+    _curve(right, gaps, 100.0 * gaps.right, every, "C2", f"all {len(every)} images")
     right.set_ylabel("accuracy of the time-step alone (%)")
     for axes in (left, right):
         axes.set_xlabel("time-step t")
@@ -133,8 +142,3 @@ def _curve(axes: object, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, co
     ends = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
     axes.plot(gaps.timesteps, values_NS[mask].mean(0), color=colour, label=label)  # type: ignore[attr-defined]
     axes.fill_between(gaps.timesteps, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, lw=0)  # type: ignore[attr-defined]
-
-
-def _values(images: ImageSet, class_name: str, column: str) -> set[str]:
-    of_class = np.flatnonzero(images.labels == images.class_names.index(class_name))
-    return {images.attributes[column][i] for i in of_class}

@@ -28,7 +28,7 @@ from fewshot_diti.data import (
     load_images,
     sample_shots,
     sample_shots_of_one_value,
-    seen_attribute,
+    shown_attribute,
 )
 from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
 from fewshot_diti.evaluation.config import GridConfig
@@ -207,14 +207,20 @@ class Grid:
         values = repr([part.attributes[column] for part in (self.pool, self.test)])
         return f"{column} {hashlib.sha256(values.encode()).hexdigest()[:32]}"
 
-    def matched_and_shifted(self, task: Task) -> dict[str, np.ndarray] | None:
-        """Masks [N] of test images whose value of the attribute the shots of their class show, and do not; None where
-        the images have no such attribute. An image without a value is neither."""
+    def shown(self, num_shots: int, seed: int) -> np.ndarray | None:
+        """bool [N, C]: whether the shots of a class show a test image's value of the attribute; None where the images
+        have no such attribute."""
         if not self._has_column:
             return None
-        seen = seen_attribute(task.shots, task.test, self.config.column)
-        known = np.array([bool(value) for value in task.test.attributes[self.config.column]])
-        return {"matched": seen & known, "shifted": ~seen & known}
+        return shown_attribute(self.task(num_shots, seed).shots, self.test, self.config.column)
+
+    def kinds(self, shown_NC: np.ndarray) -> dict[str, np.ndarray]:
+        """Masks [N] of test images by `shown`: those are "matched" whose value the shots of their class show, those
+        "shifted" that have another, and of these "misleading" whose value the shots of another class show."""
+        known = np.array([bool(value) for value in self.test.attributes[self.config.column]])
+        matched = shown_NC[np.arange(len(known)), self.test.labels]
+        shifted = known & ~matched
+        return {"matched": matched, "shifted": shifted, "misleading": shifted & shown_NC.any(1)}
 
     def prepared(self, num_shots: int, seed: int) -> bool:
         """Whether the errors of the draw's class tokens are on disk."""
@@ -261,6 +267,7 @@ class Grid:
             task = self.task(run.num_shots, run.seed)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
+            shown_NC = self.shown(run.num_shots, run.seed)
             outcome = METHODS[run.method](self.bench, task)
             figures = summarize(
                 self.test.labels,
@@ -268,7 +275,7 @@ class Grid:
                 self.test.class_names,
                 self.test.ids,
                 groups=self.test.attributes.get(self.config.column),
-                parts=self.matched_and_shifted(task) or {},
+                parts={} if shown_NC is None else self.kinds(shown_NC),
             )
         except Exception as error:  # whatever it is, the other runs go on
             return _failed(error)

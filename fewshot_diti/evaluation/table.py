@@ -122,10 +122,11 @@ def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def lines_by_shots(
-    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str]
+    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], told: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of cells by (name, shots); one that is not there stays empty."""
-    return _head(shots), [[name, *(cells.get((name, k), "") for k in shots)] for name in names]
+    """Head and lines of a table of cells by (name, shots); one that is not there stays empty. `told`: as of `Row`."""
+    titles = {name: Row(name=name, accuracy={}, told=told.get(name, "")).title for name in names}
+    return _head(shots), [[titles[name], *(cells.get((name, k), "") for k in shots)] for name in names]
 
 
 def rich_lines(head: Sequence[str], lines: Sequence[Sequence[str | Text]], caption: str) -> Table:
