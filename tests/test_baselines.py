@@ -234,9 +234,11 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
     assert merits[tuned.alpha_, tuned.beta_][1] == pytest.approx(likeliest, abs=1e-6)
 
 
-def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta(clip: OpenClip) -> None:
+def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta_or_those_told(clip: OpenClip) -> None:
     tip = TipAdapter(clip, TEMPLATES, views=1).fit(*pictures(1, 0))
     assert (tip.alpha_, tip.beta_, tip.left_out) == (ALPHA, BETA, None)
+    told = TipAdapter(clip, TEMPLATES, views=1, one_shot=(50.0, 3.5)).fit(*pictures(1, 0))
+    assert (told.alpha_, told.beta_) == (50.0, 3.5)
 
 
 def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:

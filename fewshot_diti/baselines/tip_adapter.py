@@ -18,7 +18,7 @@ from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource, open_image
 
 EPOCHS = 20
-ALPHA, BETA = 1.0, 5.5  # the paper's, for one shot a class: nothing can be left out
+ALPHA, BETA = 1.0, 5.5  # the paper's
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
 
@@ -37,6 +37,7 @@ class TipAdapter(Baseline):
         steps, lr: of that training, in batches of 256; at least 20 epochs, the paper's number.
         recolour: colours of a view.
         views: random crops of each shot; a key is their mean.
+        one_shot: alpha and beta where a class has one shot: nothing can be left out.
         seed: of crops and training.
 
     Attributes:
@@ -55,10 +56,11 @@ class TipAdapter(Baseline):
         steps: int = 500,
         lr: float = 1e-3,
         views: int = 10,
+        one_shot: tuple[float, float] = (ALPHA, BETA),
         seed: int = 0,
     ) -> None:
         self.clip, self.templates, self.fine_tune, self.recolour = clip, tuple(templates), fine_tune, recolour
-        self.steps, self.lr, self.views, self.seed = steps, lr, views, seed
+        self.steps, self.lr, self.views, self.one_shot, self.seed = steps, lr, views, one_shot, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
@@ -90,7 +92,7 @@ class TipAdapter(Baseline):
     def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float, np.ndarray | None]:
         counts = np.bincount(labels_N)[labels_N]
         if counts.min() < 2:
-            return ALPHA, BETA, None
+            return *self.one_shot, None
         zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
         rows = np.arange(len(labels_N))
 
