@@ -65,7 +65,7 @@ def test_the_drop_weighs_classes_alike_and_leaves_out_those_without_both_kinds()
     assert drop_from_matched_to_shifted(correct, np.ones(19, dtype=bool), labels) is None
 
 
-def test_gaps_are_to_the_strongest_rivals_whose_shots_show_the_livery_and_do_not() -> None:
+def test_gaps_are_to_the_classes_whose_shots_show_the_livery_and_to_the_others() -> None:
     def images(labels: list[int], airlines: tuple[str, ...]) -> ImageSet:
         pictures = [np.full((2, 2, 3), 7 * len(airlines) + i, np.uint8) for i in range(len(labels))]
         names = tuple(str(i) for i in range(len(labels)))
@@ -96,6 +96,10 @@ def test_gaps_are_to_the_strongest_rivals_whose_shots_show_the_livery_and_do_not
     deviations = errors.double().numpy().std(1)
     np.testing.assert_allclose((gaps.sharing * deviations)[:2], [[0.5, -1.0], [1.0, -0.5]])  # to b, and to c
     np.testing.assert_allclose((gaps.other * deviations)[:2], [[2.0, 1.0], [2.0, 3.0]])  # to c, and to b
+    np.testing.assert_allclose(gaps.strongest[:2], gaps.other[:2])  # there is one other
+    # all wrong classes are others to the last: b and c, of which b is the stronger at first, then c
+    np.testing.assert_allclose((gaps.other * deviations)[3], [1.5, 1.25])
+    np.testing.assert_allclose((gaps.strongest * deviations)[3], [1.0, -0.5])
     both = join([gaps, gaps])
     assert both.sharing.shape == both.other.shape == both.right.shape == (8, 2) and len(both.groups) == 8
     assert plot(both, "a title").startswith(b"\x89PNG")

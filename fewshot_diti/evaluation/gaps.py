@@ -21,16 +21,16 @@ from fewshot_diti.timesteps import relative, score
 class Gaps:
     """Of N test images at S trials.
 
-    A gap is the error of a rival minus the error of the true class, in standard deviations over the classes; the rival
-    is the strongest wrong class of its kind, the one with the smallest mean error relative to what is usual at each t.
+    A gap is the error of wrong classes minus the error of the true class, in standard deviations over the classes.
 
     Attributes:
         timesteps: [S].
         right: bool [N, S], whether the trial alone gives the true class.
-        sharing: [N, S], gap to the classes whose shots show the image's value of the attribute.
-        other: [N, S], gap to the classes whose shots do not.
+        sharing: [N, S], mean gap to the classes whose shots show the image's value of the attribute, mostly one.
+        other: [N, S], mean gap to the classes whose shots do not.
+        strongest: [N, S], gap to the one of these with the smallest mean error relative to what is usual at each t.
         misleading: bool [N], images that have a value which the shots of another class show and those of their own do
-            not, and both kinds of rivals; elsewhere `sharing` and `other` say nothing.
+            not, and both kinds of rivals; elsewhere the gaps say nothing.
         groups: the image's value of the attribute.
     """
 
@@ -38,6 +38,7 @@ class Gaps:
     right: np.ndarray
     sharing: np.ndarray
     other: np.ndarray
+    strongest: np.ndarray
     misleading: np.ndarray
     groups: tuple[str, ...]
 
@@ -54,17 +55,19 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
     relative_NC = (error_NCS / error_NCS.mean((0, 1))).mean(2)
     wrong_NC = labels[:, None] != np.arange(shown_NC.shape[1])
 
-    def gap(rivals_NC: np.ndarray) -> np.ndarray:
-        rival = np.where(rivals_NC, relative_NC, np.inf).argmin(1)
-        found: np.ndarray = (error_NCS[rows, rival] - error_NCS[rows, labels]) / error_NCS.std(1)
+    sharing_NC, other_NC = wrong_NC & shown_NC, wrong_NC & ~shown_NC
+    gap_NCS = (error_NCS - error_NCS[rows, labels][:, None]) / error_NCS.std(1)[:, None]
+
+    def mean_gap(rivals_NC: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (gap_NCS * rivals_NC[:, :, None]).sum(1) / np.maximum(rivals_NC.sum(1), 1)[:, None]
         return found
 
-    sharing_NC, other_NC = wrong_NC & shown_NC, wrong_NC & ~shown_NC
     return Gaps(
         timesteps=errors.timesteps.numpy(),
         right=error_NCS.argmin(1) == labels[:, None],
-        sharing=gap(sharing_NC),
-        other=gap(other_NC),
+        sharing=mean_gap(sharing_NC),
+        other=mean_gap(other_NC),
+        strongest=gap_NCS[rows, np.where(other_NC, relative_NC, np.inf).argmin(1)],
         misleading=~shown_NC[rows, labels] & sharing_NC.any(1) & other_NC.any(1),
         groups=task.test.attributes[column],
     )
@@ -72,7 +75,7 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
 
 def join(parts: Sequence[Gaps]) -> Gaps:
     """Several draws at the same time-steps as one."""
-    names = ("right", "sharing", "other", "misleading")
+    names = ("right", "sharing", "other", "strongest", "misleading")
     return Gaps(
         timesteps=parts[0].timesteps,
         groups=tuple(g for p in parts for g in p.groups),
@@ -110,8 +113,7 @@ def equal_trials(
 
 
 def plot(gaps: Gaps, title: str) -> bytes:
-    """PNG: of misleading images, the gap to rivals whose shots show their livery and to others; and accuracy of each
-    time-step alone, of these and of all images.
+    """PNG: of misleading images, the gaps; and accuracy of each time-step alone, of these and of all images.
 
     Bands are 95 % intervals, bootstrap over liveries.
     """
@@ -119,12 +121,13 @@ def plot(gaps: Gaps, title: str) -> bytes:
     left, right = figure.subplots(1, 2)
     misleading, every = gaps.misleading, np.ones(len(gaps.misleading), dtype=bool)
     if misleading.any():
-        _curve(left, gaps, gaps.sharing, misleading, "C3", "rival whose shots show the image's livery")
-        _curve(left, gaps, gaps.other, misleading, "C0", "other rival")
+        _curve(left, gaps, gaps.sharing, misleading, "C3", "classes whose shots show the image's livery")
+        _curve(left, gaps, gaps.other, misleading, "C0", "other wrong classes")
+        _curve(left, gaps, gaps.strongest, misleading, "C7", "the strongest of these")
         _curve(right, gaps, 100.0 * gaps.right, misleading, "C1", f"{misleading.sum()} misleading images")
     left.axhline(0, color="black", lw=0.8)
     left.set_title(f"{misleading.sum()} misleading images", fontsize=10)
-    left.set_ylabel("error of the rival minus the true class's\n(standard deviations over classes)")
+    left.set_ylabel("error of wrong classes minus the true class's\n(standard deviations over classes)")
     _curve(right, gaps, 100.0 * gaps.right, every, "C2", f"all {len(every)} images")
     right.set_ylabel("accuracy of the time-step alone (%)")
     for axes in (left, right):
