@@ -156,8 +156,9 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
         views_nD = features_nVD[kept_n].flatten(0, 1).numpy()
         return Discriminant(views_nD, labels_n[kept_n].repeat(fewest), temperature)
 
+    every_n = np.ones(len(labels_n), dtype=bool)
     if not others_n.any():
-        return judge(~others_n)
+        return judge(every_n)
     # each class's shots are dealt out in turn: a class with fewer left than the others would look improbable
     rank_n = np.concatenate([np.arange(len(features)) for features in shots.values()])
     fold_n = np.where(others_n, rank_n % FOLDS, -1)
@@ -165,7 +166,7 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
     for fold in set(fold_n[others_n]):
         log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(features_nVD[fold_n == fold, 0])
     temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
-    return judge(fold_n >= -1, temperature)
+    return judge(every_n, temperature)
 
 
 def score_offsets(log_probabilities_NC: Tensor, weight: float, shortlist: int | None = None) -> Tensor:

@@ -32,17 +32,6 @@ class Features(Protocol):
     def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray: ...
 
 
-def features_of_copies(
-    features: Features, images: Sequence[ImageSource], recolour: Recolour, copies: int, seed: int
-) -> np.ndarray:
-    """Features [N, copies, D] of copies of each image in other colours."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
-        return np.stack(
-            [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
-        )
-
-
 def logistic_head(labels_N: np.ndarray, copies: int = 0) -> Pipeline:
     """Logistic regression on standardised features, to be fitted on shots of these labels, then on copies of them.
 
@@ -102,13 +91,18 @@ class LogisticProbe(Baseline):
         if len(self.candidates) > 1 and np.bincount(labels_N).min() > 1:
             merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        recoloured_ND = None
-        if self.recolour is not None:
-            copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
-            recoloured = features_of_copies(self.candidates[self.chosen_], images, self.recolour, copies, self.seed)
-            recoloured_ND = recoloured.swapaxes(0, 1).reshape(-1, recoloured.shape[2])
+        recoloured_ND = None if self.recolour is None else self._recoloured(images, self.recolour)
         self._model = fitted(self.candidates[self.chosen_], recoloured_ND)
         self.strength_ = float(getattr(self._model[-1], "best_estimator_", self._model[-1]).C)
+
+    def _recoloured(self, images: Sequence[ImageSource], recolour: Recolour) -> np.ndarray:
+        """Features [copies x N, D]."""
+        features = self.candidates[self.chosen_]
+        copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
+            rows = [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
+        return np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""

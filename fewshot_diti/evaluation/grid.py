@@ -207,12 +207,12 @@ class Grid:
         values = repr([part.attributes[column] for part in (self.pool, self.test)])
         return f"{column} {hashlib.sha256(values.encode()).hexdigest()[:32]}"
 
-    def shown(self, num_shots: int, seed: int) -> np.ndarray | None:
+    def shown(self, task: Task) -> np.ndarray | None:
         """bool [N, C]: whether the shots of a class show a test image's value of the attribute; None where the images
         have no such attribute."""
         if not self._has_column:
             return None
-        return shown_attribute(self.task(num_shots, seed).shots, self.test, self.config.column)
+        return shown_attribute(task.shots, task.test, self.config.column)
 
     def kinds(self, shown_NC: np.ndarray) -> dict[str, np.ndarray]:
         """Masks [N] of test images by `shown`: those are "matched" whose value the shots of their class show, those
@@ -267,7 +267,7 @@ class Grid:
             task = self.task(run.num_shots, run.seed)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            shown_NC = self.shown(run.num_shots, run.seed)
+            shown_NC = self.shown(task)
             outcome = METHODS[run.method](self.bench, task)
             figures = summarize(
                 self.test.labels,

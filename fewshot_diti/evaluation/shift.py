@@ -40,7 +40,7 @@ def tables(grid: Grid, records: Mapping[Run, dict[str, Any]]) -> list[Table]:
     """What the runs say of the three kinds of images; nothing where no image has a value of the attribute."""
     config = grid.config
     draws = {(run.num_shots, run.seed) for run in records}
-    shown = {draw: shown_NC for draw in draws if (shown_NC := grid.shown(*draw)) is not None}
+    shown = {draw: shown_NC for draw in draws if (shown_NC := grid.shown(grid.task(*draw))) is not None}
     cells = [(method, k) for method in config.methods for k in config.shots]
     images = {cell: x for cell in cells if (x := _images(grid, records, shown, *cell)) is not None}
     over = f"[95 % interval, bootstrap over {config.column}; none where fewer than {FEWEST_GROUPS} occur]"
