@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from small_classifier import COLOURS, make, shots_of
+from small_grid import config, data, small_settings  # noqa: F401, fixtures
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti import Backbone, DiTiClassifier, cli

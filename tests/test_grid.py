@@ -7,83 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 from rich.console import Console
-from scipy.special import softmax
-from small_clip import save_tiny_clip
+from small_grid import QUIET
 
-from fewshot_diti import DiTiClassifier, features
-from fewshot_diti.baselines import TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
-from fewshot_diti.evaluation import methods
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import METHODS
-from fewshot_diti.evaluation.table import Row, comma_separated, latex, markdown, published_rows
-from fewshot_diti.held_out import split_folds
-from fewshot_diti.recommended import ScoringConfig
-from fewshot_diti.training import TrainingConfig
 
-TRAINING = TrainingConfig(steps=3, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
-SCORING = ScoringConfig(weighting="relative")
-COLOURS = {"nut": (200, 80, 80), "bolt": (80, 200, 80), "gear": (80, 80, 200)}
-
-
-@pytest.fixture(autouse=True)
-def small_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Settings that take a second, and no downloads."""
-    monkeypatch.setattr(bench_module, "recommended_training", lambda num_shots, small: TRAINING)
-    for module in (bench_module, methods):
-        monkeypatch.setattr(module, "recommended_scoring", lambda small: SCORING)
-    create = timm.create_model
-
-    def same_weights_each_time(name: str, pretrained: bool, **k: Any) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return create(name, **k)
-
-    monkeypatch.setattr(timm, "create_model", same_weights_each_time)
-    yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
-    for split, count in (("train", 3), ("test", 2)):
-        for name, colour in COLOURS.items():
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 60, (32, 64, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def config(data: Path, backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> EvalConfig:
-    return EvalConfig(
-        dataset=f"folder:{data}",
-        backbone=str(backbone_folder),
-        clip=f"local-dir:{save_tiny_clip(tmp_path_factory.mktemp('clip'), 'transformer')}",
-        network="test_resnet",
-        siblings="test_resnet",
-        concept="part",
-        shots=(1, 2),
-        seeds=(1,),
-        trials=3,
-        output_dir=tmp_path,
-    )
-
-
-QUIET = Console(quiet=True)
+pytestmark = pytest.mark.usefixtures("small_settings")
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -122,76 +61,6 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     shorter = {r.method for r in Grid(replace(fast, training_share=0.5)).missing()}
     assert shorter == {m for m in fast.methods if m.startswith("diti")} | {"ncm-sd"}
     assert replace(fast, max_test_images=1).folder != fast.folder  # a quick look leaves the full table alone
-
-
-def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods.ClipLora, "_cross_validate", lambda *_: 2)
-    few = replace(config, methods=("clip-lora", "finetune"), shots=(2,), against="finetune", training_share=0.01)
-    assert evaluate(few, QUIET) == 0
-    record = json.loads((few.folder / "clip-lora" / "2-1.json").read_text())
-    assert record["chosen"] == {"steps_": 2}
-    assert len(Grid(replace(few, training_share=0.02)).missing()) == 2
-
-
-def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -> None:
-    grid = Grid(replace(config, methods=("diti-all-t",), against="diti-all-t", shots=(2,)))
-    assert grid.run_missing() == []
-    task = grid.task(2, 1)
-    scoring = ScoringConfig(trials=3, weighting="uniform", seed=1, unet_scale=0.6, text_encoder_scale=0.7)
-    classifier = DiTiClassifier(config.backbone, concept="part", training=replace(TRAINING, seed=1), scoring=scoring)
-    classifier.fit(task.shot_images(), task.shot_labels())
-    record = json.loads((grid.config.folder / "diti-all-t" / "2-1.json").read_text())
-    assert [p["label"] for p in record["predictions"]] == classifier.predict(task.test_images()).tolist()
-
-
-def test_features_of_the_unet_take_their_weight_off_the_scores(
-    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # held-out shots tell a random U-Net that it knows nothing
-    monkeypatch.setattr(features, "fit_temperature", lambda *_: 1.0)
-    monkeypatch.setattr(methods, "fit_temperature", lambda *_: 0.1)
-    grid = Grid(replace(config, methods=("diti-all-t", "diti+sd", "lda-sd"), against="lda-sd", shots=(2,)))
-    assert grid.run_missing() == []
-    task, bench = grid.task(2, 1), grid.bench
-    errors = bench.diti(task)
-    weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
-    tokens = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
-    learner = DiTiClassifier(
-        config.backbone, concept="part", training=replace(TRAINING, seed=1), scoring=ScoringConfig(features_weight=1)
-    ).learner
-    lda, classes = features.fit_discriminant(learner.shot_features(task.groups())), sorted(task.class_names)
-    said = lda.log_probabilities(learner.features(learner.encode(list(task.test_images())))).numpy()
-    said = said[:, [classes.index(name) for name in task.class_names]]
-    records = {m: json.loads((grid.config.folder / m / "2-1.json").read_text()) for m in grid.config.methods}
-    predicted = {m: [p["label"] for p in record["predictions"]] for m, record in records.items()}
-    assert predicted["lda-sd"] == [task.class_names[c] for c in said.argmax(1)]
-    chosen = records["diti+sd"]["chosen"]
-    assert chosen["features_weight"] > 0
-    probabilities = softmax((-tokens + chosen["features_weight"] * said) / chosen["temperature"], axis=1)
-    assert predicted["diti+sd"] == [task.class_names[c] for c in probabilities.argmax(1)]
-    second, first = np.sort(probabilities, axis=1)[:, -2:].T
-    np.testing.assert_allclose([p["margin"] for p in records["diti+sd"]["predictions"]], first - second, atol=2e-3)
-    alone = softmax(-tokens / chosen["temperature"], axis=1)
-    assert np.abs(alone - probabilities).max() > 0.05  # the features have a say
-
-
-def test_class_tokens_and_clip_are_mixed_as_sure_as_held_out_shots_allow(config: EvalConfig) -> None:
-    grid = Grid(replace(config, methods=("diti+clip", "diti"), shots=(2,)))
-    assert grid.run_missing() == []
-    task, bench = grid.task(2, 1), grid.bench
-    record, tokens = (json.loads((grid.config.folder / m / "2-1.json").read_text()) for m in ("diti+clip", "diti"))
-    chosen = record["chosen"]
-    errors = bench.diti(task)
-    weights = 1 / errors.held_out.double().mean((0, 1))  # SCORING's
-    scores = (errors.test.double() * weights / weights.mean()).mean(2).numpy()
-    held = [(shot, sorted(task.class_names)[c]) for _, fold in split_folds(task.groups(), 2) for c, shot in fold]
-    tip = TipAdapter(bench.clip, bench.templates, recolour=bench.recolour, seed=1)
-    tip.fit([shot for shot, _ in held], [name for _, name in held])
-    of_clip = np.log(tip.predict_proba(task.test_images())) / chosen["clip_temperature"]
-    of_clip = of_clip[:, [tip.classes_.tolist().index(name) for name in task.class_names]]
-    w = chosen["clip_weight"]
-    mixed = -(1 - w) * scores / tokens["chosen"]["temperature"] + w * of_clip
-    assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in mixed.argmax(1)]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +158,7 @@ def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -
     few = replace(config, methods=("diti-all-t", "ncm-sd", "nn-latents"), against="ncm-sd", shots=(2,))
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom test_grid import *\n"
+        "import sys\nfrom small_grid import *\nfrom fewshot_diti.commands.evaluate import evaluate\n"
         "bench_module.recommended_training = lambda num_shots, small: TRAINING\n"
         "for m in (bench_module, methods): m.recommended_scoring = lambda small: SCORING\n"
         f"from pathlib import PosixPath\nsys.exit(evaluate({replace(few, output_dir=tmp_path / 'two')!r}, QUIET))\n"
@@ -346,28 +215,6 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
         ValueError, match=r"no attribute 'colour' in its split train and test; pass --group with one of"
     ):
         Grid(replace(few, shift="none", group="colour"))
-
-
-def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apart() -> None:
-    rows = [
-        *published_rows((1, 16))[-1:],
-        Row(name="diti", accuracy={1: (40.0, 44.0), 16: (80.0, 82.0)}, seeds=2),
-        Row(name="tip_adapter", accuracy={1: (45.0, 45.0)}, seeds=2),
-        Row(name="siblings", accuracy={1: (85.0, 85.0), 16: (97.0, 97.0)}, seeds=2, told="told more"),
-        Row(name="finetune", accuracy={1: (60.0,)}, seeds=2),
-    ]
-    assert markdown(rows, (1, 16)).splitlines() == [
-        "| method | 1 shot | 16 shots | average |",
-        "| --- | ---: | ---: | ---: |",
-        "| DiTi, SD 2.0 (published, Yue et al., CVPR 2024) | 48.5 | 79.9 | 64.2 |",
-        "| diti | 42.0 ± 2.8 | **81.0 ± 1.4** | **61.5** |",
-        "| tip_adapter | **45.0 ± 0.0** |  |  |",
-        "| siblings (told more) | 85.0 ± 0.0 | 97.0 ± 0.0 | 91.0 |",
-        "| finetune | 60.0 (1 of 2 seeds) |  |  |",
-    ]
-    assert r"tip\_adapter & \textbf{45.0 $\pm$ 0.0} &  &  \\" in latex(rows, (1, 16))
-    lines = comma_separated(rows, (1, 16)).splitlines()
-    assert "diti,1,42.000,2.828,2,," in lines and "siblings,1,85.000,0.000,2,,told more" in lines
 
 
 def test_unknown_methods_are_refused() -> None:
