@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_grid import SCORING, TRAINING, data  # noqa: F401, data is a fixture
+from small_grid import SCORING, TRAINING
 from test_lora import random_bank
 
 from eval import speed as script
@@ -23,7 +23,7 @@ from fewshot_diti.timesteps import score
 
 def test_every_section_leaves_its_figures_and_is_run_once(
     backbone_folder: Path,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
