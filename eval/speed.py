@@ -3,10 +3,10 @@
     python -m eval.speed --backbone pocket --dataset bundled --output_dir results/speed
 
 Trains class tokens, scores every test image under every class on every trial once (`errors.safetensors`), and decides
-on these errors as a race and by the published schedule would; then times whole pipelines from files to labels, the
-stacked U-Net beside the plain one, and training beside one class after another. Sections that are in `speed.json`
-already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's U-Net with random
-weights.
+on these errors as a race would; asks the published schedule about some of the images; then times whole pipelines from
+files to labels, the stacked U-Net beside the plain one, and training beside one class after another. Sections that are
+in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's
+U-Net with random weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def plot(done: dict[str, Any]) -> bytes:
     curve = done["elimination"]["by_confidence"]
     x = [v["evaluations"] for v in curve.values()]
     left.plot(x, [100 * v["agreement"] for v in curve.values()], "o-", label="label of all trials, all images")
-    left.plot(x, [100 * v["agreement_on_clear"] for v in curve.values()], "s--", label="where that label is clear")
+    clear = [float("nan") if v["agreement_on_clear"] is None else v["agreement_on_clear"] for v in curve.values()]
+    left.plot(x, [100 * share for share in clear], "s--", label="where that label is clear")
     for confidence, v in curve.items():
         left.annotate(
             confidence, (v["evaluations"], 100 * v["agreement"]), fontsize=7, xytext=(3, -9), textcoords="offset points"
@@ -72,10 +73,10 @@ def plot(done: dict[str, Any]) -> bytes:
 def main(config: SpeedConfig) -> None:
     """Runs the sections that are missing; writes speed.json after each, and the plot at the end."""
     path = config.output_dir / "speed.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"made_by": config.made_by()}
-    if done["made_by"] != config.made_by():
-        raise SystemExit(f"error: {path} holds a run with {done['made_by']}; pass another --output_dir.")
     m = Measurement(config)
+    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"made_by": m.made_by}
+    if done["made_by"] != m.made_by:
+        raise SystemExit(f"error: {path} holds a run with {done['made_by']}; pass another --output_dir.")
     for name, section in SECTIONS.items():
         if name in done or (name == "full_size" and not config.full_size):
             continue

@@ -105,15 +105,14 @@ class Bank:
 
     def scaled_rows(self) -> Tensor:
         """Weights [C, P] for scoring: B multiplied by each class's scoring scale."""
-        mask = {
-            net: self.layout.fill(
-                {(n, p): float(n == net and p == "B") for n in ("unet", "text_encoder") for p in "AB"}
-            )
-            for net in ("unet", "text_encoder")
+        scales = {
+            "unet": torch.tensor([t.unet_scale for t in self.tokens]),
+            "text_encoder": torch.tensor([t.text_encoder_scale for t in self.tokens]),
         }
-        unet = torch.tensor([t.unet_scale for t in self.tokens])[:, None] - 1
-        text = torch.tensor([t.text_encoder_scale for t in self.tokens])[:, None] - 1
-        return self.rows * (1 + unet * mask["unet"] + text * mask["text_encoder"])
+        rows = self.rows.clone()  # scaled in place: with many classes they fill the memory
+        for target, (_, b_COR) in self.layout.split(rows).items():
+            b_COR.mul_(scales[target.network][:, None, None].to(b_COR))
+        return rows
 
     def merge(self, other: Bank) -> Bank:
         """The classes of both; weights of a smaller rank or narrower block filter are zero-padded.

@@ -65,9 +65,12 @@ class Look:
     (Cochran, "Sampling Techniques", section 2.6): the race is for the label of S trials, not of endless ones.
 
     What it guarantees, and when: given the time-steps, the noise of the trials is independent; if the noise of the
-    classes' errors is normal with one variance, a look drops the class that all S trials would choose with a
-    probability of about `error_rate` at most; with classes whose noise differs by a factor of 3 or more it is no bound.
-    A difference between classes that changes with t widens the bound.
+    classes' errors is normal with one variance, and independent from class to class, a look drops the class that all S
+    trials would choose with a probability of about `error_rate` at most. Where classes come in families that share
+    their noise, or noise differs between classes by a factor of 3 or more, it is no bound: of 12 equally good classes
+    in two families whose noise correlates by 0.9, the first of the looks at confidence 0.9 drops it in 4.5 of 100
+    simulated races, where 1.4 are allowed (0.6 without families). A difference between classes that changes with t
+    widens the bound.
 
     ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
     """
@@ -164,19 +167,15 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
     return (Stage(trial_positions=tuple(range(trials)), keep=1),)
 
 
-def racing(trials: int, *, confidence: float, first: int = 2) -> tuple[Look, ...]:
+def racing(trials: int, *, confidence: float) -> tuple[Look, ...]:
     """Looks after 2, 4, 6, 8, 12, 18, 26, .. and all `trials`, spread evenly over t (`nested_order`).
 
-
     `confidence`: about the probability, at least, that a race ends with the label of all trials, under the assumptions
-    of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1), or
-    `first` below 2.
+    of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}; give a probability between 0 and 1")
-    if first < 2:
-        raise ValueError(f"first = {first}; a race starts with 2 trials or more")
-    order, ends, end = nested_order(trials), [], first
+    order, ends, end = nested_order(trials), [], 2  # of one trial nobody can tell noise from difference
     while end < trials:
         ends.append(end)
         end += max(2, end // 4 * 2)

@@ -6,7 +6,7 @@ one class; C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -92,14 +92,19 @@ class Layout:
             for t in self.targets
         }
 
-    def fill(self, value_of: dict[tuple[str, str], float]) -> Tensor:
-        """A row [P] with one constant for each (network, "A" or "B"): learning rates, scales, masks."""
-        pieces = [
-            torch.full((n * self.rank,), value_of[t.network, part])
-            for t in self.targets
-            for part, n in (("A", t.in_features), ("B", t.out_features))
-        ]
-        return torch.cat(pieces)
+    def by_network(self, rows_CP: Tensor) -> dict[str, tuple[Layout, Tensor]]:
+        """The layout and the rows [C, P'], copied, of each network alone."""
+        found = {}
+        for network in dict.fromkeys(t.network for t in self.targets):
+            pieces = [
+                (t, piece)
+                for t, adapters in self.split(rows_CP).items()
+                if t.network == network
+                for piece in (x.flatten(1) for x in adapters)
+            ]
+            layout = Layout(tuple(dict.fromkeys(t for t, _ in pieces)), self.rank)
+            found[network] = layout, torch.cat([piece for _, piece in pieces], 1)
+        return found
 
     def initial_row(self, generator: torch.Generator) -> Tensor:
         """A ~ N(0, 1 / rank^2), B = 0 (Hu et al., LoRA, section 4.1; the spread is peft's "gaussian")."""
@@ -161,9 +166,7 @@ def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -
 
 
 @contextmanager
-def adapted(
-    networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor, only: Sequence[str] = ("unet", "text_encoder")
-) -> Iterator[None]:
+def adapted(networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor) -> Iterator[None]:
     """Inside the context the frozen networks run with the adapters of `rows_GP`, one row a group of the batch.
 
     The networks are left as they were found. Rows are cast by the caller to the networks' dtype.
@@ -171,10 +174,9 @@ def adapted(
     before: dict[nn.Module, Any] = {}
     try:
         for target, adapters in layout.split(rows_GP).items():
-            if target.network in only:
-                module = networks[target.network].get_submodule(target.name)
-                before[module] = module.__dict__.get("forward")
-                module.forward = partial(adapted_linear, module, *adapters)
+            module = networks[target.network].get_submodule(target.name)
+            before[module] = module.__dict__.get("forward")
+            module.forward = partial(adapted_linear, module, *adapters)
         yield
     finally:
         for module, forward in before.items():

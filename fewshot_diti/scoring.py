@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
-from fewshot_diti.lora import adapted
+from fewshot_diti.lora import Layout, adapted
 from fewshot_diti.memory import halved
 from fewshot_diti.processes import process_state
 from fewshot_diti.trials import trial_noise
@@ -41,17 +41,18 @@ class Scorer:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
         self._at_once = batch_size  # what memory has been found to hold
-        self.rows_CP = bank.scaled_rows().to(backbone.device, backbone.dtype)
-        self.text_CLD = self._encode_text()
+        parts = bank.layout.by_network(bank.scaled_rows())
+        self.layout, rows_CP = parts["unet"]
+        self.rows_CP = rows_CP.to(backbone.device, backbone.dtype)
+        self.text_CLD = self._encode_text(*parts["text_encoder"])
 
     @torch.no_grad()
-    def _encode_text(self) -> Tensor:
+    def _encode_text(self, layout: Layout, rows_CP: Tensor) -> Tensor:
         prompts = [token.prompt for token in self.bank.tokens]
         chunks = []
         for i in range(0, len(prompts), self.batch_size):
-            with adapted(
-                self.backbone.networks, self.bank.layout, self.rows_CP[i : i + self.batch_size], ("text_encoder",)
-            ):
+            rows = rows_CP[i : i + self.batch_size].to(self.backbone.device, self.backbone.dtype)
+            with adapted(self.backbone.networks, layout, rows):
                 chunks.append(self.backbone.encode_text(self.backbone.tokenize(prompts[i : i + self.batch_size])))
         return torch.cat(chunks)
 
@@ -116,7 +117,7 @@ class Scorer:
         device = self.backbone.device
         images, classes = pairs_P2.T
         index, each = classes.to(device), len(timesteps_S)
-        with adapted(self.backbone.networks, self.bank.layout, self.rows_CP[index], ("unet",)):
+        with adapted(self.backbone.networks, self.layout, self.rows_CP[index]):
             errors = self.backbone.errors(
                 latents_Nchw[images].to(device).repeat_interleave(each, 0),
                 noise_PS.flatten(0, 1).to(device),

@@ -9,7 +9,8 @@ Shapes: C classes, G classes in one batch, P parameters of one class, n shots, K
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -188,6 +189,18 @@ class _ClassStream:
         return latents, noise, torch.randint(*config.timesteps, (len(latents),), generator=g)
 
 
+@contextmanager
+def _checkpointing(backbone: Backbone, on: bool) -> Iterator[None]:
+    """The U-Net with gradient checkpointing inside the context, and without outside, whatever happens inside."""
+    if on:
+        backbone.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            backbone.unet.disable_gradient_checkpointing()
+
+
 def lr_scale(config: TrainingConfig, step: int) -> float:
     """Factor on the learning rates at a class's `step`."""
     return 1.0 if config.lr_schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -265,8 +278,6 @@ def train_class_tokens(
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
     failed_at = [0] * len(classes)
-    if config.gradient_checkpointing:
-        backbone.unet.enable_gradient_checkpointing()
     bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
     for step in range(config.steps):
         alive = [c for c in mine if not failed_at[c]]
@@ -281,7 +292,11 @@ def train_class_tokens(
             active = rows[index].requires_grad_()
             try:
                 # backward stays inside: with gradient checkpointing it runs the adapted forward again
-                with adapted(backbone.networks, layout, active.to(backbone.dtype)), attention_for_training(latents):
+                with (
+                    adapted(backbone.networks, layout, active.to(backbone.dtype)),
+                    attention_for_training(latents),
+                    _checkpointing(backbone, config.gradient_checkpointing),
+                ):
                     loss_G = class_losses(
                         backbone,
                         torch.stack([ids[c] for c in batch]),
@@ -305,8 +320,6 @@ def train_class_tokens(
         if step % 10 == 0:
             bar.set_postfix(loss=f"{float(loss_G.detach().mean()):.4f}")
     bar.close()
-    if config.gradient_checkpointing:
-        backbone.unet.disable_gradient_checkpointing()
     if state.num_processes > 1:
         rows, steps = (reduce(x, "sum") for x in (rows, torch.tensor(failed_at, device=device)))
         failed_at = steps.tolist()

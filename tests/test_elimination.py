@@ -238,8 +238,6 @@ def test_one_look_drops_a_class_as_good_as_the_others_no_more_often_than_its_err
 def test_a_race_that_cannot_be_run_is_refused():
     with pytest.raises(ValueError, match=r"confidence = 1"):
         racing(8, confidence=1.0)
-    with pytest.raises(ValueError, match="first = 1"):
-        racing(8, confidence=0.9, first=1)
     with pytest.raises(ValueError, match="error_rate = 0"):
         Look(trial_positions=(0,), trials=2, error_rate=0)
     one = Look(trial_positions=(0,), trials=2, error_rate=0.1)

@@ -97,7 +97,7 @@ def test_the_full_unet_runs_forward_and_backward_with_adapters_of_two_classes(
     g = torch.Generator().manual_seed(0)
     rows = torch.stack([layout.initial_row(g) for _ in range(2)]).requires_grad_()
     latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 1024, generator=g)
-    with adapted({"unet": unet}, layout, rows, only=("unet",)):
+    with adapted({"unet": unet, "text_encoder": text_encoder}, layout, rows):
         out = unet(latents, torch.tensor([10, 500]), text).sample
     out[0].square().mean().backward()
     assert out.isfinite().all()

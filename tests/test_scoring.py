@@ -114,7 +114,7 @@ def test_a_race_is_decided_on_the_errors_of_the_exhaustive_schedule(
     backbone: Backbone, bank: Bank, latents: Tensor, errors: Tensor
 ) -> None:
     weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
-    for stages in (exhaustive(5), racing(5, confidence=0.5, first=2)):
+    for stages in (exhaustive(5), racing(5, confidence=0.5)):
         found = decide(Scorer(backbone, bank), latents, "abc", TIMESTEPS, weights, stages)
         expected = eliminate(lambda pairs, s: errors[pairs[:, 0], pairs[:, 1]][:, s], 3, 4, stages, weights)
         assert [(f.label, f.evaluations, f.decided) for f in found] == [

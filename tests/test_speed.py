@@ -18,6 +18,7 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.elimination import exhaustive, racing
 from fewshot_diti.evaluation import measurement, speed, speed_sections
 from fewshot_diti.evaluation.measurement import SpeedConfig
+from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import score
 
 
@@ -94,6 +95,17 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
     assert raced["points_lost"] == pytest.approx(raced["accuracy_exhaustive"] - raced["accuracy"])
     low, high = raced["agreement_on_clear_interval"]
     assert low <= raced["agreement_on_clear"] <= high
+
+
+def test_the_interval_of_a_difference_keeps_its_width_where_no_image_differs() -> None:
+    right = np.arange(240) % 5 > 0
+    low, high = speed.paired_interval(right, right)
+    assert low == -high and high == pytest.approx(wilson_interval(0, 240)[1])
+    lost = right.copy()
+    lost[1:120:5] = False  # 24 of 240, right before
+    low, high = speed.paired_interval(right, lost)
+    assert 0.05 < low < 0.1 < high < 0.16
+    assert speed.paired_interval(lost, right) == pytest.approx((-high, -low))
 
 
 def test_synthetic_class_tokens_keep_the_real_ones_and_differ_from_each_other(backbone: Backbone) -> None:

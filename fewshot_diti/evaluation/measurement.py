@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +34,9 @@ class SpeedConfig:
     Attributes:
         backbone, dataset, concept: as `fewshot-diti eval` takes them.
         num_shots, seed: of the class tokens.
-        max_images: test images that are scored exhaustively, spread over the classes; all where it is None.
-        pipeline_images: test images that this package's pipeline is timed on, from files to labels.
+        max_images: test images that are scored exhaustively, drawn at random; all where it is None.
+        pipeline_images: of these, how many this package's pipeline is timed on, from files to labels, and the published
+            schedule is asked about.
         published_images: of these, how many the published procedure is timed on.
         training_steps: of both ways of training; `training_classes` are trained one after another.
         growth: numbers of classes, perturbed copies of the real class tokens beyond those; `growth_images` are scored.
@@ -67,10 +70,6 @@ class SpeedConfig:
                 f"published_images={self.published_images}; pass 1 to pipeline_images={self.pipeline_images}."
             )
 
-    def made_by(self) -> dict[str, str]:
-        """What must be the same for kept sections to be taken."""
-        return {k: str(v) for k, v in asdict(self).items() if k not in ("full_size", "output_dir")}
-
 
 class Measurement:
     """Everything that the sections share, made when first asked for."""
@@ -88,21 +87,36 @@ class Measurement:
         return Backbone.from_pretrained(self.config.backbone)
 
     @cached_property
-    def classifier(self) -> DiTiClassifier:
-        """Trained with what the package recommends."""
-        folder = self.config.output_dir / "bank"
-        if (folder / "manifest.json").is_file():
-            return DiTiClassifier.from_pretrained(folder, self.backbone)
+    def settings(self) -> dict[str, Any]:
+        """Training and scoring: what the package recommends."""
         small, seed = self.backbone.small, self.config.seed
-        classifier = DiTiClassifier(
-            self.backbone,
-            concept=self.config.concept,
-            training=replace(recommended_training(self.config.num_shots, small=small), seed=seed),
-            scoring=replace(recommended_scoring(small=small), seed=seed),
-        )
+        return {
+            "training": replace(recommended_training(self.config.num_shots, small=small), seed=seed),
+            "scoring": replace(recommended_scoring(small=small), seed=seed),
+        }
+
+    @cached_property
+    def made_by(self) -> dict[str, str]:
+        """What must be the same for kept sections to be taken."""
+        config = {k: str(v) for k, v in asdict(self.config).items() if k not in ("full_size", "output_dir")}
+        backbone = {"hash": self.backbone.hash, "dtype": str(self.backbone.dtype)}
+        return config | backbone | {k: str(v) for k, v in self.settings.items()}
+
+    @cached_property
+    def bank_folder(self) -> Path:
+        """Named after all that decides the class tokens: others are never taken for them."""
+        decides = [self.shots.ids, self.config.concept, self.backbone.hash, *map(str, self.settings.values())]
+        return self.config.output_dir / f"bank-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}"
+
+    @cached_property
+    def classifier(self) -> DiTiClassifier:
+        """Trained once, and kept."""
+        if (self.bank_folder / "manifest.json").is_file():
+            return DiTiClassifier.from_pretrained(self.bank_folder, self.backbone)
+        classifier = DiTiClassifier(self.backbone, concept=self.config.concept, **self.settings)
         shots = self.shots
         classifier.fit([shots.image(i) for i in range(len(shots))], [shots.class_names[c] for c in shots.labels])
-        classifier.save_pretrained(folder)
+        classifier.save_pretrained(self.bank_folder)
         return classifier
 
     @property
@@ -152,7 +166,7 @@ class Measurement:
         """The error tensor of all test images at the calibrated trials, scored once and kept."""
         path = self.config.output_dir / "errors.safetensors"
         made_by = {
-            "bank": bank_fingerprint(self.config.output_dir / "bank"),
+            "bank": bank_fingerprint(self.bank_folder),
             "timesteps": list(self.classifier.calibration_.timesteps),
             "weights": list(self.classifier.calibration_.weights),
             "classes": [str(x) for x in self.bank.labels],

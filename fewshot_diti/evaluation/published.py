@@ -68,8 +68,14 @@ class PublishedProcedure:
         prior: tuple[str, Sequence[ImageSource]],
         config: TrainingConfig,
     ) -> Tensor:
-        """The row [P] of one class: one shot and one prior image a step, encoded at every step."""
+        """The row [P] of one class: one shot and one prior image a step, encoded at every step.
+
+        In mixed precision, the trained weights in float32, where the backbone is in bfloat16.
+        """
         generator, backbone = torch_generator(config.seed, "published", prompt), self.backbone
+        for p in self.parameters:
+            p.data = p.data.float()
+            p.requires_grad_(True)
         row = self.layout.initial_row(generator)
         self.switch(row)
         in_unet = 2 * sum(t.network == "unet" for t in self.layout.targets)
@@ -79,9 +85,8 @@ class PublishedProcedure:
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_scale(config, step))
+        mixed = torch.autocast(backbone.device.type, backbone.dtype, enabled=backbone.dtype != torch.float32)
         jitter = ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-        for p in self.parameters:
-            p.requires_grad_(True)
         for _ in range(config.steps):
             which = (int(torch.randint(len(images), (), generator=generator)) for images in (shots, prior[1]))
             images = [open_image(source[i]) for source, i in zip((shots, prior[1]), which, strict=True)]
@@ -90,7 +95,7 @@ class PublishedProcedure:
             latents = mean + std * torch.randn(mean.shape, generator=generator)
             noise = torch.randn(mean.shape, generator=generator)
             t = torch.randint(*config.timesteps, (2,), generator=generator)
-            with attention_for_training(latents):
+            with attention_for_training(latents), mixed:
                 text = backbone.encode_text(backbone.tokenize([prompt, prior[0]]))
                 latents, noise, t = (x.to(backbone.device) for x in (latents, noise, t))
                 backbone.errors(latents, noise, t, text).sum().backward()
@@ -100,6 +105,7 @@ class PublishedProcedure:
             optimizer.zero_grad()
         for p in self.parameters:
             p.requires_grad_(False)
+            p.data = p.data.to(backbone.dtype)
         return torch.cat([p.detach().float().cpu().flatten() for p in self.parameters])
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,15 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
-from fewshot_diti.elimination import Look, Stage, count_evaluations, exhaustive, proportional_stages, published_stages
+from fewshot_diti.elimination import (
+    Elimination,
+    Look,
+    Stage,
+    count_evaluations,
+    exhaustive,
+    proportional_stages,
+    published_stages,
+)
 from fewshot_diti.evaluation import speed
 from fewshot_diti.evaluation.full_size import full_size_round, gflop_of_an_evaluation
 from fewshot_diti.evaluation.measurement import Measurement
@@ -27,7 +35,10 @@ from fewshot_diti.recommended import recommended_training
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 
+T = TypeVar("T")
+
 PARTS_IMAGES = 16  # that the parts' sum is set against
+VALIDATION_IMAGES = 6  # a class
 
 
 def machine(m: Measurement) -> dict[str, Any]:
@@ -38,8 +49,10 @@ def machine(m: Measurement) -> dict[str, Any]:
     peak = speed.machine_peak(backbone.device, backbone.dtype, channels, (size[0], size[1]))
     flops = speed.flops_of_an_evaluation(backbone, (size[0], size[1]))
     batch = m.learner.scoring.batch_size
-    run = speed.plain_evaluations(backbone, m.learner.encode([m.test.image(0)])[0], batch)
-    seconds = min(speed.interleaved({"plain": run}, 3)["plain"]) / batch
+    latents = m.learner.encode([m.test.image(0)])[0]
+    sizes = [batch // 4, batch // 2, batch, 2 * batch]
+    runs = {str(n): speed.plain_evaluations(backbone, latents, n) for n in sizes}
+    seconds = {n: min(values) / int(n) for n, values in speed.interleaved(runs, 3).items()}
     return {
         "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -50,41 +63,60 @@ def machine(m: Measurement) -> dict[str, Any]:
         "gflops_matmul": peak["matmul"] / 1e9,
         "gflops_convolution": peak["convolution"] / 1e9,
         "gflop_per_evaluation": flops / 1e9,
-        "evaluations_per_second": 1 / seconds,
-        "share_of_matmul_peak": flops / seconds / peak["matmul"],
+        "evaluations_per_second": 1 / seconds[str(batch)],
+        "evaluations_per_second_by_batch_size": {n: 1 / s for n, s in seconds.items()},
+        "share_of_matmul_peak": flops / seconds[str(batch)] / peak["matmul"],
     }
 
 
 def elimination(m: Measurement) -> dict[str, Any]:
-    """Decisions on the kept errors, also for images of either half of the classes, and over the race's confidence."""
+    """Decisions on the kept errors, also with either half of the classes alone, and over the race's confidence."""
     stages = m.classifier.scoring.schedule(len(m.bank))
-    half = torch.tensor(m.labels) < len(m.bank) // 2
+    every, half = range(len(m.bank)), len(m.bank) // 2
+    parts = {"all": every, "first half of the classes": every[:half], "second half of the classes": every[half:]}
     found = {
-        "all": _decided(m, stages),
-        "first half of the classes": _decided(m, stages, half),
-        "second half of the classes": _decided(m, stages, ~half),
+        **{name: _decided(m, stages, part) for name, part in parts.items() if len(part) > 1},
         "evaluations_published": count_evaluations(published_stages(len(m.bank)), len(m.bank)),
         "evaluations_in_proportion": count_evaluations(proportional_stages(len(m.bank)), len(m.bank)),
     }
     curve = {}
     for confidence in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
         looks = replace(m.classifier.scoring, decide="racing", confidence=confidence).schedule(len(m.bank))
-        curve[str(confidence)] = _decided(m, looks)
+        curve[str(confidence)] = _decided(m, looks, every)
     return found | {"by_confidence": curve}
 
 
-def overhead(m: Measurement) -> dict[str, Any]:
-    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16.
+def schedule(m: Measurement) -> dict[str, Any]:
+    """Labels by the published schedule, its 500 trials and uniform weights, beside those of the race."""
+    count = min(m.config.pipeline_images, len(m.test))
+    latents = m.learner.encode([m.test.image(row) for row in range(count)])
+    times, stages = even_grid(500, 0, m.backbone.num_train_timesteps).tolist(), published_stages(len(m.bank))
+    decisions = decide(m.scorer, latents, m.test.ids[:count], times, torch.ones(500), stages)
+    published = np.array([d.label for d in decisions])
+    truth, offsets_NC = m.labels[:count], None if m.offsets is None else m.offsets[:count]
+    looks = m.classifier.scoring.schedule(len(m.bank))
+    raced = speed.on_kept_errors(m.errors[:count], m.weights, looks, offsets_NC)
+    race = np.array([d.label for d in raced])
+    return {
+        "images": count,
+        "evaluations": float(np.mean([d.evaluations for d in decisions])),
+        "accuracy": 100 * float((published == truth).mean()),
+        "accuracy_race": 100 * float((race == truth).mean()),
+        "points_lost": 100 * float((published == truth).mean() - (race == truth).mean()),
+        "points_lost_interval": [100 * x for x in speed.paired_interval(published == truth, race == truth)],
+    }
 
-    Of 100 classes, as many are in a batch as in a race's first round, with four trials each.
-    """
+
+def overhead(m: Measurement) -> dict[str, Any]:
+    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16, with as many trials of a
+    class as a round of a race has."""
     batch, latents = m.learner.scoring.batch_size, m.learner.encode([m.test.image(0)])[0]
     layout = replace(m.bank.layout, rank=16)
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
     found: dict[str, Any] = {"batch_size": batch, "rank": 16}
     for count in (12, 100):
         scorer = Scorer(m.backbone, speed.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
-        trials = 4 if count > batch // 4 else batch // count
+        trials = len(m.classifier.scoring.schedule(count)[0].trial_positions)
         classes = range(min(count, batch // trials))
         runs = {
             "plain": speed.plain_evaluations(m.backbone, latents, len(classes) * trials),
@@ -100,26 +132,29 @@ def pipeline(m: Measurement) -> dict[str, Any]:
     procedure = PublishedProcedure(
         m.backbone, m.bank.layout, m.learner.geometry, batch_size=m.learner.scoring.batch_size
     )
-    ours, theirs, labels, evaluations = 0.0, 0.0, [], []
-    share = -(-len(paths) // m.config.published_images)
-    for turn in range(m.config.published_images):
-        part = paths[turn * share : (turn + 1) * share]
-        start = perf_counter()
-        decisions = m.classifier.decide(part)
-        ours += perf_counter() - start
-        evaluations += [d.evaluations for d in decisions]
-        start = perf_counter()
-        published = procedure.classify(part[0], m.bank, seed=m.config.seed)
-        theirs += perf_counter() - start
-        labels.append((decisions[0].label, published.label, int(m.labels[turn * share])))
-    per_second = len(paths) / ours, m.config.published_images / theirs
+    fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
+    turns = np.array_split(np.arange(len(paths)), min(m.config.published_images, len(paths)))
+    seconds, memory = {"race": 0.0, "published": 0.0}, {"race": 0.0, "published": 0.0}
+    labels, evaluations = [], []
+    for turn in turns:
+        race, race_seconds, beyond = _timed(partial(fresh.decide, [paths[row] for row in turn]))
+        seconds["race"] += race_seconds
+        memory["race"] = max(memory["race"], beyond)
+        classify = partial(procedure.classify, paths[turn[0]], m.bank, seed=m.config.seed)
+        published, published_seconds, beyond = _timed(classify)
+        seconds["published"] += published_seconds
+        memory["published"] = max(memory["published"], beyond)
+        evaluations += [d.evaluations for d in race]
+        labels.append((race[0].label, published.label, int(m.labels[turn[0]])))
+    per_second = len(paths) / seconds["race"], len(turns) / seconds["published"]
     return {
         "images": len(paths),
-        "published_images": m.config.published_images,
+        "published_images": len(turns),
         "images_per_second": per_second[0],
         "images_per_second_published": per_second[1],
         "ratio": per_second[0] / per_second[1],
         "evaluations": float(np.mean(evaluations)),
+        "memory_beyond_mb": memory,
         "labels_race_published_true": labels,
     }
 
@@ -141,51 +176,67 @@ def training(m: Measurement) -> dict[str, Any]:
     pictures = m.backbone.decode_latents(prior)
     procedure = PublishedProcedure(m.backbone, m.bank.layout, learner.geometry)
     few = names[: config.training_classes]
-    joint_learner = replace(learner, training=settings)
-    start = perf_counter()
-    joint, _ = joint_learner.train(groups)
-    joint_seconds = (perf_counter() - start) / len(names)
-    start = perf_counter()
-    rows = [
-        procedure.train(groups[x], learner.class_prompt(x), (learner.generic_prompt, pictures), settings) for x in few
-    ]
-    published_seconds = (perf_counter() - start) / len(few)
-    separate = replace(joint.select(few), rows=torch.stack(rows))
+    joint_learner = replace(learner, training=settings, encoded={})
+
+    def published(some: Sequence[Any]) -> list[Tensor]:
+        priors = learner.generic_prompt, pictures
+        return [procedure.train(groups[x], learner.class_prompt(x), priors, settings) for x in some]
+
+    # the joint training stands between two parts of the other
+    one, one_seconds, published_memory = _timed(lambda: published(few[:1]))
+    _, encoding_seconds, _ = _timed(lambda: [joint_learner.class_shots(x, groups[x], settings) for x in names])
+    (joint, _), steps_seconds, joint_memory = _timed(lambda: joint_learner.train(groups))
+    others, other_seconds, _ = _timed(lambda: published(few[1:]))
+    joint_seconds = (encoding_seconds + steps_seconds) / len(names)
+    published_seconds = (one_seconds + other_seconds) / len(few)
+    separate = replace(joint.select(few), rows=torch.stack(one + others))
     held_back = m.pool.subset([i for i, key in enumerate(m.pool.ids) if key not in set(m.shots.ids)])
     val = held_back if len(held_back) else m.test
-    losses = {
-        name: [float(x) for x in _losses(m, bank, val, few)]
-        for name, bank in (("joint", joint.select(few)), ("published", separate))
+    banks = {
+        "joint": joint.select(few),
+        "published": separate,
+        "without class tokens": replace(separate, rows=torch.zeros_like(separate.rows)),
     }
-    without = replace(joint.select(few), rows=torch.zeros_like(separate.rows))
-    losses["without class tokens"] = [float(x) for x in _losses(m, without, val, few)]
+    losses = {name: _losses(m, bank, val, few) for name, bank in banks.items()}
+    apart = torch.cat(losses["joint"]) - torch.cat(losses["published"])
     return {
         "steps": settings.steps,
         "samples_per_class": 2 * settings.steps,
         "classes_jointly": len(names),
         "seconds_per_class": joint_seconds,
+        "of_these_encoding": encoding_seconds / len(names),
         "seconds_per_class_published": published_seconds,
         "ratio": joint_seconds / published_seconds,
-        "validation_loss": losses,
+        "memory_beyond_mb": {"joint": joint_memory, "published": published_memory},
+        "validation_loss": {name: [float(x.mean()) for x in found] for name, found in losses.items()},
+        "validation_loss_joint_minus_published": float(apart.mean()),
+        "its_standard_error_over_images": float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else None,
     }
 
 
-def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list[float]:
-    """Mean error of each class token on images of its class that were no shots, at fixed trials."""
+def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
+    """What it gives, its seconds, and the megabytes by which memory rose."""
+    start = perf_counter()
+    found, memory = speed.memory_beyond(run)
+    return found, perf_counter() - start, memory / 2**20
+
+
+def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list[Tensor]:
+    """Error of each class token on each image of its class that was no shot, mean over fixed trials."""
     scorer, grid, found = m.learner.scorer(bank), even_grid(16, 0, m.backbone.num_train_timesteps).tolist(), []
     for c, name in enumerate(names):
-        rows = [i for i, label in enumerate(val.labels) if val.class_names[label] == name][:6]
+        rows = [i for i, label in enumerate(val.labels) if val.class_names[label] == name][:VALIDATION_IMAGES]
         if not rows:
             raise ValueError(f"No image of class {name!r} is left to measure the validation loss on.")
         latents = m.learner.encode([val.image(i) for i in rows])
         errors = [scorer.errors(x, val.ids[i], [c], range(16), grid).mean() for x, i in zip(latents, rows, strict=True)]
-        found.append(float(torch.stack(errors).mean()))
+        found.append(torch.stack(errors))
     return found
 
 
 def growth(m: Measurement) -> dict[str, Any]:
     """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
-    perturbation."""
+    perturbation; by class tokens alone, without the U-Net's features."""
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
 
@@ -194,14 +245,20 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
     latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
     for count in m.config.growth:
         bank = speed.perturbed_bank(m.bank, count, strength=strength)
-        scorer = m.learner.scorer(bank)
         stages, ids = m.classifier.scoring.schedule(count), m.test.ids[: len(latents)]
-        decisions, memory = speed.memory_beyond(partial(decide, scorer, latents, ids, times, m.weights, stages))
+
+        def race(
+            bank: Bank = bank, stages: Sequence[Stage | Look] = stages, ids: Sequence[str] = ids
+        ) -> tuple[list[Elimination], int]:
+            scorer = m.learner.scorer(bank)
+            return decide(scorer, latents, ids, times, m.weights, stages), scorer.rows_CP.nbytes
+
+        (decisions, stacked), memory = speed.memory_beyond(race)
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
             "evaluations_exhaustive": count_evaluations(exhaustive(len(times)), count),
-            "stacked_weights_mb": scorer.rows_CP.numel() * scorer.rows_CP.element_size() / 2**20,
-            "memory_beyond_mb": memory / 2**20,
+            "stacked_weights_mb": stacked / 2**20,
+            "memory_beyond_mb": (memory - stacked) / 2**20,
         }
         print(f"perturbed by {strength}, {count} classes: {found[str(count)]}", flush=True)
     return found
@@ -217,7 +274,8 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     latents = m.backbone.encode_images(pixels)[0]
     prompts = [token.prompt for token in m.bank.tokens]
     batch = m.learner.scoring.batch_size
-    classes, trials = range(len(m.bank)), max(1, batch // len(m.bank))
+    trials = len(m.classifier.scoring.schedule(len(m.bank))[0].trial_positions)
+    classes = range(min(len(m.bank), batch // trials))
     evaluations = len(classes) * trials
     with torch.no_grad():
         seconds = speed.interleaved(
@@ -232,7 +290,7 @@ def breakdown(m: Measurement) -> dict[str, Any]:
         )
     one = {name: float(np.median(values)) for name, values in seconds.items()}
     some = [m.test_file(i) for i in range(min(PARTS_IMAGES, len(m.test)))]
-    fresh = DiTiClassifier.from_pretrained(m.config.output_dir / "bank", m.backbone)  # nothing is decided yet
+    fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
     start = perf_counter()
     decisions = fresh.decide(some)
     whole = (perf_counter() - start) / len(some)
@@ -258,7 +316,7 @@ def full_size(m: Measurement) -> dict[str, Any]:
     At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
-    raced = _decided(m, m.classifier.scoring.schedule(len(m.bank)))
+    raced = _decided(m, m.classifier.scoring.schedule(len(m.bank)), range(len(m.bank)))
     race = 100 * raced["evaluations"] / len(m.bank)
     return {
         **full_size_round(),
@@ -269,17 +327,21 @@ def full_size(m: Measurement) -> dict[str, Any]:
     }
 
 
-def _decided(m: Measurement, stages: Sequence[Stage | Look], rows_N: Tensor | None = None) -> dict[str, Any]:
-    """`speed.against_exhaustive` on the kept errors of all test images, or of some."""
-    rows_N = torch.ones(len(m.test), dtype=torch.bool) if rows_N is None else rows_N
-    offsets_NC = None if m.offsets is None else m.offsets[rows_N]
-    return speed.against_exhaustive(m.errors[rows_N], m.labels[rows_N.numpy()], m.weights, stages, offsets_NC)
+def _decided(m: Measurement, stages: Sequence[Stage | Look], classes: Sequence[int]) -> dict[str, Any]:
+    """`speed.against_exhaustive` on the kept errors of some classes, in ascending order, and their images."""
+    keep_C = torch.tensor(classes)
+    rows_N = torch.isin(torch.tensor(m.labels), keep_C)
+    labels = torch.searchsorted(keep_C, torch.tensor(m.labels)[rows_N]).numpy()
+    offsets_NC = None if m.offsets is None else m.offsets[rows_N][:, keep_C]
+    found = speed.against_exhaustive(m.errors[rows_N][:, keep_C], labels, m.weights, stages, offsets_NC)
+    return found | {"evaluations": found["evaluations"] + m.classifier.scoring.asks_features}
 
 
 SECTIONS: dict[str, Callable[[Measurement], dict[str, Any]]] = {
     "machine": machine,
     "overhead": overhead,
     "elimination": elimination,
+    "schedule": schedule,
     "pipeline": pipeline,
     "training": training,
     "breakdown": breakdown,
