@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,9 @@ def test_switching_weights_class_after_class_gives_the_scores_of_the_stacked_ban
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
 
 
-def test_it_learns_its_shots_and_leaves_the_backbone_alone(backbone: Backbone) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_its_shots_and_leaves_the_backbone_alone(backbone_folder: Path, dtype: torch.dtype) -> None:
+    backbone = Backbone.from_pretrained(backbone_folder, dtype=dtype, device="cpu")
     bank = random_bank(backbone, 1, 2, 0)
     before = {k: v.clone() for k, v in backbone.unet.state_dict().items()}
     procedure = PublishedProcedure(backbone, bank.layout, ImageGeometry(size=backbone.image_size))
@@ -48,6 +52,8 @@ def test_it_learns_its_shots_and_leaves_the_backbone_alone(backbone: Backbone) -
     assert row.shape == (bank.layout.num_parameters,) and row.isfinite().all()
     up = [piece for i, piece in enumerate(row.split(bank.layout.sizes)) if i % 2]
     assert all(piece.abs().max() > 0 for piece in up)  # B was 0
+    assert row.dtype == torch.float32 and (row != row.bfloat16()).any(), "weights are trained in float32"
+    assert all(p.dtype == dtype for p in procedure.parameters), "and used as the backbone is"
     assert all(torch.equal(v, before[k]) for k, v in backbone.unet.state_dict().items())
     with pytest.raises(RuntimeError):
         procedure.switch(row[:-1])

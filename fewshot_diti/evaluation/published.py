@@ -103,10 +103,11 @@ class PublishedProcedure:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        row = torch.cat([p.detach().cpu().flatten() for p in self.parameters])
         for p in self.parameters:
             p.requires_grad_(False)
             p.data = p.data.to(backbone.dtype)
-        return torch.cat([p.detach().float().cpu().flatten() for p in self.parameters])
+        return row
 
     @torch.no_grad()
     def classify(self, image: ImageSource, bank: Bank, *, seed: int) -> Elimination:
