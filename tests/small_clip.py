@@ -14,6 +14,7 @@ from fewshot_diti.backbone import resolve
 
 TOWERS = {
     "convolutions": {"timm_model_name": "edgenext_xx_small"},
+    "attention pooling": {"timm_model_name": "test_byobnet", "timm_pool": "abs_attn", "timm_proj": ""},
     "transformer": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
 }
 

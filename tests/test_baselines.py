@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
-from small_clip import save_tiny_clip
+from small_clip import TOWERS, save_tiny_clip
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.baselines import (
@@ -44,7 +44,7 @@ NAMES = ("A319", "A321", "717")
 TEMPLATES = prompt_templates("aircraft")
 
 
-@pytest.fixture(scope="module", params=["convolutions", "transformer"])
+@pytest.fixture(scope="module", params=sorted(TOWERS))
 def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenClip:
     return OpenClip(f"local-dir:{save_tiny_clip(tmp_path_factory.mktemp('clip'), request.param)}")
 
@@ -286,6 +286,22 @@ def test_clip_lora_adds_up_times_down_over_the_root_of_the_rank_to_q_k_and_v(cli
     np.testing.assert_allclose(lora.predict_proba(shots), expected, atol=1e-4)
     zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels).predict_proba(shots)
     assert np.abs(zero_shot - expected).max() > 1e-3
+
+
+def test_clip_lora_learns_from_views_that_are_made_once(clip: OpenClip) -> None:
+    shots, labels = pictures(4, 0)
+    rows, asked = np.searchsorted(sorted(NAMES), labels), []
+
+    def recolour(image: Image.Image) -> Image.Image:
+        asked.append(image)
+        return image
+
+    lora = ClipLora(clip, TEMPLATES[0], lr=1e-2, batch_size=6, candidates=(30,), views=3, recolour=recolour)
+    lora._cross_validate = lambda *_: 30  # type: ignore[method-assign]
+    learned = np.log(lora.fit(shots, labels).predict_proba(shots)[range(len(rows)), rows]).mean()
+    assert len(asked) == 12 * 3
+    zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels)
+    assert learned > np.log(zero_shot.predict_proba(shots)[range(len(rows)), rows]).mean() + 0.1
 
 
 def test_clip_lora_without_a_step_is_zero_shot_clip(clip: OpenClip) -> None:

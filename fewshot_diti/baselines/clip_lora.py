@@ -34,6 +34,8 @@ class ClipLora(Baseline):
         clip: the model, which stays as it is.
         template: the one prompt of a class.
         recolour: colours of a view; a batch takes a random crop of a shot.
+        views: of each shot, made once, for a batch to draw from; none: a new view at every step. What the image tower
+            makes of them below its first update is then computed once too.
         candidates: numbers of iterations to choose from by two-fold cross-validation on the shots; none: as published.
             One shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
         steps_per_shot: iterations for each shot of a class, where there are no candidates.
@@ -54,8 +56,10 @@ class ClipLora(Baseline):
         batch_size: int = 32,
         candidates: Sequence[int] = (),
         steps_per_shot: int = STEPS_PER_SHOT,
+        views: int | None = None,
         seed: int = 0,
     ) -> None:
+        self.views = views
         self.clip, self.template, self.recolour = clip, template, recolour
         self.rank, self.lr, self.batch_size, self.seed = rank, lr, batch_size, seed
         self.candidates, self.steps_per_shot = tuple(candidates), steps_per_shot
@@ -91,13 +95,17 @@ class ClipLora(Baseline):
             towers = _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.rank)
             optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.lr, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=1e-6)
-            labels = torch.from_numpy(labels_N)
+            labels, kept = torch.from_numpy(labels_N), self._views(towers, images)
             order = torch.empty(0, dtype=torch.long)
             for _ in range(steps):
                 if not len(order):
                     order = torch.randperm(len(images))
                 rows, order = order[: self.batch_size], order[self.batch_size :]
-                logits = towers.logits([random_view(images[i], self.recolour) for i in rows.tolist()])
+                if kept is None:
+                    lower = towers.lower([random_view(images[i], self.recolour) for i in rows.tolist()])
+                else:
+                    lower = kept[rows, torch.randint(kept.shape[1], (len(rows),))]
+                logits = towers.logits(lower)
                 loss = F.cross_entropy(logits, labels[rows].to(logits.device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -105,11 +113,18 @@ class ClipLora(Baseline):
                 schedule.step()
         return towers
 
+    def _views(self, towers: _Towers, images: list[Image.Image]) -> Tensor | None:
+        """What `_Towers.lower` makes of each image's views [N, views, ...]."""
+        if self.views is None:
+            return None
+        made = [[random_view(image, self.recolour) for _ in range(self.views)] for image in images]
+        return torch.stack([towers.lower(views) for views in made])
+
     @torch.no_grad()
     def _logits(self, towers: _Towers, images: Sequence[ImageSource]) -> np.ndarray:
         starts = range(0, len(images), self.batch_size)
         batches = ([open_image(images[i]) for i in range(s, min(s + self.batch_size, len(images)))] for s in starts)
-        return torch.cat([towers.logits(batch).cpu() for batch in batches]).numpy()
+        return torch.cat([towers.logits(towers.lower(batch)).cpu() for batch in batches]).numpy()
 
 
 class _Update(nn.Module):
@@ -135,6 +150,7 @@ class _Towers:
         self._clip = clip
         self._model = copy.deepcopy(clip.model)  # in evaluation mode: batch normalisation keeps its statistics
         self.updates = nn.ModuleList()
+        of_images = []
         for name, module in list(self._model.named_modules()):
             attention = isinstance(module, nn.MultiheadAttention)
             if attention or name.endswith(".qkv"):
@@ -142,10 +158,22 @@ class _Towers:
                 update = _Update(getattr(module, weight), rank)
                 parametrize.register_parametrization(module, weight, update)
                 self.updates.append(update)
+                of_images += [name] if name.startswith("visual.") else []
         self._prompts = clip.tokenizer(prompts).to(clip.device)
+        self._pooled = bool(of_images) and all(name.startswith("visual.head.") for name in of_images)
 
-    def logits(self, images: Sequence[Image.Image]) -> Tensor:
-        """Logits [B, C], float32."""
-        image = self._model.encode_image(self._clip.pixels(images), normalize=True).float()
+    @torch.no_grad()
+    def lower(self, images: Sequence[Image.Image]) -> Tensor:
+        """What the image tower makes of B images below its first update [B, ...]: maps where that is the attention
+        pooling on one of timm's networks, else the pixels."""
+        pixels = self._clip.pixels(images)
+        maps: Tensor = self._model.visual.trunk(pixels) if self._pooled else pixels
+        return maps
+
+    def logits(self, lower: Tensor) -> Tensor:
+        """Logits [B, C], float32, from what `lower` gave."""
+        visual = self._model.visual
+        image = visual.head(lower) if self._pooled else visual(lower)
+        image = F.normalize(image, dim=-1).float()
         text = self._model.encode_text(self._prompts, normalize=True).float()
         return self._model.logit_scale.exp() * image @ text.T
