@@ -92,19 +92,10 @@ class Layout:
             for t in self.targets
         }
 
-    def by_network(self, rows_CP: Tensor) -> dict[str, tuple[Layout, Tensor]]:
-        """The layout and the rows [C, P'], copied, of each network alone."""
-        found = {}
-        for network in dict.fromkeys(t.network for t in self.targets):
-            pieces = [
-                (t, piece)
-                for t, adapters in self.split(rows_CP).items()
-                if t.network == network
-                for piece in (x.flatten(1) for x in adapters)
-            ]
-            layout = Layout(tuple(dict.fromkeys(t for t, _ in pieces)), self.rank)
-            found[network] = layout, torch.cat([piece for _, piece in pieces], 1)
-        return found
+    def of_network(self, network: str, rows_CP: Tensor) -> tuple[Layout, Tensor]:
+        """The layout and the rows [C, P'], copied, of one network alone."""
+        kept = {t: adapters for t, adapters in self.split(rows_CP).items() if t.network == network}
+        return Layout(tuple(kept), self.rank), torch.cat([x.flatten(1) for pair in kept.values() for x in pair], 1)
 
     def initial_row(self, generator: torch.Generator) -> Tensor:
         """A ~ N(0, 1 / rank^2), B = 0 (Hu et al., LoRA, section 4.1; the spread is peft's "gaussian")."""

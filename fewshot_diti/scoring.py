@@ -41,18 +41,16 @@ class Scorer:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
         self._at_once = batch_size  # what memory has been found to hold
-        parts = bank.layout.by_network(bank.scaled_rows())
-        self.layout, rows_CP = parts["unet"]
-        self.rows_CP = rows_CP.to(backbone.device, backbone.dtype)
-        self.text_CLD = self._encode_text(*parts["text_encoder"])
+        whole_CP = bank.scaled_rows().to(backbone.device, backbone.dtype)
+        self.layout, self.rows_CP = bank.layout.of_network("unet", whole_CP)
+        self.text_CLD = self._encode_text(*bank.layout.of_network("text_encoder", whole_CP))
 
     @torch.no_grad()
     def _encode_text(self, layout: Layout, rows_CP: Tensor) -> Tensor:
         prompts = [token.prompt for token in self.bank.tokens]
         chunks = []
         for i in range(0, len(prompts), self.batch_size):
-            rows = rows_CP[i : i + self.batch_size].to(self.backbone.device, self.backbone.dtype)
-            with adapted(self.backbone.networks, layout, rows):
+            with adapted(self.backbone.networks, layout, rows_CP[i : i + self.batch_size]):
                 chunks.append(self.backbone.encode_text(self.backbone.tokenize(prompts[i : i + self.batch_size])))
         return torch.cat(chunks)
 

@@ -59,43 +59,47 @@ class ClipLora(Baseline):
         views: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.views = views
-        self.clip, self.template, self.recolour = clip, template, recolour
+        self.clip, self.template, self.recolour, self.views = clip, template, recolour, views
         self.rank, self.lr, self.batch_size, self.seed = rank, lr, batch_size, seed
         self.candidates, self.steps_per_shot = tuple(candidates), steps_per_shot
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         opened = [open_image(image) for image in images]
+        kept = None if self.views is None else self._views(opened, self.views)
         fewest = int(np.bincount(labels_N).min())
         self.steps_ = self.steps_per_shot * fewest
         if self.candidates:
             self.steps_ = min(self.steps_, max(self.candidates))
         if self.candidates and fewest > 1:
-            self.steps_ = self._cross_validate(opened, labels_N)
-        self._towers = self._train(opened, labels_N, self.steps_)
+            self.steps_ = self._cross_validate(opened, labels_N, kept)
+        self._towers = self._train(opened, labels_N, self.steps_, kept)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
         return softmax(self._logits(self._towers, images), axis=1)
 
-    def _cross_validate(self, images: list[Image.Image], labels_N: np.ndarray) -> int:
+    def _cross_validate(self, images: list[Image.Image], labels_N: np.ndarray, kept: Tensor | None) -> int:
         """The candidate under which held-out shots are most likely; each is trained with a schedule of its own."""
         likelihood = dict.fromkeys(self.candidates, 0.0)
         folds = StratifiedKFold(2, shuffle=True, random_state=self.seed).split(images, labels_N)
         for train, held_out in folds:
             for steps in self.candidates:
-                towers = self._train([images[i] for i in train], labels_N[train], steps)
+                views = None if kept is None else kept[train]
+                towers = self._train([images[i] for i in train], labels_N[train], steps, views)
                 logits = self._logits(towers, [images[i] for i in held_out])
                 likelihood[steps] += log_softmax(logits, axis=1)[range(len(held_out)), labels_N[held_out]].sum()
         return max(likelihood, key=lambda steps: likelihood[steps])
 
-    def _train(self, images: list[Image.Image], labels_N: np.ndarray, steps: int) -> _Towers:
+    def _new_towers(self) -> _Towers:
+        return _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.rank)
+
+    def _train(self, images: list[Image.Image], labels_N: np.ndarray, steps: int, kept: Tensor | None) -> _Towers:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            towers = _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.rank)
+            towers = self._new_towers()
             optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.lr, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=1e-6)
-            labels, kept = torch.from_numpy(labels_N), self._views(towers, images)
+            labels = torch.from_numpy(labels_N)
             order = torch.empty(0, dtype=torch.long)
             for _ in range(steps):
                 if not len(order):
@@ -113,12 +117,12 @@ class ClipLora(Baseline):
                 schedule.step()
         return towers
 
-    def _views(self, towers: _Towers, images: list[Image.Image]) -> Tensor | None:
-        """What `_Towers.lower` makes of each image's views [N, views, ...]."""
-        if self.views is None:
-            return None
-        made = [[random_view(image, self.recolour) for _ in range(self.views)] for image in images]
-        return torch.stack([towers.lower(views) for views in made])
+    def _views(self, images: list[Image.Image], count: int) -> Tensor:
+        """What `_Towers.lower`, the same before and after training, makes of each image's views [N, count, ...]."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            towers = self._new_towers()
+            return torch.stack([towers.lower([random_view(x, self.recolour) for _ in range(count)]) for x in images])
 
     @torch.no_grad()
     def _logits(self, towers: _Towers, images: Sequence[ImageSource]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
 from fewshot_diti.data.images import ImageSource
+from fewshot_diti.elimination import Look, Stage
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import Groups, Learner
 from fewshot_diti.recommended import recommended_scoring, recommended_training
@@ -135,6 +137,11 @@ class Measurement:
     @cached_property
     def weights(self) -> Tensor:
         return torch.tensor(self.classifier.calibration_.weights, dtype=torch.float64)
+
+    @property
+    def stages(self) -> Sequence[Stage | Look]:
+        """What an image goes through among the bank's classes."""
+        return self.classifier.scoring.schedule(len(self.bank))
 
     @property
     def groups(self) -> Groups:

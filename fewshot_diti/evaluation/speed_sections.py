@@ -71,11 +71,10 @@ def machine(m: Measurement) -> dict[str, Any]:
 
 def elimination(m: Measurement) -> dict[str, Any]:
     """Decisions on the kept errors, also with either half of the classes alone, and over the race's confidence."""
-    stages = m.classifier.scoring.schedule(len(m.bank))
     every, half = range(len(m.bank)), len(m.bank) // 2
     parts = {"all": every, "first half of the classes": every[:half], "second half of the classes": every[half:]}
     found = {
-        **{name: _decided(m, stages, part) for name, part in parts.items() if len(part) > 1},
+        **{name: _decided(m, m.stages, part) for name, part in parts.items() if len(part) > 1},
         "evaluations_published": count_evaluations(published_stages(len(m.bank)), len(m.bank)),
         "evaluations_in_proportion": count_evaluations(proportional_stages(len(m.bank)), len(m.bank)),
     }
@@ -94,8 +93,7 @@ def schedule(m: Measurement) -> dict[str, Any]:
     decisions = decide(m.scorer, latents, m.test.ids[:count], times, torch.ones(500), stages)
     published = np.array([d.label for d in decisions])
     truth, offsets_NC = m.labels[:count], None if m.offsets is None else m.offsets[:count]
-    looks = m.classifier.scoring.schedule(len(m.bank))
-    raced = speed.on_kept_errors(m.errors[:count], m.weights, looks, offsets_NC)
+    raced = speed.on_kept_errors(m.errors[:count], m.weights, m.stages, offsets_NC)
     race = np.array([d.label for d in raced])
     return {
         "images": count,
@@ -240,23 +238,22 @@ def growth(m: Measurement) -> dict[str, Any]:
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
 
+def _race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Elimination], int]:
+    """The first test images among a bank's classes, and the bytes of its stacked weights."""
+    scorer, stages = m.learner.scorer(bank), m.classifier.scoring.schedule(len(bank))
+    times, ids = m.classifier.calibration_.timesteps, m.test.ids[: len(latents_Nchw)]
+    return decide(scorer, latents_Nchw, ids, times, m.weights, stages), scorer.rows_CP.nbytes
+
+
 def _growth(m: Measurement, strength: float) -> dict[str, Any]:
-    times, found = m.classifier.calibration_.timesteps, {}
+    found = {}
     latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
     for count in m.config.growth:
         bank = speed.perturbed_bank(m.bank, count, strength=strength)
-        stages, ids = m.classifier.scoring.schedule(count), m.test.ids[: len(latents)]
-
-        def race(
-            bank: Bank = bank, stages: Sequence[Stage | Look] = stages, ids: Sequence[str] = ids
-        ) -> tuple[list[Elimination], int]:
-            scorer = m.learner.scorer(bank)
-            return decide(scorer, latents, ids, times, m.weights, stages), scorer.rows_CP.nbytes
-
-        (decisions, stacked), memory = speed.memory_beyond(race)
+        (decisions, stacked), memory = speed.memory_beyond(partial(_race, m, bank, latents))
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
-            "evaluations_exhaustive": count_evaluations(exhaustive(len(times)), count),
+            "evaluations_exhaustive": count_evaluations(exhaustive(len(m.weights)), count),
             "stacked_weights_mb": stacked / 2**20,
             "memory_beyond_mb": (memory - stacked) / 2**20,
         }
@@ -274,7 +271,7 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     latents = m.backbone.encode_images(pixels)[0]
     prompts = [token.prompt for token in m.bank.tokens]
     batch = m.learner.scoring.batch_size
-    trials = len(m.classifier.scoring.schedule(len(m.bank))[0].trial_positions)
+    trials = len(m.stages[0].trial_positions)
     classes = range(min(len(m.bank), batch // trials))
     evaluations = len(classes) * trials
     with torch.no_grad():
@@ -316,7 +313,7 @@ def full_size(m: Measurement) -> dict[str, Any]:
     At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
-    raced = _decided(m, m.classifier.scoring.schedule(len(m.bank)), range(len(m.bank)))
+    raced = _decided(m, m.stages, range(len(m.bank)))
     race = 100 * raced["evaluations"] / len(m.bank)
     return {
         **full_size_round(),
