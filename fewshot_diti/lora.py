@@ -145,15 +145,33 @@ def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -
     groups = a_GRI.shape[0]
     x_GTI = x.reshape(groups, -1, x.shape[-1])
     weight: Tensor = linear.weight  # type: ignore[assignment]
+    bias: Tensor | None = linear.bias  # type: ignore[assignment]
     rows, columns = weight.shape
     if x.dtype == torch.float32 and not a_GRI.requires_grad and x_GTI.shape[1] * (rows + columns) > rows * columns:
         merged_GIO = torch.baddbmm(weight.T.expand(groups, -1, -1), a_GRI.transpose(1, 2), b_GOR.transpose(1, 2))
-        bias: Tensor | None = linear.bias  # type: ignore[assignment]
         out = torch.bmm(x_GTI, merged_GIO) if bias is None else torch.baddbmm(bias.view(1, 1, -1), x_GTI, merged_GIO)
-        return out.view(*x.shape[:-1], rows)
-    out = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
-    low_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
-    return torch.baddbmm(out.view(groups, -1, rows), low_GTR, b_GOR.transpose(1, 2)).view_as(out)
+    else:
+        out = _LowRank.apply(x_GTI, weight, bias, a_GRI, b_GOR)
+    return out.view(*x.shape[:-1], rows)
+
+
+class _LowRank(torch.autograd.Function):
+    """x W^T + bias + x A^T B^T, the narrow products added in place both ways; no gradient of W and bias."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_GTI: Tensor, weight: Tensor, bias: Tensor | None, a_GRI: Tensor, b_GOR: Tensor
+    ) -> Tensor:
+        low_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+        ctx.save_for_backward(x_GTI, weight, a_GRI, b_GOR, low_GTR)
+        return F.linear(x_GTI, weight, bias).baddbmm_(low_GTR, b_GOR.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad_GTO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:  # type: ignore[override]
+        x_GTI, weight, a_GRI, b_GOR, low_GTR = ctx.saved_tensors
+        grad_low_GTR = torch.bmm(grad_GTO, b_GOR)
+        grad_x = (grad_GTO @ weight).baddbmm_(grad_low_GTR, a_GRI) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, torch.bmm(grad_low_GTR.transpose(1, 2), x_GTI), torch.bmm(grad_GTO.mT, low_GTR)
 
 
 @contextmanager

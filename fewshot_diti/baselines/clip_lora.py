@@ -79,16 +79,18 @@ class ClipLora(Baseline):
         return softmax(self._logits(self._towers, images), axis=1)
 
     def _cross_validate(self, images: list[Image.Image], labels_N: np.ndarray, kept: Tensor | None) -> int:
-        """The candidate under which held-out shots are most likely; each is trained with a schedule of its own."""
-        likelihood = dict.fromkeys(self.candidates, 0.0)
+        """The candidate under which most held-out shots get their class, then the likeliest; each has a schedule of its
+        own."""
+        right, likelihood = dict.fromkeys(self.candidates, 0), dict.fromkeys(self.candidates, 0.0)
         folds = StratifiedKFold(2, shuffle=True, random_state=self.seed).split(images, labels_N)
         for train, held_out in folds:
             for steps in self.candidates:
                 views = None if kept is None else kept[train]
                 towers = self._train([images[i] for i in train], labels_N[train], steps, views)
                 logits = self._logits(towers, [images[i] for i in held_out])
+                right[steps] += int((logits.argmax(1) == labels_N[held_out]).sum())
                 likelihood[steps] += log_softmax(logits, axis=1)[range(len(held_out)), labels_N[held_out]].sum()
-        return max(likelihood, key=lambda steps: likelihood[steps])
+        return max(self.candidates, key=lambda steps: (right[steps], likelihood[steps]))
 
     def _new_towers(self) -> _Towers:
         return _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.rank)
