@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.files import shipped
+from fewshot_diti.memory import keep_freed_pages
 from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
@@ -159,6 +160,7 @@ class Backbone:
             # torch's own `to`: that of diffusers warns about modules kept in float32 even where there are none
             nn.Module.to(module, device, its_dtype).eval().requires_grad_(False)
         if device.type == "cpu":
+            keep_freed_pages()
             self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod

@@ -1,8 +1,11 @@
-"""Batches that memory is too small for, and what has been used."""
+"""Batches that memory is too small for, what has been used, and pages that are kept."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -29,3 +32,31 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# glibc's names and numbers (man 3 mallopt), and what a tensor or all free memory may hold and still be kept
+_KEPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_MMAP_THRESHOLD": (-3, 2**28)}
+
+
+def keep_freed_pages() -> None:
+    """Tells glibc to keep freed memory, up to 256 MB a block and 1 GB in all, for the next tensor.
+
+    By itself it hands back blocks of 32 MB at once, and the system clears each page anew: half of the time of a wide
+    linear on a batch of 96. Nothing is done with another C library, or where the environment says what to do.
+    """
+    if any(x in os.environ for x in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
+    for number, value in _KEPT.values():
+        _glibc("mallopt", number, value)
+
+
+def return_freed_pages() -> None:
+    """The opposite, once: what is free goes back to the system, so that what is in use can be told."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform == "linux":
+        found: Any = getattr(ctypes.CDLL(None), function, None)
+        if found is not None:
+            found(*arguments)

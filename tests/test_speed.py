@@ -59,7 +59,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     assert found["growth"]["0.5"]["8"]["evaluations_exhaustive"] == 64
     assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
     parts = found["breakdown"]["milliseconds"]
-    assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "text", "u-net", "lora", "the rest"}
+    assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "features", "u-net", "lora", "the rest"}
     assert (tmp_path / "speed" / "speed.png").is_file()
     capsys.readouterr()
     script.main(config)

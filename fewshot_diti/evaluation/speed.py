@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
+from fewshot_diti.memory import return_freed_pages
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.timesteps import score
@@ -84,10 +85,18 @@ def plain_evaluations(backbone: Backbone, latents: Tensor, count: int) -> Callab
     return run
 
 
-def stacked_evaluations(scorer: Scorer, latents: Tensor, classes: Sequence[int], trials: int) -> Callable[[], object]:
-    """One image under `classes`, `trials` each, as the scorer batches them."""
+def stacked_evaluations(scorer: Scorer, latents: Tensor, trials: int) -> tuple[int, Callable[[], object]]:
+    """How many evaluations fill a batch with `trials` of each class, and these as the scorer makes them.
+
+    As many classes as fit, of as many images as they leave room for; all images have the same latents [c, h, w].
+    """
     grid = even_grid(trials, 0, scorer.backbone.num_train_timesteps).tolist()
-    return lambda: scorer.errors(latents, "an image", classes, range(trials), grid)
+    classes = min(len(scorer.bank), scorer.batch_size // trials)
+    images = scorer.batch_size // (trials * classes)
+    pairs = torch.cartesian_prod(torch.arange(images), torch.arange(classes))
+    ids = [f"image {n}" for n in range(images)]
+    latents_Nchw = latents.expand(images, *latents.shape)
+    return len(pairs) * trials, lambda: scorer.pair_errors(latents_Nchw, ids, pairs, range(trials), grid)
 
 
 def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
@@ -103,6 +112,7 @@ def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
     def kilobytes(field: str) -> int:
         return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{field}:")))
 
+    return_freed_pages()
     clear.write_text("5")  # sets the peak, VmHWM, to what is in use (man 5 proc)
     before = kilobytes("VmRSS")
     return run(), float(1024 * (kilobytes("VmHWM") - before))

@@ -115,11 +115,8 @@ def overhead(m: Measurement) -> dict[str, Any]:
     for count in (12, 100):
         scorer = Scorer(m.backbone, speed.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
         trials = len(m.classifier.scoring.schedule(count)[0].trial_positions)
-        classes = range(min(count, batch // trials))
-        runs = {
-            "plain": speed.plain_evaluations(m.backbone, latents, len(classes) * trials),
-            "stacked": speed.stacked_evaluations(scorer, latents, classes, trials),
-        }
+        evaluations, stacked = speed.stacked_evaluations(scorer, latents, trials)
+        runs = {"plain": speed.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
         found[f"classes_{count}"] = speed.ratio(speed.interleaved(runs, 7), "stacked", "plain")
     return found
 
@@ -262,46 +259,43 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
 
 
 def breakdown(m: Measurement) -> dict[str, Any]:
-    """Milliseconds an image of a race's parts.
+    """Milliseconds an image of a race's parts, and what the first image costs beyond the others.
 
     LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
     """
     path = m.test_file(0)
     pixels = m.learner.geometry.pixels(path)[None]
     latents = m.backbone.encode_images(pixels)[0]
-    prompts = [token.prompt for token in m.bank.tokens]
-    batch = m.learner.scoring.batch_size
-    trials = len(m.stages[0].trial_positions)
-    classes = range(min(len(m.bank), batch // trials))
-    evaluations = len(classes) * trials
+    evaluations, stacked = speed.stacked_evaluations(m.scorer, latents[0], len(m.stages[0].trial_positions))
     with torch.no_grad():
         seconds = speed.interleaved(
             {
                 "decode": lambda: (image_id(path), m.learner.geometry.pixels(path)),
                 "vae": lambda: m.backbone.encode_images(pixels),
-                "text": lambda: m.backbone.encode_text(m.backbone.tokenize(prompts)),
+                "features": lambda: m.classifier.offsets(latents),
                 "plain": speed.plain_evaluations(m.backbone, latents[0], evaluations),
-                "stacked": speed.stacked_evaluations(m.scorer, latents[0], classes, trials),
+                "stacked": stacked,
             },
             12,
         )
     one = {name: float(np.median(values)) for name, values in seconds.items()}
-    some = [m.test_file(i) for i in range(min(PARTS_IMAGES, len(m.test)))]
+    first, *some = [m.test_file(i) for i in range(min(1 + PARTS_IMAGES, len(m.test)))]
     fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
-    start = perf_counter()
-    decisions = fresh.decide(some)
-    whole = (perf_counter() - start) / len(some)
-    per_image = float(np.mean([d.evaluations for d in decisions])) / evaluations
+    _, first_seconds, _ = _timed(lambda: fresh.decide([first]))  # and texts encoded, the discriminant fitted
+    decisions, whole_seconds, _ = _timed(lambda: fresh.decide(some))
+    whole = whole_seconds / len(some)
+    trials = float(np.mean([d.evaluations for d in decisions])) - m.classifier.scoring.asks_features
     parts = {
         "decode": one["decode"],
         "vae": one["vae"],
-        "text": one["text"] / len(some),
-        "u-net": one["plain"] * per_image,
-        "lora": (one["stacked"] - one["plain"]) * per_image,
+        "features": one["features"],
+        "u-net": one["plain"] * trials / evaluations,
+        "lora": (one["stacked"] - one["plain"]) * trials / evaluations,
     }
     parts["the rest"] = whole - sum(parts.values())
     return {
         "images": len(some),
+        "first_image_beyond_milliseconds": 1000 * (first_seconds - whole),
         "milliseconds": {k: 1000 * v for k, v in parts.items()},
         "share": {k: v / whole for k, v in parts.items()},
     }
