@@ -41,18 +41,22 @@ class Scorer:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
         self._at_once = batch_size  # what memory has been found to hold
-        whole_CP = bank.scaled_rows().to(backbone.device, backbone.dtype)
-        self.layout, self.rows_CP = bank.layout.of_network("unet", whole_CP)
-        self.text_CLD = self._encode_text(*bank.layout.of_network("text_encoder", whole_CP))
+        self.layout, self.rows_CP, self.text_CLD = self._stack()
 
     @torch.no_grad()
-    def _encode_text(self, layout: Layout, rows_CP: Tensor) -> Tensor:
-        prompts = [token.prompt for token in self.bank.tokens]
-        chunks = []
-        for i in range(0, len(prompts), self.batch_size):
-            with adapted(self.backbone.networks, layout, rows_CP[i : i + self.batch_size]):
-                chunks.append(self.backbone.encode_text(self.backbone.tokenize(prompts[i : i + self.batch_size])))
-        return torch.cat(chunks)
+    def _stack(self) -> tuple[Layout, Tensor, Tensor]:
+        """The U-Net's adapters and the text embeddings of all classes; some classes at a time, since all their float32
+        weights at once may take more memory than everything else."""
+        backbone, bank, texts = self.backbone, self.bank, []
+        layout, _ = bank.layout.of_network("unet", bank.rows[:0])
+        rows_CP = torch.empty(len(bank), layout.num_parameters, dtype=backbone.dtype, device=backbone.device)
+        for start in range(0, len(bank), self.batch_size):
+            some = bank.select(bank.labels[start : start + self.batch_size])
+            rows = some.scaled_rows().to(backbone.device, backbone.dtype)
+            _, rows_CP[start : start + len(some)] = bank.layout.of_network("unet", rows)
+            with adapted(backbone.networks, *bank.layout.of_network("text_encoder", rows)):
+                texts.append(backbone.encode_text(backbone.tokenize([token.prompt for token in some.tokens])))
+        return layout, rows_CP, torch.cat(texts)
 
     def errors(
         self, latents: Tensor, image_id: str, classes: Sequence[int], trials: Sequence[int], timesteps: Sequence[int]
