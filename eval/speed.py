@@ -53,6 +53,7 @@ def plot(done: dict[str, Any]) -> bytes:
         left.annotate(
             confidence, (v["evaluations"], 100 * v["agreement"]), fontsize=7, xytext=(3, -9), textcoords="offset points"
         )
+    left.set_ylim(min(90, 100 * min(v["agreement"] for v in curve.values()) - 2), 101)
     left.set_xlabel("evaluations an image (numbers: confidence)")
     left.set_ylabel("the race ends with the (%)")
     left.legend(fontsize=8)
