@@ -14,7 +14,7 @@ from torch import Tensor
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
+from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, adapted_linear, find_targets
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.trials import trial_noise
 
@@ -106,3 +106,12 @@ def test_the_networks_are_left_as_they_were(backbone: Backbone) -> None:
         after = backbone.encode_text(ids)
     assert not torch.allclose(before, inside)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gradients_of_an_adapted_linear_are_those_of_finite_differences(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(3, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
+    a, b, x = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((2, 2, 3), (2, 5, 2), (4, 3, 3)))
+    inputs = tuple(tensor.requires_grad_() for tensor in (a, b, x))
+    assert torch.autograd.gradcheck(lambda *args: adapted_linear(linear, *args), inputs)
