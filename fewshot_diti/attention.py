@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SHORT = 1024  # latent positions; beyond, the matrix of attention weights costs more memory than the kernel time
 
 
-def attention_for_training(latents: Tensor) -> AbstractContextManager[None]:
+@contextmanager
+def attention_for_training(latents: Tensor) -> Iterator[None]:
     """A context for forwards on latents [B, c, h, w] that will be differentiated.
 
     On a CPU and for short sequences, plain matrix products: the backward of torch's fused kernel took a quarter of a
-    step of the pocket's pre-training, and without it a step takes 0.8 of the time. Elsewhere torch's own choice.
+    step of the pocket's pre-training, and without it a step takes 0.8 of the time. In bfloat16 these stay in bfloat16,
+    which torch by itself would not do: the gradient is as far from float32's either way, since the rest of the network
+    rounds as much. Elsewhere torch's own choice.
     """
-    short = latents.shape[-2] * latents.shape[-1] <= _SHORT
-    return sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" and short else nullcontext()
+    if latents.device.type != "cpu" or latents.shape[-2] * latents.shape[-1] > _SHORT:
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, whatever its name says
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)

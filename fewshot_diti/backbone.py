@@ -161,7 +161,8 @@ class Backbone:
             nn.Module.to(module, device, its_dtype).eval().requires_grad_(False)
         if device.type == "cpu":
             keep_freed_pages()
-            self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for convolutional in (vae, unet):
+                convolutional.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(

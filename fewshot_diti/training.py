@@ -288,12 +288,11 @@ def train_class_tokens(
             batch = alive[:width]
             parts = zip(*(drawn[c] for c in batch), strict=True)
             latents, noise, timesteps = (torch.cat(part).to(device) for part in parts)
-            index = torch.tensor(batch, device=device)
-            active = rows[index].requires_grad_()
+            active = torch.stack([rows[c].to(backbone.dtype) for c in batch]).requires_grad_()
             try:
                 # backward stays inside: with gradient checkpointing it runs the adapted forward again
                 with (
-                    adapted(backbone.networks, layout, active.to(backbone.dtype)),
+                    adapted(backbone.networks, layout, active),
                     attention_for_training(latents),
                     _checkpointing(backbone, config.gradient_checkpointing),
                 ):
@@ -310,6 +309,7 @@ def train_class_tokens(
                 width = halved(len(batch), error)
                 continue
             alive = alive[width:]
+            grad = grad.to(dtype)
             finite = (loss_G.detach().isfinite() & grad.norm(dim=1).isfinite()).tolist()
             for c, fine in zip(batch, finite, strict=True):
                 if not fine:
