@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 BLOCK_FILTERS: dict[str, tuple[str, ...]] = {
     "narrow": ("down_blocks.2.", "mid_block.", "up_blocks.1."),
@@ -140,7 +141,8 @@ def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -
     Two ways to the same result. Low rank: two narrow products beside the linear. Merged: W + B A for each group and one
     product, with fewer operations where a group has more tokens than in * out / (in + out), and less memory to move.
     Merging needs float32 (in bfloat16 the small update would drown in the rounding of W) and no gradient (that of
-    W + B A costs as much as a full layer's).
+    W + B A costs as much as a full layer's). Under autocast, which gives each product its type, nothing is added in
+    place.
     """
     groups = a_GRI.shape[0]
     x_GTI = x.reshape(groups, -1, x.shape[-1])
@@ -150,6 +152,9 @@ def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -
     if x.dtype == torch.float32 and not a_GRI.requires_grad and x_GTI.shape[1] * (rows + columns) > rows * columns:
         merged_GIO = torch.baddbmm(weight.T.expand(groups, -1, -1), a_GRI.transpose(1, 2), b_GOR.transpose(1, 2))
         out = torch.bmm(x_GTI, merged_GIO) if bias is None else torch.baddbmm(bias.view(1, 1, -1), x_GTI, merged_GIO)
+    elif torch.is_autocast_enabled(x.device.type):
+        low_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
+        out = F.linear(x_GTI, weight, bias) + torch.bmm(low_GTR, b_GOR.transpose(1, 2))
     else:
         out = _LowRank.apply(x_GTI, weight, bias, a_GRI, b_GOR)
     return out.view(*x.shape[:-1], rows)
@@ -167,6 +172,7 @@ class _LowRank(torch.autograd.Function):
         return F.linear(x_GTI, weight, bias).baddbmm_(low_GTR, b_GOR.transpose(1, 2))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_GTO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:  # type: ignore[override]
         x_GTI, weight, a_GRI, b_GOR, low_GTR = ctx.saved_tensors
         grad_low_GTR = torch.bmm(grad_GTO, b_GOR)

@@ -34,20 +34,20 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# glibc's names and numbers (man 3 mallopt), and what a tensor or all free memory may hold and still be kept
-_KEPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_MMAP_THRESHOLD": (-3, 2**28)}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # man 3 mallopt
 
 
 def keep_freed_pages() -> None:
     """Tells glibc to keep freed memory, up to 256 MB a block and 1 GB in all, for the next tensor.
 
     By itself it hands back blocks of 32 MB at once, and the system clears each page anew: half of the time of a wide
-    linear on a batch of 96. Nothing is done with another C library, or where the environment says what to do.
+    linear on a batch of 96. Nothing is done with another C library, with an old glibc that refuses blocks of this size,
+    or where the environment says what to do.
     """
     if any(x in os.environ for x in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
-    for number, value in _KEPT.values():
-        _glibc("mallopt", number, value)
+    if _glibc("mallopt", _M_MMAP_THRESHOLD, 2**28):
+        _glibc("mallopt", _M_TRIM_THRESHOLD, 2**30)
 
 
 def return_freed_pages() -> None:
@@ -55,8 +55,7 @@ def return_freed_pages() -> None:
     _glibc("malloc_trim", 0)
 
 
-def _glibc(function: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        found: Any = getattr(ctypes.CDLL(None), function, None)
-        if found is not None:
-            found(*arguments)
+def _glibc(function: str, *arguments: int) -> int:
+    """What a function of glibc's own returns; 0, its word for failure, where there is none."""
+    found: Any = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    return found(*arguments) if found is not None else 0

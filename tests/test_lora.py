@@ -115,3 +115,16 @@ def test_the_gradients_of_an_adapted_linear_are_those_of_finite_differences(bias
     a, b, x = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((2, 2, 3), (2, 5, 2), (4, 3, 3)))
     inputs = tuple(tensor.requires_grad_() for tensor in (a, b, x))
     assert torch.autograd.gradcheck(lambda *args: adapted_linear(linear, *args), inputs)
+
+
+def test_under_autocast_an_adapted_linear_is_what_it_is_without() -> None:
+    g = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(3, 5).requires_grad_(False)
+    a, b, x = (torch.randn(shape, generator=g).requires_grad_() for shape in ((2, 2, 3), (2, 5, 2), (4, 3, 3)))
+    out = adapted_linear(linear, a, b, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = adapted_linear(linear, a, b, x)
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), out, rtol=0.05, atol=0.05)
+    for grad, expected in zip(*(torch.autograd.grad(y.sum(), (a, b, x)) for y in (cast, out)), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.05)
