@@ -128,3 +128,11 @@ def test_under_autocast_an_adapted_linear_is_what_it_is_without() -> None:
     torch.testing.assert_close(cast.float(), out, rtol=0.05, atol=0.05)
     for grad, expected in zip(*(torch.autograd.grad(y.sum(), (a, b, x)) for y in (cast, out)), strict=True):
         torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.05)
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    linear = torch.nn.Linear(3, 5).requires_grad_(False)
+    a, b, x = (torch.ones(shape, requires_grad=True) for shape in ((2, 2, 3), (2, 5, 2), (4, 3, 3)))
+    (grad,) = torch.autograd.grad(adapted_linear(linear, a, b, x).square().sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
