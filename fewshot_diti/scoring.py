@@ -22,6 +22,7 @@ from fewshot_diti.processes import process_state
 from fewshot_diti.trials import trial_noise
 
 _IN_FLIGHT = 16
+_STACKED_AT_ONCE = 8  # classes
 
 
 class Scorer:
@@ -45,13 +46,13 @@ class Scorer:
 
     @torch.no_grad()
     def _stack(self) -> tuple[Layout, Tensor, Tensor]:
-        """The U-Net's adapters and the text embeddings of all classes; some classes at a time, since all their float32
-        weights at once may take more memory than everything else."""
+        """The U-Net's adapters and the text embeddings of all classes; few classes at a time, since the float32 weights
+        of many, and their copies on the way, take more memory than everything else."""
         backbone, bank, texts = self.backbone, self.bank, []
         layout, _ = bank.layout.of_network("unet", bank.rows[:0])
         rows_CP = torch.empty(len(bank), layout.num_parameters, dtype=backbone.dtype, device=backbone.device)
-        for start in range(0, len(bank), self.batch_size):
-            some = bank.select(bank.labels[start : start + self.batch_size])
+        for start in range(0, len(bank), _STACKED_AT_ONCE):
+            some = bank.select(bank.labels[start : start + _STACKED_AT_ONCE])
             rows = some.scaled_rows().to(backbone.device, backbone.dtype)
             _, rows_CP[start : start + len(some)] = bank.layout.of_network("unet", rows)
             with adapted(backbone.networks, *bank.layout.of_network("text_encoder", rows)):
