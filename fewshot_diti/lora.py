@@ -141,20 +141,20 @@ def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -
     Two ways to the same result. Low rank: two narrow products beside the linear. Merged: W + B A for each group and one
     product, with fewer operations where a group has more tokens than in * out / (in + out), and less memory to move.
     Merging needs float32 (in bfloat16 the small update would drown in the rounding of W) and no gradient (that of
-    W + B A costs as much as a full layer's). Under autocast, which gives each product its type, nothing is added in
-    place.
+    W + B A costs as much as a full layer's). Under autocast, which gives each product its type, nothing is merged or
+    added in place.
     """
     groups = a_GRI.shape[0]
     x_GTI = x.reshape(groups, -1, x.shape[-1])
     weight: Tensor = linear.weight  # type: ignore[assignment]
     bias: Tensor | None = linear.bias  # type: ignore[assignment]
     rows, columns = weight.shape
-    if x.dtype == torch.float32 and not a_GRI.requires_grad and x_GTI.shape[1] * (rows + columns) > rows * columns:
-        merged_GIO = torch.baddbmm(weight.T.expand(groups, -1, -1), a_GRI.transpose(1, 2), b_GOR.transpose(1, 2))
-        out = torch.bmm(x_GTI, merged_GIO) if bias is None else torch.baddbmm(bias.view(1, 1, -1), x_GTI, merged_GIO)
-    elif torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         low_GTR = torch.bmm(x_GTI, a_GRI.transpose(1, 2))
         out = F.linear(x_GTI, weight, bias) + torch.bmm(low_GTR, b_GOR.transpose(1, 2))
+    elif x.dtype == torch.float32 and not a_GRI.requires_grad and x_GTI.shape[1] * (rows + columns) > rows * columns:
+        merged_GIO = torch.baddbmm(weight.T.expand(groups, -1, -1), a_GRI.transpose(1, 2), b_GOR.transpose(1, 2))
+        out = torch.bmm(x_GTI, merged_GIO) if bias is None else torch.baddbmm(bias.view(1, 1, -1), x_GTI, merged_GIO)
     else:
         out = _LowRank.apply(x_GTI, weight, bias, a_GRI, b_GOR)
     return out.view(*x.shape[:-1], rows)

@@ -8,6 +8,7 @@ Shapes: N images, C classes, S trials, G classes in one batch, m trials of each,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,11 +53,12 @@ class Scorer:
         layout, _ = bank.layout.of_network("unet", bank.rows[:0])
         rows_CP = torch.empty(len(bank), layout.num_parameters, dtype=backbone.dtype, device=backbone.device)
         for start in range(0, len(bank), _STACKED_AT_ONCE):
-            some = bank.select(bank.labels[start : start + _STACKED_AT_ONCE])
-            rows = some.scaled_rows().to(backbone.device, backbone.dtype)
-            _, rows_CP[start : start + len(some)] = bank.layout.of_network("unet", rows)
+            some = slice(start, start + _STACKED_AT_ONCE)
+            few = replace(bank, tokens=bank.tokens[some], rows=bank.rows[some])
+            rows = few.scaled_rows().to(backbone.device, backbone.dtype)
+            _, rows_CP[some] = bank.layout.of_network("unet", rows)
             with adapted(backbone.networks, *bank.layout.of_network("text_encoder", rows)):
-                texts.append(backbone.encode_text(backbone.tokenize([token.prompt for token in some.tokens])))
+                texts.append(backbone.encode_text(backbone.tokenize([token.prompt for token in few.tokens])))
         return layout, rows_CP, torch.cat(texts)
 
     def errors(

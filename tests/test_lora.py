@@ -136,3 +136,18 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
     (grad,) = torch.autograd.grad(adapted_linear(linear, a, b, x).square().sum(), b, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_under_autocast_no_update_is_merged_into_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gradient and with many tokens float32 takes the merged way; in bfloat16 the sum would lose it."""
+    linear = torch.nn.Linear(8, 8).requires_grad_(False)
+    a, b, x = torch.ones(1, 2, 8), torch.ones(1, 8, 2), torch.ones(1, 64, 8)
+    merging: list[torch.Tensor] = []
+    product = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *args: merging.append(product(*args)) or merging[-1])
+    adapted_linear(linear, a, b, x)
+    assert merging
+    merging.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted_linear(linear, a, b, x)
+    assert not merging

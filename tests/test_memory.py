@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ import torch
 from fewshot_diti import memory
 from fewshot_diti.memory import keep_freed_pages, return_freed_pages
 
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep pages")
+@pytest.mark.skipif(HUGE.exists() and "[always]" in HUGE.read_text(), reason="huge pages: too few faults to count")
+@pytest.mark.skipif("GLIBC_TUNABLES" in os.environ, reason="glibc has read GLIBC_TUNABLES and keeps what it likes")
 def test_the_pages_of_a_freed_tensor_serve_the_next_until_they_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
@@ -41,3 +46,12 @@ def test_where_large_blocks_are_refused_nothing_else_is_set(monkeypatch: pytest.
     monkeypatch.setattr(memory, "_glibc", lambda *call: asked.append(call) or 0)
     keep_freed_pages()
     assert asked == [("mallopt", -3, 2**28)]
+
+
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_memory_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(memory, "_glibc", lambda *call: asked.append(call) or 1)
+    keep_freed_pages()
+    assert not asked

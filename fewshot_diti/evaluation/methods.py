@@ -43,7 +43,7 @@ ENSEMBLE_WEIGHTS = np.linspace(0, 1, 21)
 TUNING_STEPS = 200  # of `finetune`
 POCKET_LORA_STEPS = (200, 1000)  # to choose from
 POCKET_LORA_VIEWS = 32  # of each shot
-POCKET_LORA_RANK = 16  # 58 % of val images at 4 shots of one draw; the published 2 gave 51
+POCKET_LORA_RANK = 16  # 58 and 52 % of val images at 4 and 16 shots of one draw; the published 2 gave 51 and 55
 POCKET_LORA_LR = 5e-3  # 49 % of val images at 4 shots of one draw; the published 2e-4 gave 36
 # alpha and beta of Tip-Adapter and of Tip-Adapter-F: 42.8 and 41.7 % of val images at 1 shot; the paper's gave the
 # former 28.2

@@ -91,8 +91,8 @@ def stacked_evaluations(scorer: Scorer, latents: Tensor, trials: int) -> tuple[i
     As many classes as fit, of as many images as they leave room for; all images have the same latents [c, h, w].
     """
     grid = even_grid(trials, 0, scorer.backbone.num_train_timesteps).tolist()
-    classes = min(len(scorer.bank), scorer.batch_size // trials)
-    images = scorer.batch_size // (trials * classes)
+    classes = max(1, min(len(scorer.bank), scorer.batch_size // trials))
+    images = max(1, scorer.batch_size // (trials * classes))
     pairs = torch.cartesian_prod(torch.arange(images), torch.arange(classes))
     ids = [f"image {n}" for n in range(images)]
     latents_Nchw = latents.expand(images, *latents.shape)
