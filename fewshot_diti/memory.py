@@ -40,8 +40,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # man 3 mallopt
 def keep_freed_pages() -> None:
     """Tells glibc to keep freed memory for the next tensor.
 
-    That is blocks of up to 256 MB: of these 1 GB at the end of the heap and, without a bound, all that lies below memory
-    in use. Other threads than the main one keep smaller blocks.
+    That is blocks of up to 256 MB: of these 1 GB at the end of the heap and, without a bound, all below memory in use.
+    Other threads than the main one keep smaller blocks.
 
     By itself it hands back blocks of 32 MB at once, and the system clears each page anew: half of the time of a wide
     linear on a batch of 96. Nothing is done with another C library, with an old glibc that refuses blocks of this size,
