@@ -80,7 +80,8 @@ def main(config: Config) -> None:
                 cells.append([100 * right[kind].mean() for kind in (seen | ~seen, seen & known, ~seen & known)])
             lines.append([name, str(num_shots), *(f"{x:.1f}" for x in np.mean(cells, axis=0))])
     caption = (
-        f"accuracy in %, mean over seeds {', '.join(map(str, config.seeds))}; seen: {config.column} among the class's shots"
+        f"accuracy in %, mean over seeds {', '.join(map(str, config.seeds))}; "
+        f"seen: {config.column} among the class's shots"
     )
     Console().print(rich_lines(["images", "shots", "all", "seen", "unseen"], lines, caption))
 
