@@ -18,8 +18,8 @@ def attention_for_training(latents: Tensor) -> Iterator[None]:
 
     On a CPU and for short sequences, plain matrix products: the backward of torch's fused kernel took a quarter of a
     step of the pocket's pre-training, and without it a step takes 0.8 of the time. In bfloat16 these stay in bfloat16,
-    which torch by itself would not do: the gradient is as far from float32's either way, since the rest of the network
-    rounds as much. Elsewhere torch's own choice.
+    which torch by itself would not do: the rest of the network rounds as much, and the gradient of the pocket's class
+    tokens has a cosine of 0.91 with that of float32 then, and of 0.90 otherwise (36 of them). Elsewhere torch chooses.
     """
     if latents.device.type != "cpu" or latents.shape[-2] * latents.shape[-1] > _SHORT:
         yield

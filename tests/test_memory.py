@@ -13,6 +13,7 @@ import torch
 from fewshot_diti import memory
 from fewshot_diti.memory import keep_freed_pages, return_freed_pages
 
+ENVIRONMENT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -22,7 +23,7 @@ HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_the_pages_of_a_freed_tensor_serve_the_next_until_they_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     keep_freed_pages()
     size = 64 * 2**20
@@ -41,14 +42,14 @@ def test_the_pages_of_a_freed_tensor_serve_the_next_until_they_are_returned(monk
 def test_where_large_blocks_are_refused_nothing_else_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any threshold that is set ends glibc's own adjustment of the others."""
     asked: list[tuple[Any, ...]] = []
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory, "_glibc", lambda *call: asked.append(call) or 0)
     keep_freed_pages()
     assert asked == [("mallopt", -3, 2**28)]
 
 
-@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+@pytest.mark.parametrize("name", ENVIRONMENT)
 def test_what_the_environment_says_of_memory_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setenv(name, "1")
