@@ -1,0 +1,114 @@
+"""How often a race misses the label of all trials: simulated races, where its model holds and where it does not.
+
+    python -m eval.races
+
+Scores of classes and noise of trials are drawn, not measured; the label of all trials is known, and counted is how
+often a race at the given confidence ends with another, and how many evaluations of all it takes. Prints a Markdown
+table: rows are what the noise is like, columns what the classes are like, in units of the noise of a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import Tensor
+
+from fewshot_diti.elimination import racing
+from fewshot_diti.evaluation.speed import on_kept_errors
+
+FAMILY_SHARE = 0.9  # of the noise's variance that classes of one family have in common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Races:
+    """What is simulated.
+
+    Attributes:
+        classes, trials: of a race.
+        confidence: that it ends with the label of all trials.
+        races: of each cell of the table.
+    """
+
+    classes: int = 12
+    trials: int = 32
+    confidence: float = 0.9
+    races: int = 1000
+    seed: int = 0
+
+
+# noise [races, classes, trials] with a standard deviation of about 1
+def _independent(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def _families(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    common = _independent((shape[0], 2, shape[2]), g)[:, torch.arange(shape[1]) % 2]
+    return FAMILY_SHARE**0.5 * common + (1 - FAMILY_SHARE) ** 0.5 * _independent(shape, g)
+
+
+def _unequal(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    noisier = torch.where(torch.arange(shape[1]) % 2 == 0, 3.0, 1.0)
+    return _independent(shape, g) * noisier[:, None] / 5**0.5
+
+
+def _heavy(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    chi_squared = _independent((*shape, 3), g).square().sum(-1)
+    return _independent(shape, g) / chi_squared.sqrt()  # Student's with 3 degrees of freedom, divided by sqrt(3)
+
+
+NOISE: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "independent, one variance": _independent,
+    "two families that share nine tenths of it": _families,
+    "every other class's three times another's": _unequal,
+    "Student's with 3 degrees of freedom": _heavy,
+}
+
+
+# means [races, classes] in units of the noise
+def _ahead(by: float) -> Callable[[int, int, torch.Generator], Tensor]:
+    return lambda races, classes, g: torch.where(torch.arange(classes) == 0, -by, 0.0).double().expand(races, classes)
+
+
+def _spread(deviation: float) -> Callable[[int, int, torch.Generator], Tensor]:
+    return lambda races, classes, g: deviation * _independent((races, classes), g)
+
+
+MEANS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
+    "all equal": _spread(0.0),
+    "spread 0.3": _spread(0.3),
+    "spread 1": _spread(1.0),
+    "one ahead by 0.25": _ahead(0.25),
+    "one ahead by 0.5": _ahead(0.5),
+    "one ahead by 1": _ahead(1.0),
+}
+
+
+def missed(means_NC: Tensor, noise_NCS: Tensor, confidence: float) -> tuple[float, float]:
+    """Share of races that end with another label than that of all trials, and share of all evaluations they take."""
+    errors_NCS = means_NC[:, :, None] + noise_NCS
+    N, C, S = errors_NCS.shape
+    found = on_kept_errors(errors_NCS, torch.ones(S), racing(S, confidence=confidence))
+    labels = torch.tensor([race.label for race in found])
+    evaluations = sum(race.evaluations for race in found)
+    return float((labels != errors_NCS.mean(2).argmin(1)).double().mean()), evaluations / (N * C * S)
+
+
+def main(config: Races) -> None:
+    """Prints the table."""
+    print("| noise | " + " | ".join(MEANS) + " |\n" + "|---" * (1 + len(MEANS)) + "|")
+    for noise_name, noise in NOISE.items():
+        cells = []
+        for means in MEANS.values():
+            g = torch.Generator().manual_seed(config.seed)
+            means_NC = means(config.races, config.classes, g)
+            noise_NCS = noise((config.races, config.classes, config.trials), g)
+            share, evaluations = missed(means_NC, noise_NCS, config.confidence)
+            cells.append(f"{100 * share:.1f} % ({100 * evaluations:.0f})")
+        print(f"| {noise_name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Races))
