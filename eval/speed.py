@@ -6,7 +6,7 @@ Trains class tokens, scores every test image under every class on every trial on
 on these errors as a race would; asks the published schedule about some of the images; then times whole pipelines from
 files to labels, the stacked U-Net beside the plain one, and training beside one class after another. Sections that are
 in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's
-U-Net with random weights.
+U-Net with random weights, `--compile default` a U-Net that torch compiled.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main(config: SpeedConfig) -> None:
     if done["made_by"] != m.made_by:
         raise SystemExit(f"error: {path} holds a run with {done['made_by']}; pass another --output_dir.")
     for name, section in SECTIONS.items():
-        if name in done or (name == "full_size" and not config.full_size):
+        asked = {"full_size": config.full_size, "compiled": config.compile is not None}
+        if name in done or not asked.get(name, True):
             continue
         start = perf_counter()
         done[name] = section(m)

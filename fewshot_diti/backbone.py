@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ _UNET_SETTINGS = (
     "resnet_time_scale_shift",
 )
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile
 
 
 def default_device() -> torch.device:
@@ -107,7 +108,10 @@ class Backbone:
         prediction_type: "epsilon" or "v_prediction".
         latent_channels, vae_scale_factor: read from the VAE.
         image_size: (height, width) in pixels that the backbone was trained at.
+        compiled: the U-Net as torch compiled it, for batches of one shape; None where that is not asked for.
     """
+
+    compiled: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -172,6 +176,7 @@ class Backbone:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         xformers: bool = False,
+        compile: CompileMode | None = None,
     ) -> Backbone:
         """Loads "pocket", a folder in diffusers' layout, or a hub id; SD 1.x and 2.x.
 
@@ -179,6 +184,8 @@ class Backbone:
             dtype: of U-Net and text encoder; by default bfloat16 where the hardware has it, else float32.
             device: by default CUDA where there is any, else the CPU.
             xformers: its attention instead of torch's, on CUDA; the extra `xformers` installs it.
+            compile: mode of `torch.compile` for scoring in full batches, which are of one shape; the rest and training
+                go without. It needs a C++ compiler, and takes a minute or more before the first batch.
 
         Whatever sampler the folder names (PNDM on the hub), its betas are read, and images are made by DDIM.
 
@@ -215,6 +222,8 @@ class Backbone:
             ) from error
         if xformers:
             backbone.unet.enable_xformers_memory_efficient_attention()
+        if compile is not None:
+            backbone.compiled = torch.compile(backbone.unet, dynamic=False, mode=compile)
         return backbone
 
     @property
@@ -302,14 +311,25 @@ class Backbone:
         a = self.alphas_cumprod.to(latents_Bchw.device)[timesteps_B][:, None, None, None]
         return a.sqrt().to(latents_Bchw) * latents_Bchw + (1 - a).sqrt().to(noise_Bchw) * noise_Bchw
 
-    def errors(self, latents_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def errors(
+        self,
+        latents_Bchw: Tensor,
+        noise_Bchw: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        *,
+        full_batch: bool = False,
+    ) -> Tensor:
         """Denoising error in eps of each sample, [B] in the latents' dtype, averaged over the latent.
+
+        `full_batch`: whether the batch has the one shape that the compiled U-Net, where there is one, is for.
 
         A model that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 is off in eps by sqrt(abar) times its error in v
         (Salimans and Ho, Progressive Distillation, appendix D).
         """
         noisy = self.add_noise(latents_Bchw, noise_Bchw, timesteps_B)
-        predicted = self.unet(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
+        unet = self.compiled if full_batch and self.compiled is not None else self.unet
+        predicted = unet(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
         if self.prediction_type == "epsilon":
             return (noise_Bchw - predicted).square().mean((1, 2, 3))
         a = self.alphas_cumprod.to(latents_Bchw.device)[timesteps_B].to(latents_Bchw.dtype)
@@ -354,18 +374,19 @@ class Backbone:
         return latents.float().cpu()
 
 
-def load_backbone(name: str, dtype: DtypeName = "auto") -> Backbone:
+def load_backbone(name: str, dtype: DtypeName = "auto", compile: CompileMode | None = None) -> Backbone:
     """As `Backbone.from_pretrained`, with one line on what to get where the weights are missing.
 
     Args:
         dtype: "auto" is bfloat16 where the hardware has it, else float32.
+        compile: as of `Backbone.from_pretrained`.
 
     Raises:
         FileNotFoundError: no such weights here or on the hub.
         ValueError: the model cannot be used.
     """
     try:
-        return Backbone.from_pretrained(name, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        return Backbone.from_pretrained(name, dtype=None if dtype == "auto" else getattr(torch, dtype), compile=compile)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"Backbone {name!r} is neither a folder with a whole Stable Diffusion in diffusers' layout nor can it be "

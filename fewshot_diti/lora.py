@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -180,22 +180,29 @@ class _LowRank(torch.autograd.Function):
         return grad_x, None, None, torch.bmm(grad_low_GTR.transpose(1, 2), x_GTI), torch.bmm(grad_GTO.mT, low_GTR)
 
 
+def _adapted_forward(linear: nn.Module, x: Tensor) -> Tensor:
+    a_GRI, b_GOR = linear.__dict__["adapters"]
+    return adapted_linear(linear, a_GRI, b_GOR, x)
+
+
 @contextmanager
 def adapted(networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor) -> Iterator[None]:
     """Inside the context the frozen networks run with the adapters of `rows_GP`, one row a group of the batch.
 
-    The networks are left as they were found. Rows are cast by the caller to the networks' dtype.
+    The networks are left as they were found. Rows are cast by the caller to the networks' dtype. The adapters hang on
+    the linears as attributes, so that `torch.compile` takes them for inputs and not for constants.
     """
-    before: dict[nn.Module, Any] = {}
+    before: dict[nn.Module, dict[str, Any]] = {}
     try:
         for target, adapters in layout.split(rows_GP).items():
             module = networks[target.network].get_submodule(target.name)
-            before[module] = module.__dict__.get("forward")
-            module.forward = partial(adapted_linear, module, *adapters)
+            before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
+            module.__dict__ |= {"adapters": adapters, "forward": MethodType(_adapted_forward, module)}
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward  # the class's own is seen again
-            else:
-                module.forward = forward
+        for module, attributes in before.items():
+            for name, value in attributes.items():
+                if value is None:
+                    del module.__dict__[name]  # the class's own forward is seen again
+                else:
+                    module.__dict__[name] = value

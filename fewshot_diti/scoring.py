@@ -24,6 +24,7 @@ from fewshot_diti.trials import trial_noise
 
 _IN_FLIGHT = 16
 _STACKED_AT_ONCE = 8  # classes
+_COMPILED_TRIALS = 2  # of a group, as in the first look of a race; later looks have a multiple
 
 
 class Scorer:
@@ -88,26 +89,31 @@ class Scorer:
         Raises:
             ValueError: an error is not finite, naming the class.
         """
-        shape = tuple(latents_Nchw.shape[1:])
-        out_PS = torch.empty(len(pairs_P2), len(trials))
+        shape, count = tuple(latents_Nchw.shape[1:]), len(trials)
+        compiled = self.backbone.compiled is not None and count % _COMPILED_TRIALS == 0
+        each = _COMPILED_TRIALS if compiled else count  # trials of a group
+        groups_P2 = pairs_P2.repeat_interleave(count // each, 0)
+        trials_PE = torch.arange(count).view(-1, each).repeat(len(pairs_P2), 1)
+        times_S, out_PE = torch.as_tensor(timesteps), torch.empty(len(groups_P2), each)
         noise: dict[int, Tensor] = {}  # of the images in the batch
         done = 0
-        while done < len(pairs_P2):
-            each = min(len(trials), self._at_once)
-            pairs = pairs_P2[done : done + max(1, self._at_once // each)]
+        while done < len(groups_P2):
+            together = min(each, self._at_once)
+            now = slice(done, done + max(1, self._at_once // together))
+            images = groups_P2[now, 0].tolist()
             noise = {
-                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape)
-                for n in pairs[:, 0].unique().tolist()
+                n: noise[n] if n in noise else trial_noise(self.seed, image_ids[n], trials, shape) for n in set(images)
             }
             try:
-                for part in torch.arange(len(trials)).split(each):
-                    noise_PS = torch.stack([noise[n][part] for n in pairs[:, 0].tolist()])
-                    times = torch.as_tensor(timesteps)[part]
-                    out_PS[done : done + len(pairs), part] = self._batch_errors(latents_Nchw, pairs, noise_PS, times)
+                for part in torch.arange(each).split(together):
+                    which_GE = trials_PE[now][:, part]
+                    noise_GE = torch.stack([noise[n][which] for n, which in zip(images, which_GE, strict=True)])
+                    out_PE[now, part] = self._batch_errors(latents_Nchw, groups_P2[now], noise_GE, times_S[which_GE])
             except RuntimeError as error:
                 self._at_once = halved(self._at_once, error)
                 continue
-            done += len(pairs)
+            done += len(images)
+        out_PS = out_PE.view(len(pairs_P2), count)
         broken = (~out_PS.isfinite().all(1)).nonzero()
         if len(broken):
             image, label = pairs_P2[int(broken[0])].tolist()
@@ -117,17 +123,18 @@ class Scorer:
             )
         return out_PS
 
-    def _batch_errors(self, latents_Nchw: Tensor, pairs_P2: Tensor, noise_PS: Tensor, timesteps_S: Tensor) -> Tensor:
-        """Errors [P, S] in one forward; noise is [P, S, c, h, w]."""
+    def _batch_errors(self, latents_Nchw: Tensor, pairs_G2: Tensor, noise_GE: Tensor, timesteps_GE: Tensor) -> Tensor:
+        """Errors [G, E] in one forward; noise is [G, E, c, h, w]."""
         device = self.backbone.device
-        images, classes = pairs_P2.T
-        index, each = classes.to(device), len(timesteps_S)
+        images, classes = pairs_G2.T
+        index, each = classes.to(device), noise_GE.shape[1]
         with adapted(self.backbone.networks, self.layout, self.rows_CP[index]):
             errors = self.backbone.errors(
                 latents_Nchw[images].to(device).repeat_interleave(each, 0),
-                noise_PS.flatten(0, 1).to(device),
-                timesteps_S.to(device).repeat(len(pairs_P2)),
+                noise_GE.flatten(0, 1).to(device),
+                timesteps_GE.flatten().to(device),
                 self.text_CLD[index].repeat_interleave(each, 0),
+                full_batch=each == _COMPILED_TRIALS and len(index) == self._at_once // each,
             )
         return errors.view(-1, each).float().cpu()
 

@@ -238,3 +238,10 @@ def test_images_are_encoded_one_by_one_or_together_to_the_same_latents(backbone:
 def test_loading_prints_no_warning(backbone_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     Backbone.from_pretrained(backbone_folder, dtype=torch.bfloat16, device="cpu")
     assert not caplog.records
+
+
+def test_a_compiled_network_is_made_on_request_alone(backbone_folder: Path) -> None:
+    assert Backbone.from_pretrained(backbone_folder).compiled is None
+    assert Backbone.from_pretrained(backbone_folder, compile="default").compiled is not None
+    with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
+        Backbone.from_pretrained(backbone_folder, compile="fast")  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --dtype --seed",
         "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
         " --shortlist --batch_size --seed",
-        "score": "--bank --output --backbone --dtype --batch_size",
+        "score": "--bank --output --backbone --dtype --batch_size --compile",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
         " --training_share --max_test_images --shift --group --output_dir --quick --dry_run --against",
     }

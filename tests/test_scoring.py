@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,29 @@ def test_batches_that_mix_images_and_classes_give_the_errors_of_each(
     found = scorer.pair_errors(latents, "abc", torch.tensor(pairs), trials, [TIMESTEPS[s] for s in trials])
     expected = torch.stack([errors[n, c, trials] for n, c in pairs])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_full_batches_go_through_the_compiled_network_in_one_graph_and_the_rest_without(
+    backbone: Backbone, bank: Bank, latents: Tensor
+) -> None:
+    twin, batches = copy.copy(backbone), []
+    compiled = torch.compile(backbone.unet, backend="eager", dynamic=False)
+
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        batches.append(len(x))
+        return compiled(x, *rest)
+
+    twin.compiled = run
+    torch._dynamo.utils.counters.clear()
+    grid = [1, 120, 250, 400, 520, 650, 800, 990]
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    for some, trials in ((pairs, range(4)), (pairs[[0, 5, 7, 2, 8]], range(8)), (pairs[3:7], [7, 1])):
+        times = [grid[s] for s in trials]
+        expected = Scorer(backbone, bank, batch_size=1).pair_errors(latents, "abc", some, trials, times)
+        found = Scorer(twin, bank, batch_size=10).pair_errors(latents, "abc", some, trials, times)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert batches == [10] * (4 + 4)  # of 48, 40 and 8 evaluations
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_race_is_decided_on_the_errors_of_the_exhaustive_schedule(

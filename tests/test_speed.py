@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     for module in (measurement, speed_sections):
         monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
     monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which needs no C++ compiler
     config = SpeedConfig(
         backbone=str(backbone_folder),
         dataset=f"folder:{data}",
@@ -46,6 +48,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
         growth=(3, 8),
         growth_images=1,
         growth_strengths=(0.5,),
+        compile="default",
         output_dir=tmp_path / "speed",
     )
     script.main(config)
@@ -58,6 +61,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     assert everything["images"] == 6 and everything["evaluations"] <= everything["evaluations_exhaustive"] == 24
     assert found["growth"]["0.5"]["8"]["evaluations_exhaustive"] == 64
     assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
+    assert found["compiled"]["ratio"] > 0 and found["compiled"]["same_label"] == 1
     parts = found["breakdown"]["milliseconds"]
     assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "features", "u-net", "lora", "the rest"}
     assert (tmp_path / "speed" / "speed.png").is_file()

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from fewshot_diti.backbone import DtypeName, load_backbone
+from fewshot_diti.backbone import CompileMode, DtypeName, load_backbone
 from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
@@ -45,6 +45,8 @@ class ScoreConfig:
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
+        compile: mode in which torch compiles the U-Net for full batches, such as default, or reduce-overhead for CUDA
+            graphs; takes a minute or more before the first image, and a C++ compiler.
 
     Raises:
         ValueError: no image is named.
@@ -56,6 +58,7 @@ class ScoreConfig:
     backbone: str | None = None
     dtype: DtypeName = "auto"
     batch_size: int | None = None
+    compile: CompileMode | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -76,7 +79,7 @@ def score(config: ScoreConfig, console: Console) -> int:
         raise ValueError(
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
-    backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype)
+    backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype, config.compile)
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
     if config.batch_size is not None:
         classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)

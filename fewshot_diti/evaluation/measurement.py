@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, Backbone
+from fewshot_diti.backbone import POCKET, Backbone, CompileMode
 from fewshot_diti.bank import Bank, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
@@ -45,6 +45,7 @@ class SpeedConfig:
         growth_strengths: of the perturbation. On the pocket a copy by 0.3 nearly ties with its original, and one by 0.8
             differs from it in score about as much as real classes differ from each other.
         full_size: whether a race runs on Stable Diffusion 2.0's U-Net at 256 px, on random weights.
+        compile: mode of `torch.compile` in which a stacked evaluation is timed as well; None times none.
 
     Raises:
         ValueError: more published images than images.
@@ -64,6 +65,7 @@ class SpeedConfig:
     growth_images: int = 2
     growth_strengths: tuple[float, ...] = (0.3, 0.8)
     full_size: bool = False
+    compile: CompileMode | None = None
     output_dir: Path = Path("results/speed")
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class Measurement:
     @cached_property
     def made_by(self) -> dict[str, str]:
         """What must be the same for kept sections to be taken."""
-        config = {k: str(v) for k, v in asdict(self.config).items() if k not in ("full_size", "output_dir")}
+        config = {k: str(v) for k, v in asdict(self.config).items() if k not in ("full_size", "compile", "output_dir")}
         backbone = {"hash": self.backbone.hash, "dtype": str(self.backbone.dtype)}
         return config | backbone | {k: str(v) for k, v in self.settings.items()}
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
@@ -119,6 +120,28 @@ def overhead(m: Measurement) -> dict[str, Any]:
         runs = {"plain": speed.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
         found[f"classes_{count}"] = speed.ratio(speed.interleaved(runs, 7), "stacked", "plain")
     return found
+
+
+def compiled(m: Measurement) -> dict[str, Any]:
+    """A stacked forward in the U-Net that torch compiled, beside the same without, and whole races of both."""
+    files = [m.test_file(row) for row in range(min(m.config.pipeline_images, len(m.test)))]
+    backbone = Backbone.from_pretrained(m.config.backbone, dtype=m.backbone.dtype, compile=m.config.compile)
+    with_it, without = (DiTiClassifier.from_pretrained(m.bank_folder, x) for x in (backbone, m.backbone))
+    latents, trials = m.learner.encode([m.test.image(0)])[0], len(m.stages[0].trial_positions)
+    count, stacked = speed.stacked_evaluations(m.scorer, latents, trials)
+    _, faster = speed.stacked_evaluations(with_it.learner.scorer(m.bank), latents, trials)
+    _, first_seconds, _ = _timed(faster)
+    seconds = speed.interleaved({"compiled": faster, "stacked": stacked}, 7)
+    races = [_timed(partial(x.decide, files)) for x in (with_it, without)]
+    return {
+        "mode": m.config.compile,
+        "batch_size": count,
+        "seconds_before_the_first_batch": first_seconds,
+        "ratio": speed.ratio(seconds, "compiled", "stacked"),
+        "images": len(files),
+        "race_ratio": races[0][1] / races[1][1],
+        "same_label": float(np.mean([a.label == b.label for a, b in zip(races[0][0], races[1][0], strict=True)])),
+    }
 
 
 def pipeline(m: Measurement) -> dict[str, Any]:
@@ -331,6 +354,7 @@ def _decided(m: Measurement, stages: Sequence[Stage | Look], classes: Sequence[i
 SECTIONS: dict[str, Callable[[Measurement], dict[str, Any]]] = {
     "machine": machine,
     "overhead": overhead,
+    "compiled": compiled,
     "elimination": elimination,
     "schedule": schedule,
     "pipeline": pipeline,
