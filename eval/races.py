@@ -68,21 +68,31 @@ NOISE: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
 
 
 # means [races, classes] in units of the noise
-def _ahead(by: float) -> Callable[[int, int, torch.Generator], Tensor]:
-    return lambda races, classes, g: torch.where(torch.arange(classes) == 0, -by, 0.0).double().expand(races, classes)
+Means = Callable[[int, int, torch.Generator], Tensor]
 
 
-def _spread(deviation: float) -> Callable[[int, int, torch.Generator], Tensor]:
+def _spread(deviation: float) -> Means:
     return lambda races, classes, g: deviation * _independent((races, classes), g)
 
 
-MEANS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
+def _ahead(by: float, *, share: float = 0.0) -> Means:
+    """The first class, or a share of all, in front of the others, which are equal, as those in front are."""
+
+    def means(races: int, classes: int, g: torch.Generator) -> Tensor:
+        front_C = torch.arange(classes) < max(1, share * classes)
+        return torch.where(front_C, -by, 0.0).double().expand(races, classes)
+
+    return means
+
+
+MEANS: dict[str, Means] = {
     "all equal": _spread(0.0),
     "spread 0.3": _spread(0.3),
     "spread 1": _spread(1.0),
-    "one ahead by 0.25": _ahead(0.25),
     "one ahead by 0.5": _ahead(0.5),
-    "one ahead by 1": _ahead(1.0),
+    "half ahead by 1": _ahead(1.0, share=0.5),
+    "half ahead by 6": _ahead(6.0, share=0.5),
+    "all but one ahead by 20": _ahead(20.0, share=0.9),
 }
 
 

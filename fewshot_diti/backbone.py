@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -53,7 +53,7 @@ _UNET_SETTINGS = (
     "resnet_time_scale_shift",
 )
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
 
 def default_device() -> torch.device:
@@ -108,10 +108,10 @@ class Backbone:
         prediction_type: "epsilon" or "v_prediction".
         latent_channels, vae_scale_factor: read from the VAE.
         image_size: (height, width) in pixels that the backbone was trained at.
-        compiled: the U-Net as torch compiled it, for batches of one shape; None where that is not asked for.
+        compiled_unet: the U-Net as torch compiles it, for batches of one shape; None where that is not asked for.
     """
 
-    compiled: Callable[..., Any] | None = None
+    compiled_unet: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -184,20 +184,23 @@ class Backbone:
             dtype: of U-Net and text encoder; by default bfloat16 where the hardware has it, else float32.
             device: by default CUDA where there is any, else the CPU.
             xformers: its attention instead of torch's, on CUDA; the extra `xformers` installs it.
-            compile: mode of `torch.compile` for scoring in full batches, which are of one shape; the rest and training
-                go without. It needs a C++ compiler, and takes a minute or more before the first batch.
+            compile: mode of `torch.compile` for scoring in full batches, which are of one shape: two trials each of as
+                many pairs of image and class as fit. The rest, odd numbers of trials and training go without. It needs
+                a C++ compiler, and takes a minute or more before the first full batch.
 
         Whatever sampler the folder names (PNDM on the hub), its betas are read, and images are made by DDIM.
 
         Raises:
             OSError: no such folder or hub id, or a part of it is missing or damaged.
             ValueError: the model is no text-to-image Stable Diffusion 1.x or 2.x, or its tokenizer is incomplete; or
-                xformers cannot be used here.
+                xformers cannot be used here; or another mode of `torch.compile`.
         """
         where = resolve(name_or_path)
         if Path(where).is_file():
             raise NotADirectoryError(f"{where} is a file; pass the folder of a Stable Diffusion in diffusers' layout.")
         device = torch.device(device) if device is not None else default_device()
+        if compile is not None and compile not in get_args(CompileMode):
+            raise ValueError(f"compile={compile!r}; pass one of {get_args(CompileMode)}, or None.")
         if xformers and not (device.type == "cuda" and is_xformers_available()):
             raise ValueError(
                 f"xformers=True on {device.type}; it needs CUDA and `pip install 'fewshot-diti[xformers]'`. Without it "
@@ -223,7 +226,7 @@ class Backbone:
         if xformers:
             backbone.unet.enable_xformers_memory_efficient_attention()
         if compile is not None:
-            backbone.compiled = torch.compile(backbone.unet, dynamic=False, mode=compile)
+            backbone.compiled_unet = torch.compile(backbone.unet, dynamic=False, mode=compile)
         return backbone
 
     @property
@@ -328,7 +331,7 @@ class Backbone:
         (Salimans and Ho, Progressive Distillation, appendix D).
         """
         noisy = self.add_noise(latents_Bchw, noise_Bchw, timesteps_B)
-        unet = self.compiled if full_batch and self.compiled is not None else self.unet
+        unet = self.compiled_unet if full_batch and self.compiled_unet is not None else self.unet
         predicted = unet(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
         if self.prediction_type == "epsilon":
             return (noise_Bchw - predicted).square().mean((1, 2, 3))

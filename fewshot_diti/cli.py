@@ -69,3 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, TrainingError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(
+            "error: torch could not compile the U-Net; install a C++ compiler, or leave --compile out.",
+            str(error).strip().split("\n")[0],
+            file=sys.stderr,
+        )
+        return 2

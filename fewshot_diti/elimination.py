@@ -1,6 +1,6 @@
-"""Elimination: score all classes on a few trials, drop those that cannot win, go on with the rest.
+"""Elimination: score all classes on a few trials, drop those that will not win, go on with the rest.
 
-Schedules are data: `Stage` keeps the best so many classes, `Look` those that may still win. `eliminate` runs one on
+Schedules are data: `Stage` keeps the best so many classes, `Look` those that are likely to win. `eliminate` runs one on
 many images at once. It asks for errors by image, class index and trial position alone: the true label cannot reach it.
 
 Shapes in names: N images, C classes, S trials of an image, A classes still in, n trials done; a trial position is an
@@ -56,7 +56,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """One round of a race: the trials at `trial_positions`, then drop every class that cannot win any more.
+    """One round of a race: the trials at `trial_positions`, then drop the classes that are not likely to win any more.
 
     The race is for the class with the least mean over all S trials. After n of them the least likely classes are
     dropped, as many as together win with a probability of at most `error_rate`. What is known of a class's mean over S
@@ -68,11 +68,11 @@ class Look:
     Estimation", section 8.2), in which what changes slowly with t is no noise.
 
     What it guarantees, and when: given the time-steps, the noise of the trials is independent. If that of the classes'
-    errors is normal with one variance and independent from class to class, and the classes' true means are normal as
-    well, a look drops the class that all S trials would choose with a probability of `error_rate`, and all looks
-    together with at most the sum of theirs: a probability given all that has been seen holds whenever one looks.
-    `eval/races.py` simulates races, also where this does not hold: classes in families that share their noise, noise
-    that differs between classes, heavier tails.
+    errors is normal with one variance and independent from class to class, a look drops the class that all S trials
+    would choose with a probability of about `error_rate` at most, and a race ends without it with about the sum of its
+    looks' at most. About, since the prior is estimated, at each look anew. Where classes come in families that share
+    their noise, or noise differs between classes by a factor of 3 or more, it is no bound: FIGURES. `eval/races.py`
+    simulates it.
 
     ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
     """
@@ -100,7 +100,8 @@ class Look:
         freedom = (classes - 1) * 2 * (done - 1) ** 2 / (3 * done - 4)  # neighbouring differences are correlated
         chances_A = chances_of_least(*final_means(mean_A, variance, freedom, done, self.trials), freedom)
         least_likely_A = classes - 1 - chances_A.flip(0).argsort(stable=True)  # of equal ones the last comes first
-        out = least_likely_A[chances_A[least_likely_A].cumsum(0) <= self.error_rate]
+        out = least_likely_A[:-1]  # somebody wins
+        out = out[chances_A[out].cumsum(0) <= self.error_rate]
         return ~torch.isin(torch.arange(classes), out)
 
     def over(self, num_alive: int) -> bool:
@@ -112,35 +113,43 @@ def final_means(mean_A: Tensor, variance: float, freedom: float, done: int, tria
     """What `done` trials of each class make likely of its mean over all `trials`: expectation [A], standard deviation.
 
     `mean_A`: over the trials done; `variance`: of one trial, estimated with `freedom`. The trials to come are expected
-    between the class's own mean and that of all classes, the nearer to the latter the less the classes differ beyond
-    their noise: the normal prior of an empirical Bayes estimate (Efron and Morris, 1973). Its variance is the lower end
-    of the one-sided 90 % interval of that between classes: the point estimate is above it too often, and a look would
-    then drop the best of 12 equal classes up to twice as often as it may.
+    between the class's own mean and the middle of all classes, the nearer to the latter the less the classes differ
+    beyond their noise: the normal prior of an empirical Bayes estimate (Efron and Morris, 1973). The prior's variance
+    is that of the better half about the median, since a class far behind says nothing of those in front (of 3 classes
+    or fewer it is that of all), and the lower end of its one-sided 90 % interval: the point estimate is too large so
+    often that a look would drop the best of 12 equal classes up to twice as often as it may.
     """
-    noise, between = variance / done, float(mean_A.var())
-    chance = special.fdtri(len(mean_A) - 1, freedom, 0.9)  # times the noise that classes without a difference show
-    own = max(0.0, 1 - chance * noise / between) if noise else 1.0
+    classes, noise = len(mean_A), variance / done
+    if classes < 4:
+        middle, between, squares = mean_A.mean(), float(mean_A.var()), classes - 1
+    else:
+        middle, squares = mean_A.median(), (classes - 1) // 2
+        between = float((middle - mean_A).clamp(min=0).square().sum()) / squares
+    by_chance = special.fdtri(squares, freedom, 0.9) * noise  # what classes without a difference would show at most
+    own = 1.0 if not noise else max(0.0, 1 - by_chance / between) if between else 0.0
     share, left = done / trials, trials - done
-    expected_A = share * mean_A + (1 - share) * (own * mean_A + (1 - own) * mean_A.mean())
+    expected_A = share * mean_A + (1 - share) * (own * mean_A + (1 - own) * middle)
     return expected_A, (1 - share) * (own * noise + variance / left) ** 0.5
 
 
 def chances_of_least(expected_A: Tensor, deviation: float, freedom: float) -> Tensor:
-    """Probability [A] that each of A independent variables is the least of all; they sum to 1.
+    """Probability [A] that each of A independent variables is the least of all.
 
-    Each has Student's distribution with `freedom` about its expectation, and one scale. Summed over cells of a tenth of
-    the deviation about the smallest expectation, and the two that reach beyond 8 deviations.
+    Each has Student's distribution with `freedom` about its expectation, and one scale. Summed over cells that grow
+    with the distance from the smallest expectation, from a twentieth of the deviation to millions of it.
     """
+    behind_A = (expected_A - expected_A.min()).numpy()
     if not deviation:
-        least_A = (expected_A == expected_A.min()).double()
+        least_A = torch.from_numpy(behind_A == 0).double()
         return least_A / least_A.sum()
-    edges_K1 = deviation * np.linspace(-8, 8, 161)[:, None] + float(expected_A.min())
-    below_KA = special.stdtr(freedom, (edges_K1 - expected_A.numpy()) / deviation)
+    edges_K1 = np.sinh(np.linspace(-16, 16, 321))[:, None] / 2
+    below_KA = special.stdtr(freedom, edges_K1 - behind_A / deviation)
     below_KA = np.vstack([np.zeros_like(below_KA[:1]), below_KA, np.ones_like(below_KA[:1])])
     inside_KA, above_KA = np.diff(below_KA, axis=0), 1 - (below_KA[1:] + below_KA[:-1]) / 2
     log_above_KA = np.log(above_KA.clip(1e-300))
     others_KA = np.exp(log_above_KA.sum(1, keepdims=True) - log_above_KA)
-    return torch.from_numpy((inside_KA * others_KA).sum(0))
+    chances_A = torch.from_numpy((inside_KA * others_KA).sum(0))
+    return chances_A / chances_A.sum()
 
 
 class Elimination(NamedTuple):
@@ -208,8 +217,8 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
 def racing(trials: int, *, confidence: float) -> tuple[Look, ...]:
     """Looks after 2, 4, 6, 8, 12, 18, 26, .. and all `trials`, spread evenly over t (`nested_order`).
 
-    `confidence`: about the probability, at least, that a race ends with the label of all trials, under the assumptions
-    of `Look`; 1 - confidence is shared evenly by the looks that can drop a class early. ValueError: outside (0, 1).
+    `confidence`: about the probability, at least, that a race ends with the label of all trials, where the assumptions
+    of `Look` hold; the looks that can drop a class early share 1 - confidence evenly. ValueError: outside (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}; give a probability between 0 and 1")

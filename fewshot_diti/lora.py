@@ -197,7 +197,7 @@ def adapted(networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor) -> 
         for target, adapters in layout.split(rows_GP).items():
             module = networks[target.network].get_submodule(target.name)
             before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
-            module.__dict__ |= {"adapters": adapters, "forward": MethodType(_adapted_forward, module)}
+            module.__dict__.update(adapters=adapters, forward=MethodType(_adapted_forward, module))
         yield
     finally:
         for module, attributes in before.items():

@@ -45,9 +45,10 @@ class ScoringConfig:
         density: "even", or "importance": more trials where the weighted errors of the shots differ more between
             classes (`timesteps.importance`); the score averages w / q times the error.
         decide: "exhaustive" gives every class every trial, "published" eliminates by `stages`, "racing" drops a class
-            once it cannot win any more (`elimination.Look`).
+            once it is not likely to win any more (`elimination.Look`).
         stages: (trials so far, classes kept) each, of "published".
-        confidence: of "racing", about the probability, at least, that it ends with the label of all trials.
+        confidence: of "racing", about the probability, at least, that it ends with the label of all trials, where the
+            assumptions of `elimination.Look` hold.
         weighting: as `timesteps.parse_weighting` reads it.
         features_weight: what each nat of a class's log-probability by the U-Net's own features of an image
             (`features.fit_discriminant`) takes off its score, in units of the score as `weighting` makes it; 0 leaves

@@ -24,7 +24,7 @@ from fewshot_diti.trials import trial_noise
 
 _IN_FLIGHT = 16
 _STACKED_AT_ONCE = 8  # classes
-_COMPILED_TRIALS = 2  # of a group, as in the first look of a race; later looks have a multiple
+_COMPILED_TRIALS = 2  # of a group; the looks of a race have a multiple, but for the last where S is odd
 
 
 class Scorer:
@@ -44,6 +44,7 @@ class Scorer:
         bank.check_backbone(backbone)
         self.backbone, self.bank, self.seed, self.batch_size = backbone, bank, seed, batch_size
         self._at_once = batch_size  # what memory has been found to hold
+        self._full_GP: Tensor | None = None
         self.layout, self.rows_CP, self.text_CLD = self._stack()
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class Scorer:
             ValueError: an error is not finite, naming the class.
         """
         shape, count = tuple(latents_Nchw.shape[1:]), len(trials)
-        compiled = self.backbone.compiled is not None and count % _COMPILED_TRIALS == 0
+        compiled = self.backbone.compiled_unet is not None and count % _COMPILED_TRIALS == 0
         each = _COMPILED_TRIALS if compiled else count  # trials of a group
         groups_P2 = pairs_P2.repeat_interleave(count // each, 0)
         trials_PE = torch.arange(count).view(-1, each).repeat(len(pairs_P2), 1)
@@ -128,15 +129,24 @@ class Scorer:
         device = self.backbone.device
         images, classes = pairs_G2.T
         index, each = classes.to(device), noise_GE.shape[1]
-        with adapted(self.backbone.networks, self.layout, self.rows_CP[index]):
+        full_batch = each == _COMPILED_TRIALS and len(index) == self._at_once // each
+        with adapted(self.backbone.networks, self.layout, self._rows(index, full_batch)):
             errors = self.backbone.errors(
                 latents_Nchw[images].to(device).repeat_interleave(each, 0),
                 noise_GE.flatten(0, 1).to(device),
                 timesteps_GE.flatten().to(device),
                 self.text_CLD[index].repeat_interleave(each, 0),
-                full_batch=each == _COMPILED_TRIALS and len(index) == self._at_once // each,
+                full_batch=full_batch,
             )
         return errors.view(-1, each).float().cpu()
+
+    def _rows(self, index_G: Tensor, full_batch: bool) -> Tensor:
+        """The adapters of some classes; of a full batch at one address, for which CUDA graphs are recorded."""
+        if not full_batch or self.backbone.compiled_unet is None:
+            return self.rows_CP[index_G]
+        if self._full_GP is None or len(self._full_GP) != len(index_G):
+            self._full_GP = self.rows_CP.new_empty(len(index_G), self.rows_CP.shape[1])
+        return torch.index_select(self.rows_CP, 0, index_G, out=self._full_GP)
 
 
 def error_tensor(

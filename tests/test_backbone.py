@@ -241,7 +241,7 @@ def test_loading_prints_no_warning(backbone_folder: Path, caplog: pytest.LogCapt
 
 
 def test_a_compiled_network_is_made_on_request_alone(backbone_folder: Path) -> None:
-    assert Backbone.from_pretrained(backbone_folder).compiled is None
-    assert Backbone.from_pretrained(backbone_folder, compile="default").compiled is not None
-    with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
+    assert Backbone.from_pretrained(backbone_folder).compiled_unet is None
+    assert Backbone.from_pretrained(backbone_folder, compile="default").compiled_unet is not None
+    with pytest.raises(ValueError, match="compile='fast'; pass one of"):
         Backbone.from_pretrained(backbone_folder, compile="fast")  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     for module in (measurement, speed_sections):
         monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
     monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which needs no C++ compiler
     config = SpeedConfig(
         backbone=str(backbone_folder),
@@ -62,6 +63,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     assert found["growth"]["0.5"]["8"]["evaluations_exhaustive"] == 64
     assert set(found["training"]["validation_loss"]) == {"joint", "published", "without class tokens"}
     assert found["compiled"]["ratio"] > 0 and found["compiled"]["same_label"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     parts = found["breakdown"]["milliseconds"]
     assert parts["u-net"] > 0 and set(parts) == {"decode", "vae", "features", "u-net", "lora", "the rest"}
     assert (tmp_path / "speed" / "speed.png").is_file()

@@ -41,6 +41,7 @@ class PublishedProcedure:
     def __init__(self, backbone: Backbone, layout: Layout, geometry: ImageGeometry, *, batch_size: int = 96) -> None:
         self.layout, self.geometry, self.batch_size = layout, geometry, batch_size
         self.backbone = copy.copy(backbone)
+        self.backbone.compiled_unet = None  # that of the other U-Net
         self.backbone.unet, self.backbone.text_encoder = map(copy.deepcopy, (backbone.unet, backbone.text_encoder))
         for network, module in self.backbone.networks.items():
             names = [t.name for t in layout.targets if t.network == network]

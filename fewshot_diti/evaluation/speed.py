@@ -88,12 +88,13 @@ def plain_evaluations(backbone: Backbone, latents: Tensor, count: int) -> Callab
 def stacked_evaluations(scorer: Scorer, latents: Tensor, trials: int) -> tuple[int, Callable[[], object]]:
     """How many evaluations fill a batch with `trials` of each class, and these as the scorer makes them.
 
-    As many classes as fit, of as many images as they leave room for; all images have the same latents [c, h, w].
+    As many classes as fit, of as many images as it takes; all images have the same latents [c, h, w].
     """
     grid = even_grid(trials, 0, scorer.backbone.num_train_timesteps).tolist()
-    classes = max(1, min(len(scorer.bank), scorer.batch_size // trials))
-    images = max(1, scorer.batch_size // (trials * classes))
-    pairs = torch.cartesian_prod(torch.arange(images), torch.arange(classes))
+    count = max(1, scorer.batch_size // trials)
+    classes = min(len(scorer.bank), count)
+    images = -(-count // classes)
+    pairs = torch.cartesian_prod(torch.arange(images), torch.arange(classes))[:count]
     ids = [f"image {n}" for n in range(images)]
     latents_Nchw = latents.expand(images, *latents.shape)
     return len(pairs) * trials, lambda: scorer.pair_errors(latents_Nchw, ids, pairs, range(trials), grid)

@@ -123,24 +123,24 @@ def overhead(m: Measurement) -> dict[str, Any]:
 
 
 def compiled(m: Measurement) -> dict[str, Any]:
-    """A stacked forward in the U-Net that torch compiled, beside the same without, and whole races of both."""
-    files = [m.test_file(row) for row in range(min(m.config.pipeline_images, len(m.test)))]
+    """A stacked forward, and a race of several images, in the U-Net that torch compiled beside the same without."""
     backbone = Backbone.from_pretrained(m.config.backbone, dtype=m.backbone.dtype, compile=m.config.compile)
-    with_it, without = (DiTiClassifier.from_pretrained(m.bank_folder, x) for x in (backbone, m.backbone))
-    latents, trials = m.learner.encode([m.test.image(0)])[0], len(m.stages[0].trial_positions)
-    count, stacked = speed.stacked_evaluations(m.scorer, latents, trials)
-    _, faster = speed.stacked_evaluations(with_it.learner.scorer(m.bank), latents, trials)
-    _, first_seconds, _ = _timed(faster)
-    seconds = speed.interleaved({"compiled": faster, "stacked": stacked}, 7)
-    races = [_timed(partial(x.decide, files)) for x in (with_it, without)]
+    scorers = {"compiled": replace(m.learner, backbone=backbone).scorer(m.bank), "plain": m.scorer}
+    rows = range(min(m.config.pipeline_images, len(m.test)))
+    latents_Nchw, trials = m.learner.encode([m.test.image(row) for row in rows]), len(m.stages[0].trial_positions)
+    stacked = {name: speed.stacked_evaluations(x, latents_Nchw[0], trials) for name, x in scorers.items()}
+    forwards = {name: forward for name, (_, forward) in stacked.items()}
+    races = {name: partial(_race, m, x, latents_Nchw) for name, x in scorers.items()}
+    _, first_seconds, _ = _timed(forwards["compiled"])
+    labels = [[decision.label for decision in race()] for race in races.values()]
     return {
         "mode": m.config.compile,
-        "batch_size": count,
+        "batch_size": stacked["compiled"][0],
         "seconds_before_the_first_batch": first_seconds,
-        "ratio": speed.ratio(seconds, "compiled", "stacked"),
-        "images": len(files),
-        "race_ratio": races[0][1] / races[1][1],
-        "same_label": float(np.mean([a.label == b.label for a, b in zip(races[0][0], races[1][0], strict=True)])),
+        "ratio": speed.ratio(speed.interleaved(forwards, 7), "compiled", "plain"),
+        "images": len(rows),
+        "race_ratio": speed.ratio(speed.interleaved(races, 3), "compiled", "plain"),
+        "same_label": float(np.mean(np.equal(labels[0], labels[1]))),
     }
 
 
@@ -258,11 +258,17 @@ def growth(m: Measurement) -> dict[str, Any]:
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
 
-def _race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Elimination], int]:
-    """The first test images among a bank's classes, and the bytes of its stacked weights."""
-    scorer, stages = m.learner.scorer(bank), m.classifier.scoring.schedule(len(bank))
+def _race(m: Measurement, scorer: Scorer, latents_Nchw: Tensor) -> list[Elimination]:
+    """The first test images among a bank's classes, by class tokens alone."""
     times, ids = m.classifier.calibration_.timesteps, m.test.ids[: len(latents_Nchw)]
-    return decide(scorer, latents_Nchw, ids, times, m.weights, stages), scorer.rows_CP.nbytes
+    stages = m.classifier.scoring.schedule(len(scorer.bank))
+    return decide(scorer, latents_Nchw, ids, times, m.weights, stages)
+
+
+def _stacked_race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Elimination], int]:
+    """The same from the bank on, and the bytes of its stacked weights."""
+    scorer = m.learner.scorer(bank)
+    return _race(m, scorer, latents_Nchw), scorer.rows_CP.nbytes
 
 
 def _growth(m: Measurement, strength: float) -> dict[str, Any]:
@@ -270,7 +276,7 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
     latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
     for count in m.config.growth:
         bank = speed.perturbed_bank(m.bank, count, strength=strength)
-        (decisions, stacked), memory = speed.memory_beyond(partial(_race, m, bank, latents))
+        (decisions, stacked), memory = speed.memory_beyond(partial(_stacked_race, m, bank, latents))
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
             "evaluations_exhaustive": count_evaluations(exhaustive(len(m.weights)), count),
