@@ -118,7 +118,7 @@ def overhead(m: Measurement) -> dict[str, Any]:
         trials = len(m.classifier.scoring.schedule(count)[0].trial_positions)
         evaluations, stacked = speed.stacked_evaluations(scorer, latents, trials)
         runs = {"plain": speed.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
-        found[f"classes_{count}"] = speed.ratio(speed.interleaved(runs, 7), "stacked", "plain")
+        found[f"classes_{count}"] = speed.ratio(speed.interleaved(runs, 21), "stacked", "plain")
     return found
 
 
