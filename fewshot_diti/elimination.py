@@ -71,8 +71,9 @@ class Look:
     errors is normal with one variance and independent from class to class, a look drops the class that all S trials
     would choose with a probability of about `error_rate` at most, and a race ends without it with about the sum of its
     looks' at most. About, since the prior is estimated, at each look anew. Where classes come in families that share
-    their noise, or noise differs between classes by a factor of 3 or more, it is no bound: FIGURES. `eval/races.py`
-    simulates it.
+    their noise, or noise differs between classes by a factor of 3 or more, it is no bound: at
+    confidence 0.9, up to 17 and 14 of 100 races among 12 classes miss, mostly where several are as good as the best
+    (`eval/races.py`).
 
     ValueError: positions as in `Stage`, fewer than 2 trials at the first look, or an error rate outside (0, 1).
     """
