@@ -212,7 +212,7 @@ def test_a_race_does_all_trials_in_growing_rounds_and_stops_when_one_class_is_le
 
 @pytest.mark.parametrize("classes", [3, 30])
 def test_a_race_misses_the_label_of_all_trials_no_more_often_than_its_confidence_allows(classes):
-    """Errors as `Look` assumes them, most images undecided: the worst case for it."""
+    """Errors as `Look` assumes them, most images undecided."""
     N, S = 1500, 64
     g = torch.Generator().manual_seed(0)
     means = 0.15 * torch.randn(N, classes, 1, generator=g)

@@ -42,7 +42,7 @@ class DemoConfig:
         output_dir: folder that gets the bank and the picture of predictions.
         shots: training images of each class, 1 to 24.
         test_images: number of test images, balanced over classes and over liveries seen and unseen, at most 240.
-        trials: pairs of time-step and noise for each image and class, at most: a class that cannot win any more gets
+        trials: pairs of time-step and noise for each image and class, at most: a class not likely to win any more gets
             no further ones.
         zero_shot_trials: the same for the zero-shot backbone.
         backbone: "pocket", a folder in diffusers' layout, or a hub id.
