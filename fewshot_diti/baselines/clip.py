@@ -13,10 +13,11 @@ from PIL import Image
 from scipy.special import softmax
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, default_device, hash_weights
+from fewshot_diti.backbone import POCKET, default_device
 from fewshot_diti.baselines.base import Baseline, KeptFeatures
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.files import shipped
+from fewshot_diti.hashes import hash_weights
 
 VIT_H = "ViT-H-14/laion2b_s32b_b79k"  # what the published figures stand on
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fewshot_diti.backbone import POCKET, default_device, hash_weights
+from fewshot_diti.backbone import POCKET, default_device
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
+from fewshot_diti.hashes import hash_weights
 
 PACKAGED = "efficientnet-lite0"
 EPOCHS = 20

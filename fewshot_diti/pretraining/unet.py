@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.attention import attention_for_training
-from fewshot_diti.backbone import hash_weights
 from fewshot_diti.files import write_atomically
+from fewshot_diti.hashes import hash_weights
 from fewshot_diti.pretraining.captions import GENERIC_CAPTION, Captioner, train_tokenizer
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
 from fewshot_diti.pretraining.renders import Renders, false_colour_copies, load_renders, split_held_out

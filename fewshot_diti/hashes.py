@@ -1,0 +1,73 @@
+"""Hashes of weights, and of a backbone: class tokens hold for the one that they were trained on, and for no other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+# what decides an error beside weights and vocabulary; names, not whole configurations, which grow with each release
+_SCHEDULER_SETTINGS = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+_VAE_SETTINGS = ("scaling_factor", "act_fn", "norm_num_groups")
+_TEXT_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+_UNET_SETTINGS = (
+    "act_fn",
+    "attention_head_dim",
+    "center_input_sample",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "resnet_time_scale_shift",
+)
+
+
+def hash_backbone(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> str:
+    """32 hex characters that identify all that decides an error; files in fp32 and in fp16 agree."""
+    decides = (
+        hash_weights(vae, text_encoder, unet),
+        _settings(vae.config, _VAE_SETTINGS),
+        _settings(text_encoder.config, _TEXT_SETTINGS),
+        _settings(unet.config, _UNET_SETTINGS),
+        # the schedule's numbers, not its tensors: these are rounded differently from processor to processor
+        _settings(scheduler.config, _SCHEDULER_SETTINGS),
+        sorted(tokenizer.get_vocab().items()),
+    )
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
+
+
+def hash_weights(*modules: nn.Module) -> str:
+    """32 hex characters of the sha256 of names, shapes and values as fp16: an fp32 file and its fp16 copy agree."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if tensor.is_floating_point():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:32]
+
+
+def _settings(config: Any, names: Sequence[str]) -> str:
+    return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
