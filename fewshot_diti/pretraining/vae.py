@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fewshot_diti.hashes import hash_weights
 from fewshot_diti.pretraining.linear_start import linear_start
-from fewshot_diti.pretraining.losses import PerceptualLoss, weights_of_object
 from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
+from fewshot_diti.pretraining.losses import PerceptualLoss, weights_of_object
 from fewshot_diti.pretraining.renders import load_renders, shuffle_colours, split_held_out
 
 

@@ -1,0 +1,91 @@
+"""What the tiny backbone gave before the code was moved; `python tests/golden.py` writes tests/golden.json anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import save_tiny_backbone
+from PIL import Image
+from small_classifier import COLOURS, SCORING, TRAINING
+
+from fewshot_diti import Backbone, DiTiClassifier
+
+FILE = Path(__file__).parent / "golden.json"
+# the kernels that torch chooses for a processor decide the last bits
+PROCESSOR = f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def picture(label: str, number: int) -> Image.Image:
+    """Noise of a class's colour, of various sizes."""
+    rng = np.random.default_rng([list(COLOURS).index(label), number])
+    pixels = np.clip(np.array(COLOURS[label]) + rng.normal(0, 40, (20 + number, 37, 3)), 0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def compute(folder: Path) -> dict[str, Any]:
+    """Weights, errors, calibration and decisions of classifiers with settings of each kind, by name."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    backbone = Backbone.from_pretrained(save_tiny_backbone(folder), dtype=torch.float32, device="cpu")
+    labels = ["a320", "dc-9", "tu-154"]
+    shots = [picture(x, i) for x in labels for i in range(3)], [x for x in labels for _ in range(3)]
+    tests = [picture(x, i) for x in labels for i in (3, 4)]
+    found = {}
+    for name, settings in kinds().items():
+        classifier = DiTiClassifier(backbone, concept="aircraft", **settings).fit(*shots)
+        decisions = classifier.decide(tests)
+        calibration, rows = classifier.calibration_, classifier.bank_.rows
+        found[name] = {
+            "rows": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+            "rows_norm": rows.double().norm().item(),
+            "timesteps": list(calibration.timesteps),
+            "weights": list(calibration.weights),
+            "temperature": calibration.temperature,
+            "accuracy": calibration.accuracy,
+            "errors": classifier.errors(tests).flatten().tolist(),
+            "scores": [decision.scores.tolist() for decision in decisions],
+            "labels": classifier.predict(tests).tolist(),
+            "evaluations": [decision.evaluations for decision in decisions],
+        }
+    torch.set_num_threads(threads)
+    return found
+
+
+def kinds() -> dict[str, dict[str, Any]]:
+    """Settings of every kind: a schedule, a weighting, with features, with held-out shots, with prior images."""
+    shipped = replace(
+        SCORING, trials=12, timesteps=(0, 900), density="importance", decide="racing", weighting="relative"
+    )
+    published = {"trials": 20, "decide": "published", "stages": ((5, 2), (20, 1)), "weighting": "tif_released"}
+    return {
+        "exhaustive": {"training": TRAINING, "scoring": SCORING},
+        "as shipped": {"training": TRAINING, "scoring": replace(shipped, features_weight=0.001, confidence=0.7)},
+        "held out": {
+            "training": TRAINING,
+            "scoring": replace(shipped, folds=2, temperature=None, features_weight=0.001, shortlist=2),
+        },
+        "window from held-out shots": {
+            "training": TRAINING,
+            "scoring": replace(SCORING, trials=20, weighting="auto", folds=2, temperature=None),
+        },
+        "published": {
+            "training": replace(TRAINING, prior_weight=1.0, prior_images=2, lr_schedule="cosine", blocks="medium"),
+            "scoring": replace(SCORING, **published),
+        },
+    }
+
+
+if __name__ == "__main__":
+    known = json.loads(FILE.read_text()) if FILE.is_file() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        known[PROCESSOR] = compute(Path(temporary) / "tiny-sd")
+    FILE.write_text(json.dumps(known, indent=1) + "\n")
+    sys.exit(0)
