@@ -22,7 +22,7 @@ from fewshot_diti.baselines.base import LazyImages
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
 from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
-from fewshot_diti.timesteps import score
+from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
 
 

@@ -1,10 +1,17 @@
-"""Few-shot fine-grained classification by a Stable Diffusion's time-steps."""
+"""Few-shot fine-grained classification by a Stable Diffusion's timesteps."""
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.learning import TrainingError
-from fewshot_diti.recommended import ScoringConfig
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti.training import TrainingError
 
-__all__ = ["Backbone", "Bank", "DiTiClassifier", "ScoringConfig", "TrainingConfig", "TrainingError"]
+__all__ = [
+    "Backbone",
+    "Bank",
+    "DiTiClassifier",
+    "PredictionConfig",
+    "ScoringConfig",
+    "TrainingConfig",
+    "TrainingError",
+]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti.config import TrainingConfig
 from fewshot_diti.trials import stream
 
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

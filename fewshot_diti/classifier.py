@@ -1,158 +1,168 @@
-"""The classifier: fit on a few images a class, predict, extend, save."""
+"""The classifier: fit on a few images per class, predict, extend, save."""
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, plain_labels
-from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
+from fewshot_diti.bank_files import FEATURES, SETTINGS
+from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
+from fewshot_diti.classifier_files import Saved, features_file, read_features, read_settings, settings_file
+from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
-from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
-from fewshot_diti.elimination import Elimination
-from fewshot_diti.features import Discriminant, fit_discriminant, score_offsets
+from fewshot_diti.data.images import ImageGeometry, ImageSource
+from fewshot_diti.discriminant import Discriminant, fit_discriminant, score_offsets
+from fewshot_diti.distributed import gather, my_share, process_state, progress
+from fewshot_diti.elimination import Decision
+from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.inputs import as_list, as_many, group_shots
-from fewshot_diti.learning import Learner, raise_failed
-from fewshot_diti.processes import process_state
+from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import with_article
-from fewshot_diti.recommended import ScoringConfig, recommended_scoring
-from fewshot_diti.saved import FEATURES_FILE, SETTINGS_FILE, features_file, read_features, read_settings, settings_file
-from fewshot_diti.scoring import Scorer, decide, error_tensor
-from fewshot_diti.training import Label, TrainingConfig
+from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
+from fewshot_diti.training import Groups, Prompts, raise_failed
+from fewshot_diti.weighting import fixed_weights
 
-_FEATURES_AT_ONCE = 64  # images whose features are held in memory
+_REMEMBERED = 128  # decisions
 
 
-class DiTiClassifier:
-    """A few-shot classifier on the denoising errors of a Stable Diffusion.
+class DiTiClassifier(ClassifierMixin, BaseEstimator):
+    """A few-shot classifier on the denoising errors of a Stable Diffusion, with the API of scikit-learn.
 
-    Where `scoring` asks for it (as is recommended for small backbones), the frozen U-Net's own features of an image
-    have a say beside the class tokens; those of the shots and of three copies in other colours are then kept with the
-    bank (8 x 16 values a channel: 655 KB a shot with Stable Diffusion 2.0 at 512 pixels).
+    Where the scoring gives them a weight (as is recommended for small backbones), the frozen U-Net's own features of an
+    image count beside the class tokens; those of the shots and of three copies in other colours are then kept with the
+    bank (8 x 16 values per channel: 655 KB per shot with Stable Diffusion 2.0 at 512 pixels).
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
-        concept: what all classes are, in the singular; it enters the prompts.
+        concept: what all classes are, in the singular, such as "bird"; it enters the prompts. The pocket knows aircraft
+            alone; with other backbones it has to be given, or the prompts.
         prompt_template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt
             and differ in their LoRA alone. By default with the rare word before the class (TiF, section 4.1).
         generic_prompt: prompt of the prior images.
-        training, scoring: by default what the package recommends for this backbone and number of shots. That takes a
-            fixed temperature; a scoring with folds and temperature=None fits one on held-out shots, so that
-            probabilities suit the classes at hand, for one more training a fold.
+        training: how class tokens are trained; what is not given is recommended for the backbone and number of shots.
+        scoring: what a score is, fixed by `fit`. The recommended one has a fixed temperature; with folds and
+            temperature="fit" it is fitted on held-out shots, so that probabilities suit the classes at hand, for one
+            more training per fold.
+        prediction: how an image is decided; may be changed between predictions.
         geometry: size and resize rule; by default the backbone's size, cropped.
 
     Attributes:
-        classes_: the labels, sorted, after `fit`.
-        bank_: the class tokens, in the order of `classes_`, after `fit`.
-        calibration_: weights and temperature, after `fit`.
+        classes_: the labels, sorted.
+        bank_: the class tokens, in the order of `classes_`.
+        calibration_: weights of the trials and temperature.
+        settings_: the three configurations as `fit` completed them.
+        backbone_, geometry_, prompts_: loaded and completed.
+        complete_: whether all that `fit` does was done.
     """
+
+    bank_: Bank | None = None
+    calibration_: Calibration
+    settings_: Settings
+    backbone_: Backbone
+    geometry_: ImageGeometry
+    prompts_: Prompts
+    complete_: bool = False
 
     def __init__(
         self,
         backbone: str | Path | Backbone = POCKET,
         *,
-        concept: str = "aircraft",
+        concept: str | None = None,
         prompt_template: str | None = None,
         generic_prompt: str | None = None,
         training: TrainingConfig | None = None,
         scoring: ScoringConfig | None = None,
+        prediction: PredictionConfig | None = None,
         geometry: ImageGeometry | None = None,
     ) -> None:
-        self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.from_pretrained(backbone)
-        self.concept, self.training = concept, training
-        self.prompt_template = prompt_template or f"a photo of a hta {{}}, a type of {concept}."
-        self.generic_prompt = generic_prompt or f"a photo of {with_article(concept)}"
-        self.scoring = scoring or recommended_scoring(small=self.backbone.small)
-        self.geometry = geometry or ImageGeometry(size=self.backbone.image_size)
-        self.backbone.check_image_size(self.geometry.size)
-        if self.scoring.timesteps[1] > self.backbone.num_train_timesteps:
-            raise ValueError(
-                f"Scoring at timesteps={self.scoring.timesteps} exceeds the {self.backbone.num_train_timesteps} "
-                f"time-steps of backbone {self.backbone.name!r}; pass (lo, hi) inside its schedule."
-            )
-        fixed_weights(self.scoring.weighting, self.backbone.alphas_cumprod)  # refuses a window beyond the schedule
-        self._shot_features: dict[Label, Tensor] = {}  # of each class, where the scoring asks for them
-        self._decisions: dict[tuple[str, ScoringConfig, Calibration], Elimination] = {}
-        self._scorer: Scorer | None = None
-        self._discriminant: Discriminant | None = None
+        self.backbone = backbone
+        self.concept = concept
+        self.prompt_template = prompt_template
+        self.generic_prompt = generic_prompt
+        self.training = training
+        self.scoring = scoring
+        self.prediction = prediction
+        self.geometry = geometry
 
-    @property
-    def learner(self) -> Learner:
-        """What trains banks with this classifier's settings."""
-        return Learner(
-            backbone=self.backbone,
-            geometry=self.geometry,
-            prompt_template=self.prompt_template,
-            generic_prompt=self.generic_prompt,
-            training=self.training,
-            scoring=self.scoring,
-        )
-
-    def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
-        """Learns one class token a label from the shots.
+    def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
+        """Learns one class token per label from the shots.
 
         Args:
             images: paths, PIL images or uint8 arrays.
-            labels: one str, int or bool an image, at least two different ones.
+            labels: one str, int or bool per image, at least two different ones.
 
         Raises:
-            ValueError: lengths differ, labels of mixed type, fewer than two classes, or one image under two labels.
+            ValueError: lengths differ, labels of mixed type, fewer than two classes, one image under two labels, or
+                settings that do not go together or with the backbone.
             TrainingError: a class's loss was not finite; the classifier holds the other classes. Or it was so in
                 cross-validation; the classifier holds all classes, uncalibrated.
 
-        Where a class has one shot nothing can be held out, so `auto` and a temperature of None fall back to what the
-        package recommends for the backbone, with a warning. With a large backbone on a CPU it first says how long it
-        will take.
+        Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to the preset's,
+        with a warning. With a large backbone on a CPU it first says how long it will take.
         """
-        groups = group_shots(images, labels)
+        self._load()
+        groups = group_shots(images, labels, self.encoder_.prepare)
         if len(groups) < 2:
             raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
+        self.settings_ = self._settings(groups)
+        self.settings_.check(self.backbone_.num_train_timesteps)
+        fixed_weights(self.settings_.scoring.weighting, self.backbone_.alphas_cumprod)  # refuses an impossible window
         self._set_bank(None)
-        learner = self.learner
+        training, scoring, _ = self.settings_
         shots = sum(len(x) for x in groups.values())
-        evaluations = training_evaluations(learner.config(groups), self.scoring, shots, len(groups))
-        announce_time(self.backbone, self.geometry.size, evaluations, "training")
-        failed = self._learn(groups, learner)
-        learned = {x: g for x, g in groups.items() if x not in failed}
-        self.calibration_ = uncalibrated(learner)  # whatever happens from here on, the class tokens can be used
+        evaluations = training_evaluations(training, scoring, shots, len(groups))
+        announce_time(self.backbone_, self.geometry_.size, evaluations, "training")
         try:
-            if learned:
-                self.calibration_ = calibrate(learner, self._fitted(), learned, self._shot_features)
-        finally:  # whatever else went wrong, the classes that failed are named
-            raise_failed(failed)
+            failed = self._learn(groups)
+            learned = {x: g for x, g in groups.items() if x not in failed}
+            # whatever happens from here on, the class tokens can be used
+            self.calibration_ = uncalibrated(self.backbone_, self.settings_)
+            try:
+                if learned:
+                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._shot_features)
+                    self.complete_ = not failed
+            finally:  # whatever else went wrong, the classes that failed are named
+                raise_failed(failed)
+        finally:
+            self.encoder_.forget()
         return self
 
-    def partial_fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> DiTiClassifier:
+    def add_classes(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
 
-        What the U-Net's own features say, where the scoring asks for them, is always relative to all classes.
+        What the U-Net's own features say, where they count, is always relative to all classes.
 
         Raises:
-            ValueError: as `fit`, a class that the bank has already, or the scoring asks for features and the bank was
-                learned without.
+            ValueError: as `fit`, a class that the bank has already, or features count and the bank has none.
         """
-        if self.bank_ is None:
-            return self.fit(images, labels)
-        groups = group_shots(images, labels)
-        if len(self.bank_) and type(next(iter(groups))) is not type(self.bank_.labels[0]):
-            raise ValueError(f"Labels are {type(self.bank_.labels[0]).__name__} in the bank, got {list(groups)}.")
-        known = [x for x in groups if x in self.bank_.labels]
+        bank = self._fitted()
+        groups = group_shots(images, labels, self.encoder_.prepare)
+        if len(bank) and type(next(iter(groups))) is not type(bank.labels[0]):
+            raise ValueError(f"Labels are {type(bank.labels[0]).__name__} in the bank, got {list(groups)}.")
+        known = [x for x in groups if x in bank.labels]
         if known:
-            raise ValueError(f"Classes {known} are in the bank already; call remove first, or leave them out.")
-        self._check_features()
-        raise_failed(self._learn(groups, self.learner))
+            raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
+        self._check_features(self._prediction())
+        try:
+            raise_failed(self._learn(groups))
+        finally:
+            self.encoder_.forget()
         return self
 
-    def remove(self, labels: Sequence[Label]) -> DiTiClassifier:
+    def remove_classes(self, labels: Sequence[Label]) -> Self:
         """Takes classes out of the bank; the others, and the calibration, stay as they are to the bit.
 
         Raises:
@@ -160,9 +170,6 @@ class DiTiClassifier:
         """
         self._set_bank(self._fitted().remove(labels), self._shot_features)
         return self
-
-    bank_: Bank | None = None
-    calibration_: Calibration
 
     @property
     def classes_(self) -> np.ndarray:
@@ -172,7 +179,7 @@ class DiTiClassifier:
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> Any:
         """The label of one image, or an array of labels of many."""
         one, many = as_list(images)
-        labels = self.classes_[[decision.label for decision in self.decide(many)]]
+        labels = self.classes_[[decision.position for decision in self.decide(many)]]
         return labels[0].item() if one else labels
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
@@ -183,94 +190,120 @@ class DiTiClassifier:
 
     def probabilities(self, scores_NC: Tensor) -> np.ndarray:
         """Probabilities [N, C] of scores [N, C]."""
+        if self.calibration_.temperature_from == "preset" and not PRESETS[self.backbone_.kind].measured:
+            if not self._warned:
+                warnings.warn(
+                    f"The temperature {self.calibration_.temperature} is a guess, not measured on backbones like "
+                    f"{self.backbone_.name!r}: labels do not depend on it, probabilities do. Fit it on the shots with "
+                    "ScoringConfig(folds=3, temperature='fit').",
+                    stacklevel=3,
+                )
+            self._warned = True
         return (-scores_NC / self.calibration_.temperature).softmax(1).numpy()
 
-    def score(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> float:
+    def score(self, images: Sequence[ImageSource], labels: Sequence[Label], sample_weight: Any = None) -> float:
         """Accuracy, 0 to 1.
 
         Raises:
-            ValueError: not one label an image, or labels of another type than the classes.
+            ValueError: not one label per image, or labels of another type than the classes.
         """
         images, values = as_many(images), plain_labels(labels)
         if len(values) != len(images):
-            raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
+            raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label per image.")
         known = {type(x).__name__ for x in self._fitted().labels}
         if others := {type(x).__name__ for x in values} - known:
             raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
-        return float(accuracy_score(values, self.predict(images)))
+        return float(accuracy_score(values, self.predict(images), sample_weight=sample_weight))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
         """Scores [N, C], float64; the smallest wins. Infinite for a class off the shortlist."""
         return torch.stack([decision.scores for decision in self.decide(images)])
 
-    def decide(self, images: Sequence[ImageSource]) -> list[Elimination]:
-        """Winner (a position in `classes_`), scores and cost of each image, in the way that `scoring.decide` names.
+    def decide(self, images: Sequence[ImageSource | PreparedImage]) -> list[Decision]:
+        """Winner (a position in `classes_`), scores and cost of each image, by the schedule of `prediction`.
 
-        An image decided before is not scored again.
+        Images are decoded and decided some at a time. The last 128 decisions are remembered. Threads may call it at the
+        same time: one after the other uses the backbone.
+
+        Raises:
+            NotFittedError: no class tokens.
+            ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
-        scorer, calibration = self._ready(), self.calibration_
-        keys = [(image_id(x), self.scoring, calibration) for x in images]
-        new = {key: x for key, x in zip(keys, images, strict=True) if key not in self._decisions}
+        images, prediction = as_many(images), self._prediction()
+        found: list[Decision] = []
+        at_once = in_flight(prediction.looks(max(1, len(self._fitted())), self.settings_.scoring.trials))
+        with progress(len(images) if len(images) > at_once else 0, "scoring", "image") as bar:
+            for start in range(0, len(images), at_once):
+                some = [self.encoder_.prepare(images[i]) for i in range(start, min(start + at_once, len(images)))]
+                with self.backbone_.lock:
+                    found += self._decide(some, prediction)
+                bar.update(len(some))
+        return found
+
+    def _decide(self, images: Sequence[PreparedImage], prediction: PredictionConfig) -> list[Decision]:
+        scorer, calibration = self._ready(prediction), self.calibration_
+        new = {x.id: x for x in images if (x.id, prediction) not in self._decisions}
+        known = {x.id: self._decisions[x.id, prediction] for x in images if x.id not in new}
         if new:
-            latents = self.learner.encode(list(new.values()))
+            latents = self.encoder_.latents(list(new.values()))
             weights = torch.tensor(calibration.weights, dtype=torch.float64)
-            stages, offsets = self.scoring.schedule(len(scorer.bank)), self.offsets(latents)
-            decisions = decide(scorer, latents, [i for i, *_ in new], calibration.timesteps, weights, stages, offsets)
+            looks = prediction.looks(len(scorer.bank), self.settings_.scoring.trials)
+            offsets = self.offsets(latents)
+            decisions = decide(scorer, latents, list(new), calibration.timesteps, weights, looks, offsets)
             if offsets is not None:  # one evaluation gave the features
                 decisions = [x._replace(evaluations=x.evaluations + 1) for x in decisions]
-            self._decisions |= dict(zip(new, decisions, strict=True))
-        return [self._decisions[key] for key in keys]
+            known |= dict(zip(new, decisions, strict=True))
+            self._decisions.update({(x, prediction): decision for x, decision in known.items()})
+            while len(self._decisions) > _REMEMBERED:
+                self._decisions.popitem(last=False)
+        return [known[x.id] for x in images]
 
     def offsets(self, latents_Nchw: Tensor) -> Tensor | None:
-        """What the U-Net's own features add to the scores [N, C]; None where the scoring does not ask for them."""
-        if not self.scoring.asks_features or len(self._fitted()) < 2:
+        """What the U-Net's own features add to the scores [N, C]; None where they do not count."""
+        prediction, weight = self._prediction(), self.settings_.scoring.features_weight
+        weight = weight if prediction.use_features else 0.0
+        if len(self._fitted()) < 2 or not (weight or prediction.shortlist):
             return None
-        self._check_features()
+        self._check_features(prediction)
         if self._discriminant is None:
             self._discriminant = fit_discriminant(self._shot_features)
-        learner, discriminant = self.learner, self._discriminant
-        log_p = [
-            discriminant.log_probabilities(learner.features(part)) for part in latents_Nchw.split(_FEATURES_AT_ONCE)
-        ]
-        return score_offsets(torch.cat(log_p), self.scoring.features_weight, self.scoring.shortlist)
+        log_p = self._discriminant.log_probabilities(self.encoder_.features(latents_Nchw))
+        return score_offsets(log_p, weight, prediction.shortlist)
 
-    def _check_features(self) -> None:
-        if self.scoring.asks_features and set(self._shot_features) != set(self._fitted().labels):
-            raise ValueError(
-                f"features_weight={self.scoring.features_weight} and shortlist={self.scoring.shortlist} ask for "
-                "features of the shots, and this bank has not those of every class: it was learned without. Set "
-                "features_weight=0 and shortlist=None in the scoring, or fit again."
-            )
-
-    def errors(self, images: Sequence[ImageSource]) -> Tensor:
+    def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        ids = [image_id(x) for x in images]
-        return error_tensor(self._ready(), self.learner.encode(images), ids, self.calibration_.timesteps)
+        images, parts = as_many(images), []
+        for i in range(len(images)):
+            image = self.encoder_.prepare(images[i])
+            with self.backbone_.lock:
+                scorer, latents = self._ready(self._prediction()), self.encoder_.latents([image])
+                parts.append(error_tensor(scorer, latents, [image.id], self.calibration_.timesteps))
+        return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
         waits for it: after a failure the others may be anywhere."""
         bank = self._fitted()
-        names = ("concept", "prompt_template", "generic_prompt", "scoring", "training")
+        settings = self.settings_._replace(prediction=self._prediction())
+        saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
         if process_state().is_main_process:
-            extra = {SETTINGS_FILE: settings_file({x: getattr(self, x) for x in names}, self.calibration_)}
+            extra = {SETTINGS: settings_file(saved)}
             if self._shot_features.keys() == set(bank.labels):
-                extra[FEATURES_FILE] = features_file(self._shot_features, bank.labels)
-            bank.save(folder, extra=extra)
+                extra[FEATURES] = features_file(self._shot_features, bank.labels)
+            bank.save_pretrained(folder, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> DiTiClassifier:
+    def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> Self:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
-        A bank that `Bank.save` wrote, such as a merged one, has no settings: with a warning it gets the recommended
-        scoring, uncalibrated and without features, and the default prompts for classes that are added later.
+        A bank that `Bank.save_pretrained` wrote, such as a merged one, has no settings: with a warning it gets the
+        recommended scoring, uncalibrated and without features, and the default prompts for classes that are added later.
 
         Raises:
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
-        bank = Bank.load(folder)
-        arguments, calibration = read_settings(folder)
+        bank, saved = Bank.from_pretrained(folder), read_settings(folder)
         shot_features = read_features(folder, bank.labels)
         try:
             found = load_backbone(bank.backbone_name) if backbone is None else backbone
@@ -278,13 +311,88 @@ class DiTiClassifier:
             raise FileNotFoundError(
                 f"The backbone of the bank in {folder} is not there; pass backbone= with its folder or hub id. {error}"
             ) from error
-        classifier = cls(found, geometry=bank.geometry, **arguments)
-        bank.check_backbone(classifier.backbone)
-        if calibration is None:  # what is recommended asks for features
-            classifier.scoring = replace(classifier.scoring, features_weight=0.0, shortlist=None)
-        classifier.calibration_ = calibration or uncalibrated(classifier.learner)
+        classifier = cls(found, geometry=bank.geometry)
+        if saved is None:
+            classifier.prediction = PredictionConfig(use_features=False)
+            classifier.concept = PRESETS["pocket"].concept  # for prompts of classes that are added
+        else:
+            classifier.concept, classifier.training = saved.concept, saved.given
+            classifier.prompt_template, classifier.generic_prompt = saved.prompts.template, saved.prompts.generic
+            classifier.scoring, classifier.prediction = saved.settings.scoring, saved.settings.prediction
+        classifier._load()
+        bank.check_backbone(classifier.backbone_)
+        most = max((token.num_shots for token in bank.tokens), default=1)
+        classifier.settings_ = saved.settings if saved else complete(classifier.backbone_.kind, most)
+        classifier.calibration_ = (
+            saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_)
+        )
+        classifier.complete_ = saved is not None and saved.complete
         classifier._set_bank(bank, shot_features)
         return classifier
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self.bank_ is not None
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False  # images, not rows of features
+        tags.no_validation = True
+        return tags
+
+    def _load(self) -> None:
+        """Backbone, geometry and prompts."""
+        given = self.backbone
+        self.backbone_ = given if isinstance(given, Backbone) else Backbone.from_pretrained(given)
+        self.geometry_ = self.geometry or ImageGeometry(size=self.backbone_.image_size)
+        self.backbone_.check_image_size(self.geometry_.size)
+        concept = self.concept or PRESETS[self.backbone_.kind].concept
+        if concept is None and (self.prompt_template is None or self.generic_prompt is None):
+            raise ValueError(
+                "What are all classes? Prompts name it: pass concept, such as concept='bird', or prompt_template and "
+                "generic_prompt."
+            )
+        self.prompts_ = Prompts(
+            template=self.prompt_template or f"a photo of a hta {{}}, a type of {concept}.",
+            generic=self.generic_prompt or f"a photo of {with_article(concept or '')}",
+        )
+        self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic)
+        self.complete_, self._warned = False, False
+
+    def _settings(self, groups: Groups) -> Settings:
+        most = max(len(shots) for shots in groups.values())
+        return complete(self.backbone_.kind, most, self.training, self.scoring, self.prediction)
+
+    def _prediction(self) -> PredictionConfig:
+        """The prediction as it is asked for now.
+
+        Raises:
+            ValueError: the scoring is another one than `fit` calibrated for.
+        """
+        preset, fitted = PRESETS[self.backbone_.kind], self.settings_.scoring
+        scoring = (self.scoring or ScoringConfig()).resolve(preset.scoring)
+        if scoring != fitted:
+            changed = ", ".join(
+                f"{f.name}={getattr(scoring, f.name)!r}, {getattr(fitted, f.name)!r} at fit"
+                for f in fields(scoring)
+                if getattr(scoring, f.name) != getattr(fitted, f.name)
+            )
+            raise ValueError(
+                f"The scoring was changed after fit ({changed}), and weights and temperature are calibrated for that "
+                "of fit. Call fit again, or set scoring back to settings_.scoring; how images are decided is set in "
+                "prediction."
+            )
+        prediction = (self.prediction or PredictionConfig()).resolve(preset.prediction)
+        Settings(self.settings_.training, fitted, prediction).check(self.backbone_.num_train_timesteps)
+        return prediction
+
+    def _check_features(self, prediction: PredictionConfig) -> None:
+        weight = self.settings_.scoring.features_weight if prediction.use_features else 0.0
+        if (weight or prediction.shortlist) and set(self._shot_features) != set(self._fitted().labels):
+            raise ValueError(
+                f"features_weight={weight} and shortlist={prediction.shortlist} need features of the shots, and this "
+                "bank has not those of every class: it was learned without. Set prediction to "
+                "PredictionConfig(use_features=False) without a shortlist, or fit again."
+            )
 
     def _fitted(self) -> Bank:
         if self.bank_ is None:
@@ -294,22 +402,42 @@ class DiTiClassifier:
     def _set_bank(self, bank: Bank | None, shot_features: Mapping[Label, Tensor] | None = None) -> None:
         known = shot_features or {}
         self.bank_, self._shot_features = bank, {x: known[x] for x in (bank.labels if bank else ()) if x in known}
-        self._scorer, self._discriminant, self._decisions = None, None, {}
+        self._forget_decisions()
 
-    def _ready(self) -> Scorer:
-        if not len(self._fitted()):
-            raise NotFittedError("All class tokens were removed; add some with partial_fit.")
-        made_for = None if self._scorer is None else (self._scorer.seed, self._scorer.batch_size)
-        if self._scorer is None or made_for != (self.scoring.seed, self.scoring.batch_size):
-            self._scorer = self.learner.scorer(self._fitted())
+    def _forget_decisions(self) -> None:
+        self._scorer: Scorer | None = None
+        self._discriminant: Discriminant | None = None
+        self._decisions: OrderedDict[tuple[str, PredictionConfig], Decision] = OrderedDict()
+
+    def _ready(self, prediction: PredictionConfig) -> Scorer:
+        bank = self._fitted()
+        if not len(bank):
+            raise NotFittedError("All class tokens were removed; add some with add_classes.")
+        if self._scorer is not None and self._scorer.bank is not bank:  # it was assigned by hand
+            self._forget_decisions()
+        if self._scorer is None or self._scorer.batch_size != prediction.batch_size:
+            seed = self.settings_.scoring.seed
+            self._scorer = Scorer(self.backbone_, bank, seed=seed, batch_size=prediction.batch_size)
         return self._scorer
 
-    def _learn(self, groups: dict[Label, list[ImageSource]], learner: Learner) -> dict[Label, int]:
+    def _fit(self, groups: Groups) -> Fit:
+        return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=self._settings(groups), groups=groups)
+
+    def _learn(self, groups: Groups) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
-        features = self._shot_features | learner.shot_features(groups)  # first: a failure loses no training
-        new, failed = learner.train(groups)
+        fit = self._fit(groups)
+        features = self._shot_features | self._features_of(fit)  # first: a failure loses no training
+        new, failed = fit.train(groups)
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
         self._set_bank(bank.select(sorted(bank.labels)), features)
         return failed
+
+    def _features_of(self, fit: Fit) -> dict[Label, Tensor]:
+        """The U-Net's features of the shots, where they may count; the processes share the classes."""
+        if not (fit.settings.scoring.features_weight or fit.settings.prediction.shortlist):
+            return {}
+        labels = sorted(fit.groups)
+        mine = [labels[c] for c in my_share(len(labels))]
+        return dict(gather([(x, self.encoder_.shot_features(fit.groups[x], fit.settings.training)) for x in mine]))

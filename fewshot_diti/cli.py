@@ -17,8 +17,8 @@ from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
+from fewshot_diti.distributed import process_state
 from fewshot_diti.learning import TrainingError
-from fewshot_diti.processes import process_state
 
 Command = (
     Annotated[DemoConfig, subcommand("demo")]

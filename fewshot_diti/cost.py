@@ -8,10 +8,10 @@ import time
 import torch
 
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.processes import process_state
-from fewshot_diti.recommended import CALIBRATION_TRIALS, ScoringConfig
+from fewshot_diti.calibration import CALIBRATION_TRIALS
+from fewshot_diti.config import ScoringConfig, TrainingConfig
+from fewshot_diti.distributed import process_state
 from fewshot_diti.timesteps import FROM_ERRORS, parse_weighting
-from fewshot_diti.training import TrainingConfig
 
 _PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
 
@@ -56,7 +56,7 @@ def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, w
 
     The main process prints it to the standard error output.
     """
-    if backbone.device.type != "cpu" or backbone.small or not evaluations:
+    if backbone.device.type != "cpu" or backbone.kind == "pocket" or not evaluations:
         return
     seconds = seconds_of_an_evaluation(backbone, size)
     state = process_state()

@@ -25,10 +25,10 @@ from fewshot_diti.data.image_set import ImageSet
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
 from fewshot_diti.data.shots import Shots, check_disjoint, sample_shots
 from fewshot_diti.data.sources import load_bundled, load_fgvc
+from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
 from fewshot_diti.part_files import spread_over_processes
-from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.saved import SETTINGS_FILE
 from fewshot_diti.scoring import in_flight

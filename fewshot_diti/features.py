@@ -1,37 +1,25 @@
-"""What the frozen U-Net itself holds of an image: it helps the class tokens decide, or names the classes worth a trial.
+"""Features of the frozen U-Net: what its blocks hold of an image without noise.
 
-Shapes in names: N images, n shots, V views of a shot, B batch, C classes, D values of a feature, m dimensions that the
-shots span.
+Shapes in names: B batch, c, h, w latents, L text tokens, D values of a feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import eigh
-from scipy.special import log_softmax
-from sklearn.covariance import ledoit_wolf
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.held_out import fit_temperature
-
-TIMESTEP = 0.06  # as a share of the schedule
-POSITIONS = (8, 16)  # a block's map is averaged down to at most this height and width
-VIEWS = 4  # of a shot: itself and copies in other colours
-FOLDS = 4  # in which shots tell how sure a discriminant may be
-_COSINE_TEMPERATURE = 0.1
+from fewshot_diti.presets import PRESETS
 
 
-def telling_block(backbone: Backbone) -> tuple[str, nn.Module]:
-    """The second block from the U-Net's end, with its name: the best on val images of the pocket."""
+def chosen_block(backbone: Backbone) -> tuple[str, nn.Module]:
+    """The block that describes an image, by the preset for this kind of backbone, with its name."""
     ups = backbone.unet.up_blocks
-    return f"up {len(ups) - 2}", ups[len(ups) - 2]
+    place = len(ups) - PRESETS[backbone.kind].features.block
+    return f"up {place}", ups[place]
 
 
 @torch.no_grad()
@@ -40,17 +28,20 @@ def block_features(
     latents_Bchw: Tensor,
     text_1LD: Tensor,
     *,
-    timestep: float = TIMESTEP,
+    timestep: float | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
-    positions: tuple[int, int] = POSITIONS,
+    positions: tuple[int, int] | None = None,
 ) -> list[Tensor]:
     """What blocks hold of images without noise, one float32 [B, D] each on the CPU, from one pass through the U-Net.
 
     Args:
         text_1LD: embedding of the text that the U-Net reads.
-        timestep: that it is told, as a share of the schedule.
-        blocks: modules by name; by default `telling_block`.
+        timestep: that the U-Net is given, as a share of the schedule; by default the preset's, as `positions`.
+        blocks: modules by name; by default `chosen_block`.
+        positions: (height, width) that a block's map is averaged down to at most.
     """
+    preset = PRESETS[backbone.kind].features
+    timestep, positions = preset.timestep if timestep is None else timestep, positions or preset.positions
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -58,121 +49,18 @@ def block_features(
         height, width = (min(a, b) for a, b in zip(maps.shape[2:], positions, strict=True))
         kept[name] = F.adaptive_avg_pool2d(maps.float(), (height, width)).flatten(1).cpu()
 
-    blocks = dict([telling_block(backbone)]) if blocks is None else blocks
-    handles = [
-        block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-        for name, block in blocks.items()
-    ]
+    blocks = dict([chosen_block(backbone)]) if blocks is None else blocks
     text = text_1LD.expand(len(latents_Bchw), -1, -1)
     times = torch.full((len(latents_Bchw),), round(timestep * backbone.num_train_timesteps), device=backbone.device)
-    try:
-        latents = latents_Bchw.to(backbone.device)
-        backbone.errors(latents, torch.zeros_like(latents), times, text)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with backbone.lock:  # the hooks see every pass, those of other threads too
+        handles = [
+            block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+            for name, block in blocks.items()
+        ]
+        try:
+            latents = latents_Bchw.to(backbone.device)
+            backbone.errors(latents, torch.zeros_like(latents), times, text)
+        finally:
+            for handle in handles:
+                handle.remove()
     return [kept[name] for name in blocks]
-
-
-class Discriminant:
-    """Linear discriminant analysis, the classes' common covariance shrunk towards the identity (Ledoit and Wolf, 2004).
-
-    On directions: the mean of the classes' mean features is taken away, then every length; in the dimensions that the
-    shots span. All classes are equally likely beforehand, however many shots each has. With one shot a class nothing is
-    known of the scatter within a class, and the cosine to the shot decides.
-
-    Args:
-        features_nD: of the shots.
-        labels_n: their classes, 0 to C - 1, each with a shot or more.
-        temperature: of the softmax over the discriminants.
-
-    Raises:
-        ValueError: all shots have the same features.
-    """
-
-    def __init__(self, features_nD: np.ndarray, labels_n: np.ndarray, temperature: float = 1.0) -> None:
-        classes = range(labels_n.max() + 1)
-        self._mean_D = np.mean([features_nD[labels_n == c].mean(0, dtype=np.float64) for c in classes], axis=0)
-        directions_nD = normalize(features_nD - self._mean_D)
-        # the directions span no more dimensions than there are shots: all else is done in these
-        squares, vectors = eigh(directions_nD @ directions_nD.T)
-        if not squares[-1] > 0:
-            raise ValueError("All shots look the same to the U-Net; check the images, and what their crop leaves.")
-        spanned = squares > squares[-1] * 1e-8
-        lengths, vectors = np.sqrt(squares[spanned]), vectors[:, spanned]
-        places_nm = vectors * lengths
-        means_Cm = np.stack([places_nm[labels_n == c].mean(0) for c in classes])
-        within_nm = places_nm - means_Cm[labels_n]
-        freedom = len(labels_n) - len(means_Cm)
-        if np.abs(within_nm).max() > 1e-6:
-            shrunk, _ = ledoit_wolf(within_nm, assume_centered=True)
-            scatter = within_nm.T @ within_nm / freedom
-            covariance = shrunk * len(labels_n) / freedom
-            solved_Cm = np.linalg.solve(covariance, means_Cm.T).T
-            # a mean of few shots lies further out than the class's own
-            too_far_C = np.linalg.solve(covariance, scatter).trace() / np.bincount(labels_n)
-            offsets_C = (too_far_C - (solved_Cm * means_Cm).sum(1)) / 2
-        else:
-            solved_Cm, offsets_C = means_Cm / _COSINE_TEMPERATURE, np.zeros(len(means_Cm))
-        self._slopes_CD = solved_Cm @ (vectors / lengths).T @ directions_nD / temperature
-        self._offsets_C = offsets_C / temperature
-
-    def log_probabilities(self, features_ND: Tensor) -> Tensor:
-        """Log-probabilities [N, C], float64.
-
-        Raises:
-            ValueError: a feature is not finite.
-        """
-        if not features_ND.isfinite().all():
-            raise ValueError("The U-Net's features of an image are not finite; load the backbone in float32.")
-        directions_ND = normalize(features_ND.numpy() - self._mean_D)
-        return torch.from_numpy(log_softmax(directions_ND @ self._slopes_CD.T + self._offsets_C, axis=1))
-
-
-def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
-    """The discriminant of features [n_c, V, D] of each class's shots, its columns in the order of the classes given.
-
-    It is fitted on all V views of a shot, the shot itself first, then copies of it in other colours, as many as every
-    class has; where some class has one shot, on the shots alone, since copies would make the other classes look too
-    well known beside it. Its temperature is fitted on shots that discriminants of the others judge, in four folds; 1
-    where every class has one shot.
-
-    Raises:
-        ValueError: a feature is not finite, naming the class, or all shots have the same features.
-    """
-    for label, features in shots.items():
-        if not features.isfinite().all():
-            raise ValueError(
-                f"The U-Net's features of the shots of {label!r} are not finite; load the backbone in float32, or "
-                "leave the class out."
-            )
-
-    labels_n = np.repeat(np.arange(len(shots)), [len(features) for features in shots.values()])
-    others_n = np.bincount(labels_n)[labels_n] > 1  # shots that leave one of their class when they are held out
-    fewest = min(features.shape[1] for features in shots.values()) if others_n.all() else 1
-    features_nVD = torch.cat([features[:, :fewest] for features in shots.values()]).float()
-
-    def judge(kept_n: np.ndarray, temperature: float = 1.0) -> Discriminant:
-        views_nD = features_nVD[kept_n].flatten(0, 1).numpy()
-        return Discriminant(views_nD, labels_n[kept_n].repeat(fewest), temperature)
-
-    every_n = np.ones(len(labels_n), dtype=bool)
-    if not others_n.any():
-        return judge(every_n)
-    # each class's shots are dealt out in turn: a class with fewer left than the others would look improbable
-    rank_n = np.concatenate([np.arange(len(features)) for features in shots.values()])
-    fold_n = np.where(others_n, rank_n % FOLDS, -1)
-    log_p_nC = torch.zeros(len(labels_n), len(shots), dtype=torch.float64)
-    for fold in set(fold_n[others_n]):
-        log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(features_nVD[fold_n == fold, 0])
-    temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
-    return judge(every_n, temperature)
-
-
-def score_offsets(log_probabilities_NC: Tensor, weight: float, shortlist: int | None = None) -> Tensor:
-    """What the features add to scores, [N, C]: -weight x log-probability, and infinity off the shortlist."""
-    offsets_NC = -weight * log_probabilities_NC
-    if shortlist is None:
-        return offsets_NC
-    ranks_NC = (-log_probabilities_NC).argsort(dim=1, stable=True).argsort(dim=1)
-    return offsets_NC.masked_fill(ranks_NC >= shortlist, torch.inf)

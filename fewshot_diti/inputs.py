@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fewshot_diti.bank import plain_labels
-from fewshot_diti.data.images import ImageSource, image_id, open_image
-from fewshot_diti.training import Label
+from fewshot_diti.config import Label
+from fewshot_diti.data.images import ImageSource
+from fewshot_diti.encoding import PreparedImage
+
+_NAMED = 20  # broken images in one error
 
 
-def group_shots(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[Label, list[ImageSource]]:
-    """Shots by label; a picture given twice under one label counts once."""
+def group_shots(
+    images: Sequence[ImageSource], labels: Sequence[Label], prepare: Callable[[ImageSource], PreparedImage]
+) -> dict[Label, list[PreparedImage]]:
+    """Shots by label, each decoded once; a picture given twice under one label counts once.
+
+    Raises:
+        ValueError: lengths differ, labels of mixed type, one picture under two labels, or images that cannot be used,
+            all named.
+    """
     images, values = as_many(images), plain_labels(labels)
     if len(images) != len(values):
-        raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
+        raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label per image.")
     types = {type(x) for x in values}
     if len(types) > 1 or not types <= {str, int, bool}:
         strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
@@ -25,17 +35,25 @@ def group_shots(images: Sequence[ImageSource], labels: Sequence[Label]) -> dict[
         raise ValueError(
             f"Labels must be all str, all int or all bool, got {sorted(t.__name__ for t in types)}{which}."
         )
-    label_of: dict[str, Label] = {}
-    names: dict[str, str] = {}
-    groups: dict[Label, list[ImageSource]] = {}
-    for image, label in zip(images, values, strict=True):
-        i = image_id(image)
-        if i not in label_of:
-            groups.setdefault(label, []).append(image if isinstance(image, str | Path) else open_image(image))
-        name = names.setdefault(i, f"{image}" if isinstance(image, str | Path) else f"image id {i}")
-        if label_of.setdefault(i, label) != label:
-            both = f"{name} and {image}" if isinstance(image, str | Path) else name
-            raise ValueError(f"One picture ({both}) is given as {label_of[i]!r} and as {label!r}; keep one.")
+    first: dict[str, tuple[Label, PreparedImage]] = {}
+    groups: dict[Label, list[PreparedImage]] = {}
+    broken: list[str] = []
+    for i, label in enumerate(values):
+        try:
+            shot = prepare(images[i])
+        except (ValueError, TypeError, OSError) as error:
+            broken.append(str(error))
+            continue
+        known, other = first.setdefault(shot.id, (label, shot))
+        if known != label:
+            raise ValueError(
+                f"One picture ({other.name} and {shot.name}) is given as {known!r} and as {label!r}; keep one."
+            )
+        if other is shot:
+            groups.setdefault(label, []).append(shot)
+    if broken:
+        more = f"\nand {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        raise ValueError(f"{len(broken)} shots cannot be used:\n" + "\n".join(broken[:_NAMED]) + more)
     return groups
 
 

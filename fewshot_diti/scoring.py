@@ -13,14 +13,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
+from fewshot_diti.distributed import progress
+from fewshot_diti.elimination import Decision, Stage, eliminate
 from fewshot_diti.lora import Layout, adapted
 from fewshot_diti.memory import halved
-from fewshot_diti.processes import process_state
+from fewshot_diti.racing import Look
 from fewshot_diti.trials import trial_noise
 
 _IN_FLIGHT = 16
@@ -162,9 +162,10 @@ def error_tensor(
     """
     classes, trials = range(len(scorer.bank.tokens)), range(len(timesteps_S))
     rows = []
-    disable = None if process_state().is_main_process and len(latents_Nchw) > 1 else True
-    for latents, image_id in zip(tqdm(latents_Nchw, desc=desc, unit="image", disable=disable), image_ids, strict=True):
-        rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
+    with progress(len(latents_Nchw) if len(latents_Nchw) > 1 else 0, desc, "image") as bar:
+        for latents, image_id in zip(latents_Nchw, image_ids, strict=True):
+            rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
+            bar.update()
     return torch.stack(rows) if rows else torch.empty(0, len(classes), len(trials))
 
 
@@ -186,7 +187,7 @@ def decide(
     offsets_NC: Tensor | None = None,
     *,
     desc: str = "scoring",
-) -> list[Elimination]:
+) -> list[Decision]:
     """Winner and scores of every image, by a schedule; what is still in of several images shares the batches.
 
     Trial number s is at time-step `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule; `offsets_NC` as of
@@ -196,9 +197,8 @@ def decide(
         ValueError: as `Scorer.pair_errors` and `eliminate`.
     """
     together = in_flight(stages)
-    shown = process_state().is_main_process and len(latents_Nchw) > together
-    decisions: list[Elimination] = []
-    with tqdm(total=len(latents_Nchw), desc=desc, unit="image", disable=None if shown else True) as bar:
+    decisions: list[Decision] = []
+    with progress(len(latents_Nchw) if len(latents_Nchw) > together else 0, desc, "image") as bar:
         for start in range(0, len(latents_Nchw), together):
             latents, ids = latents_Nchw[start : start + together], image_ids[start : start + together]
 

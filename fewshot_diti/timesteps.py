@@ -250,7 +250,7 @@ def trial_weights(weights_T: Tensor, timesteps: Tensor) -> Tensor:
     return weights
 
 
-def score(errors_NCS: Tensor, weights: Tensor, density: Tensor | None = None) -> Tensor:
+def weighted_mean(errors_NCS: Tensor, weights: Tensor, density: Tensor | None = None) -> Tensor:
     """Mean over trials of (w / q) e, float64 [N, C]; the smallest score of an image wins.
 
     `weights`: w at each trial (`trial_weights`), [S] or [N, S]. `density`: q, the density that the trials' time-steps

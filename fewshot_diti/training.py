@@ -1,4 +1,4 @@
-"""Joint training: the class tokens of all classes in one process, in batches that mix classes.
+"""From shots to class tokens: those of many classes are trained jointly, in batches that mix classes.
 
 Every class has its own random stream, step count, moments, weight decay and clipping, so that a class token comes out
 the same whichever classes it is trained beside.
@@ -9,101 +9,61 @@ Shapes: C classes, G classes in one batch, P parameters of one class, n shots, K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
+from fewshot_diti.bank import Bank, ClassToken
+from fewshot_diti.config import Label, Settings, TrainingConfig
+from fewshot_diti.distributed import gather, my_share, progress
+from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.memory import halved
-from fewshot_diti.processes import process_state
+from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.trials import torch_generator
 
-Label = str | int | bool
+Groups: TypeAlias = Mapping[Label, Sequence[PreparedImage]]  # the shots of each class
+
+
+class TrainingError(RuntimeError):
+    """Some class tokens could not be trained; the classifier holds the others."""
+
+
+def raise_failed(
+    failed: Mapping[Label, int],
+    kept: str = "the other classes are trained and kept",
+    way_out: str = "and add them again",
+) -> None:
+    """Raises a TrainingError that names the classes whose loss was not finite, with the step, where there are any."""
+    if failed:
+        names = ", ".join(f"{x!r} (step {s})" for x, s in failed.items())
+        raise TrainingError(
+            f"The loss of {names} was not finite; {kept}. Lower the learning rate, or load the backbone in float32, "
+            f"{way_out}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Everything that decides how class tokens are trained.
+class Prompts:
+    """The texts that condition the U-Net.
 
     Attributes:
-        steps: optimizer steps of every class.
-        rank: of the LoRA; alpha = rank.
-        blocks: U-Net blocks with LoRA, a key of `lora.BLOCK_FILTERS`.
-        lr_unet, lr_text_encoder: AdamW learning rates; `lr_schedule` "constant" or "cosine" (to zero at `steps`).
-        shots_per_step: samples of a class in one step, drawn from its shots.
-        prior_weight: weight of the loss on prior images, as many a step as shots; 0 uses none.
-        prior_images: images of the generic prompt that the backbone makes once.
-        timesteps: (lo, hi) in 0..T, drawn uniformly, hi excluded.
-        colour_variants: K, colour-jittered copies of each shot that are encoded once; 1 keeps the shots as they are.
-        brightness, contrast, saturation, hue: strength of the jitter, as in `torchvision.transforms.v2.ColorJitter`.
-        permute_channels: whether a jittered copy may also have its colour channels permuted.
-        flip: whether a copy may be mirrored; off, since aircraft noses point one way.
-        weight_decay, max_grad_norm: of AdamW, and of each class's gradient over both networks.
-        samples_per_batch: samples of one forward, one class's at least; decides how many classes share it, never the
-            result. Halved where memory runs out.
-        gradient_checkpointing: trades a second forward for the memory of the U-Net's activations.
-        seed: of every class's own random stream.
-
-    Raises:
-        ValueError: a value is out of its range.
+        template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt.
+        generic: prompt of the prior images, and of the U-Net's features.
     """
 
-    steps: int
-    rank: int = 16
-    blocks: str = "all"
-    lr_unet: float = 1e-4
-    lr_text_encoder: float = 5e-5
-    lr_schedule: str = "constant"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    shots_per_step: int = 1
-    prior_weight: float = 1.0
-    prior_images: int = 100
-    timesteps: tuple[int, int] = (0, 1000)
-    colour_variants: int = 8
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.1
-    permute_channels: bool = False
-    flip: bool = False
-    samples_per_batch: int = 48
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    template: str
+    generic: str
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "rank", "shots_per_step", "colour_variants", "samples_per_batch", "prior_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; pass a whole number of at least 1.")
-        for name in (
-            "lr_unet",
-            "lr_text_encoder",
-            "weight_decay",
-            "prior_weight",
-            "brightness",
-            "contrast",
-            "saturation",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; pass a number of at least 0.")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm}; pass a number above 0 (inf: no clipping).")
-        if self.lr_schedule not in ("constant", "cosine"):
-            raise ValueError(f"lr_schedule={self.lr_schedule!r}; pass 'constant' or 'cosine'.")
-        if self.blocks not in BLOCK_FILTERS:
-            raise ValueError(f"blocks={self.blocks!r}; pass one of {sorted(BLOCK_FILTERS)}.")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue={self.hue}; pass a number from 0 to 0.5.")
-        lo, hi = self.timesteps
-        if not 0 <= lo < hi:
-            raise ValueError(f"timesteps={self.timesteps}; pass (lo, hi) with 0 <= lo < hi.")
+    def of_class(self, label: Label) -> str:
+        """The prompt of a class token."""
+        return self.template.replace("{}", str(label))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +205,7 @@ def train_class_tokens(
     prior: tuple[str, Tensor] | None = None,
     desc: str = "class tokens",
 ) -> Trained:
-    """Trains one class token for each class, all jointly; under several processes each trains its share of the classes.
+    """Trains one class token for each class, all jointly, in this process.
 
     Args:
         prior: generic prompt and prior latents [images, c, h, w], needed where `config.prior_weight` > 0.
@@ -260,27 +220,24 @@ def train_class_tokens(
     check_can_train(backbone, config)
     if config.prior_weight > 0 and prior is None:
         raise ValueError(f"prior_weight={config.prior_weight} needs prior images; pass them, or set prior_weight=0.")
-    state = process_state()
     prompts, prior_latents = ([prior[0]], prior[1]) if prior is not None and config.prior_weight > 0 else ([], None)
-    layout = Layout(find_targets(backbone.unet, backbone.text_encoder, config.blocks), config.rank)
+    layout = layout_of(backbone, config)
     device = backbone.device
     dtype = classes[0].mean.dtype
-    mine = list(range(len(classes)))[state.process_index :: state.num_processes]
     rows = torch.zeros(len(classes), layout.num_parameters, dtype=dtype, device=device)
-    for c in mine:
-        generator = torch_generator(config.seed, "initial", labels[c])
-        rows[c] = layout.initial_row(generator).to(rows)
+    for c, label in enumerate(labels):
+        rows[c] = layout.initial_row(torch_generator(config.seed, "initial", label)).to(rows)
     in_unet = Layout(tuple(t for t in layout.targets if t.network == "unet"), config.rank).num_parameters
     lr = [(in_unet, config.lr_unet), (layout.num_parameters - in_unet, config.lr_text_encoder)]
     optimizer = RowAdamW(rows, lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
-    streams = {c: _ClassStream(classes[c], torch_generator(config.seed, "training", labels[c])) for c in mine}
-    ids = {c: backbone.tokenize([classes[c].prompt, *prompts]) for c in mine}
+    streams = [_ClassStream(x, torch_generator(config.seed, "training", x.label)) for x in classes]
+    ids = [backbone.tokenize([x.prompt, *prompts]) for x in classes]
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
     failed_at = [0] * len(classes)
-    bar = tqdm(total=config.steps, desc=desc, unit="step", disable=None if state.is_main_process else True)
+    bar = progress(config.steps, desc, "step")
     for step in range(config.steps):
-        alive = [c for c in mine if not failed_at[c]]
+        alive = [c for c in range(len(classes)) if not failed_at[c]]
         if not alive:
             break
         drawn = {c: streams[c].draw(config, prior_latents) for c in alive}
@@ -320,8 +277,66 @@ def train_class_tokens(
         if step % 10 == 0:
             bar.set_postfix(loss=f"{float(loss_G.detach().mean()):.4f}")
     bar.close()
-    if state.num_processes > 1:
-        rows, steps = (reduce(x, "sum") for x in (rows, torch.tensor(failed_at, device=device)))
-        failed_at = steps.tolist()
     failed = {labels[c]: step for c, step in enumerate(failed_at) if step}
     return Trained(layout, rows.cpu(), failed)
+
+
+def train_bank(
+    encoder: Encoder, groups: Groups, prompts: Prompts, settings: Settings, *, desc: str = "class tokens"
+) -> tuple[Bank, dict[Label, int]]:
+    """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step.
+
+    Under several processes each encodes and trains its share of the classes; all get the whole bank.
+
+    Raises:
+        ValueError: as `check_can_train`, or a prompt is longer than the text encoder reads.
+    """
+    backbone, (training, scoring, _) = encoder.backbone, settings
+    check_can_train(backbone, training)  # before the expensive work, as is the length of the prompts
+    backbone.tokenize([*map(prompts.of_class, groups), prompts.generic])
+    prior = None
+    if training.prior_weight > 0:
+        prior = prompts.generic, prior_latents(backbone, prompts.generic, training.prior_images, encoder.geometry.size)
+    labels = sorted(groups)
+    mine = [labels[c] for c in my_share(len(labels))]
+    shots = [class_shots(encoder, label, groups[label], prompts, training) for label in mine]
+    trained = train_class_tokens(backbone, shots, training, prior=prior, desc=desc) if shots else None
+    rows: dict[Label, Tensor] = {}
+    failed: dict[Label, int] = {}
+    for its_labels, its_rows, its_failed in gather([(mine, trained.rows, trained.failed)] if trained else []):
+        rows |= dict(zip(its_labels, its_rows, strict=True))
+        failed |= its_failed
+    kept = [label for label in labels if label not in failed]
+    layout = layout_of(backbone, training)
+    bank = Bank(
+        tokens=tuple(
+            ClassToken(
+                label=label,
+                prompt=prompts.of_class(label),
+                num_shots=len(groups[label]),
+                unet_scale=scoring.unet_scale,
+                text_encoder_scale=scoring.text_encoder_scale,
+            )
+            for label in kept
+        ),
+        layout=layout,
+        rows=torch.stack([rows[label] for label in kept]) if kept else torch.empty(0, layout.num_parameters),
+        backbone_name=backbone.name,
+        backbone_hash=backbone.hash,
+        geometry=encoder.geometry,
+    )
+    return bank, failed
+
+
+def class_shots(
+    encoder: Encoder, label: Label, images: Sequence[PreparedImage], prompts: Prompts, training: TrainingConfig
+) -> ClassShots:
+    """The latents of one class's shots and of their colour variants, with the prompt."""
+    pairs = [encoder.variants(image, training) for image in images]
+    mean, std = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    return ClassShots(label=label, prompt=prompts.of_class(label), mean=mean, std=std)
+
+
+def layout_of(backbone: Backbone, training: TrainingConfig) -> Layout:
+    """Where the adapters of class tokens trained in this way lie in a row."""
+    return Layout(find_targets(backbone.unet, backbone.text_encoder, training.blocks), training.rank)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data.image_set import ImageSet
-from fewshot_diti.processes import process_state
+from fewshot_diti.distributed import process_state
 from fewshot_diti.trials import even_grid
 
 _IMAGES, _TRIALS = 10, 24  # at most, of each class and of each image

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from conftest import save_tiny_backbone
 from PIL import Image
-from small_classifier import COLOURS, SCORING, TRAINING
+from small_classifier import COLOURS, PREDICTION, SCORING, TRAINING
 
-from fewshot_diti import Backbone, DiTiClassifier
+from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig
 
 FILE = Path(__file__).parent / "golden.json"
 # the kernels that torch chooses for a processor decide the last bits
@@ -61,24 +61,29 @@ def compute(folder: Path) -> dict[str, Any]:
 
 def kinds() -> dict[str, dict[str, Any]]:
     """Settings of every kind: a schedule, a weighting, with features, with held-out shots, with prior images."""
-    shipped = replace(
-        SCORING, trials=12, timesteps=(0, 900), density="importance", decide="racing", weighting="relative"
-    )
-    published = {"trials": 20, "decide": "published", "stages": ((5, 2), (20, 1)), "weighting": "tif_released"}
+    shipped = replace(SCORING, trials=12, timesteps=(0, 900), density="importance", weighting="relative")
+    held_out = {"folds": 2, "temperature": "fit"}
     return {
-        "exhaustive": {"training": TRAINING, "scoring": SCORING},
-        "as shipped": {"training": TRAINING, "scoring": replace(shipped, features_weight=0.001, confidence=0.7)},
+        "exhaustive": {"training": TRAINING, "scoring": SCORING, "prediction": PREDICTION},
+        "as shipped": {
+            "training": TRAINING,
+            "scoring": replace(shipped, features_weight=0.001),
+            "prediction": PredictionConfig(schedule="racing", confidence=0.7),
+        },
         "held out": {
             "training": TRAINING,
-            "scoring": replace(shipped, folds=2, temperature=None, features_weight=0.001, shortlist=2),
+            "scoring": replace(shipped, features_weight=0.001, **held_out),
+            "prediction": PredictionConfig(schedule="racing", shortlist=2),
         },
         "window from held-out shots": {
             "training": TRAINING,
-            "scoring": replace(SCORING, trials=20, weighting="auto", folds=2, temperature=None),
+            "scoring": replace(SCORING, trials=20, weighting="auto", **held_out),
+            "prediction": PREDICTION,
         },
         "published": {
             "training": replace(TRAINING, prior_weight=1.0, prior_images=2, lr_schedule="cosine", blocks="medium"),
-            "scoring": replace(SCORING, **published),
+            "scoring": replace(SCORING, trials=20, weighting="tif_released"),
+            "prediction": PredictionConfig(schedule="published", stages=((5, 2), (20, 1))),
         },
     }
 

@@ -1,4 +1,4 @@
-"""Elimination schedules against the published counts; eliminate against scoring everything."""
+"""Decision schedules against the published counts; eliminate against scoring everything."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ from fewshot_diti.elimination import (
     published_stages,
     racing,
 )
-from fewshot_diti.timesteps import score
+from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
 
 SHAPES = {"seed": st.integers(0, 2**31), "C": st.integers(1, 12), "S": st.integers(1, 20)}

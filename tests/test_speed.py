@@ -20,7 +20,7 @@ from fewshot_diti.elimination import exhaustive, racing
 from fewshot_diti.evaluation import measurement, speed, speed_sections
 from fewshot_diti.evaluation.measurement import SpeedConfig
 from fewshot_diti.reports import wilson_interval
-from fewshot_diti.timesteps import score
+from fewshot_diti.timesteps import weighted_mean
 
 
 def test_every_section_leaves_its_figures_and_is_run_once(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.lora import Layout, adapted, find_targets
-from fewshot_diti.prior import prior_latents
+from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.training import (
     ClassShots,
     Trained,
@@ -296,7 +296,7 @@ import torch
 from safetensors.torch import save_file
 
 import test_training as t
-from fewshot_diti.processes import process_state
+from fewshot_diti.distributed import process_state
 
 backbone = t.Backbone.from_pretrained({folder!r}, dtype=torch.float32, device="cpu")
 state = process_state()

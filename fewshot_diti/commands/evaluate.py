@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from fewshot_diti.distributed import process_state
 from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
 from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
 from fewshot_diti.files import write_atomically
-from fewshot_diti.processes import process_state
 
 # half of the bundled test images
 QUICK: dict[str, Any] = {"shots": (1, 2), "seeds": (1,), "max_test_images": 10, "trials": 3, "training_share": 0.25}

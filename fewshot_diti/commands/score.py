@@ -20,9 +20,9 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageGeometry, image_id, open_image
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
+from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import spread_over_processes
-from fewshot_diti.processes import process_state
 from fewshot_diti.reports import prediction_table, printable
 from fewshot_diti.scoring import in_flight
 

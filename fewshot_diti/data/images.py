@@ -145,8 +145,12 @@ class ImageGeometry:
             ValueError: the image is no higher than `banner_rows`.
             FileNotFoundError, ValueError, TypeError: as `open_image`.
         """
-        picture = open_image(image)
-        self.check(picture, f"Image {image}" if isinstance(image, str | Path) else "The image")
+        name = f"Image {image}" if isinstance(image, str | Path) else "The image"
+        return self.resized(open_image(image), name).float() / 127.5 - 1
+
+    def resized(self, picture: Image.Image, name: str) -> Tensor:
+        """uint8 [3, height, width] of an RGB picture; raises as `check`."""
+        self.check(picture, name)
         picture = picture.crop((0, 0, picture.width, picture.height - self.banner_rows))
         height, width = self.size
         if self.resize == "squash":
@@ -158,5 +162,4 @@ class ImageGeometry:
             left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
             centre = (max(0, left), max(0, top), picture.width - max(0, left), picture.height - max(0, top))
             picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=centre)
-        pixels_HWC = torch.from_numpy(np.array(picture))
-        return pixels_HWC.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -26,9 +26,9 @@ from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
+from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import Groups
-from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
 from fewshot_diti.training import Label, TrainingConfig

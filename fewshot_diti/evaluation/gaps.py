@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fewshot_diti.data import shown_attribute
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.reports import bootstrap_interval
-from fewshot_diti.timesteps import relative, score
+from fewshot_diti.timesteps import relative, weighted_mean
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +106,7 @@ def equal_trials(
         right = 0.0
         for _ in range(draws):
             some = places[torch.from_numpy(rng.choice(len(places), count, replace=False))]
-            scores = score(errors.test[:, :, some], weights_T[times[some]])
+            scores = weighted_mean(errors.test[:, :, some], weights_T[times[some]])
             right += float(np.mean(scores.argmin(1).numpy() == labels_N)) / draws
         found[name] = right
     return found

@@ -30,6 +30,7 @@ from fewshot_diti.data import (
     sample_shots_of_one_value,
     shown_attribute,
 )
+from fewshot_diti.distributed import process_state
 from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.methods import (
@@ -45,7 +46,6 @@ from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.files import write_atomically
 from fewshot_diti.learning import TrainingError
 from fewshot_diti.memory import peak_memory
-from fewshot_diti.processes import process_state
 from fewshot_diti.recommended import recommended_scoring
 
 PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")

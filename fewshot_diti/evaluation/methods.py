@@ -235,9 +235,9 @@ def _scores(
     trial_weights = trial_weights / trial_weights.mean()
     temperature = recommended_temperature(bench)
     if errors.out_of_fold:
-        temperature = fit_temperature(timesteps.score(errors.held_out, trial_weights), errors.held_out_labels)
+        temperature = fit_temperature(timesteps.weighted_mean(errors.held_out, trial_weights), errors.held_out_labels)
     scored = errors.held_out if held_out else errors.test
-    return timesteps.score(scored, trial_weights), temperature, chosen
+    return timesteps.weighted_mean(scored, trial_weights), temperature, chosen
 
 
 def _weights(weighting: str, bench: Bench, task: Task, errors: DitiErrors) -> Tensor:

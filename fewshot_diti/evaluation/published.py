@@ -20,7 +20,7 @@ from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
-from fewshot_diti.elimination import Elimination, eliminate, published_stages
+from fewshot_diti.elimination import Decision, eliminate, published_stages
 from fewshot_diti.lora import Layout
 from fewshot_diti.training import TrainingConfig, lr_scale
 from fewshot_diti.trials import even_grid, torch_generator, trial_noise
@@ -111,7 +111,7 @@ class PublishedProcedure:
         return row
 
     @torch.no_grad()
-    def classify(self, image: ImageSource, bank: Bank, *, seed: int) -> Elimination:
+    def classify(self, image: ImageSource, bank: Bank, *, seed: int) -> Decision:
         """One image through the published stages, 500 trials, uniform weights."""
         backbone, opened = self.backbone, open_image(image)
         latents = backbone.encode_images(self.geometry.pixels(opened)[None])[0][0].to(backbone.device)

@@ -19,11 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import Elimination, Look, Stage, eliminate
+from fewshot_diti.elimination import Decision, Look, Stage, eliminate
 from fewshot_diti.memory import return_freed_pages
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
-from fewshot_diti.timesteps import score
 from fewshot_diti.trials import even_grid
 
 T = TypeVar("T")
@@ -135,7 +134,7 @@ def perturbed_bank(bank: Bank, num_classes: int, *, strength: float, seed: int =
 
 def on_kept_errors(
     errors_NCS: Tensor, weights_S: Tensor, stages: Sequence[Stage | Look], offsets_NC: Tensor | None = None
-) -> list[Elimination]:
+) -> list[Decision]:
     """What a schedule decides on errors that are there already."""
     N, C, _ = errors_NCS.shape
     return eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S, offsets_NC)

@@ -19,7 +19,7 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
 from fewshot_diti.elimination import (
-    Elimination,
+    Decision,
     Look,
     Stage,
     count_evaluations,
@@ -31,7 +31,7 @@ from fewshot_diti.evaluation import speed
 from fewshot_diti.evaluation.full_size import full_size_round, gflop_of_an_evaluation
 from fewshot_diti.evaluation.measurement import Measurement
 from fewshot_diti.evaluation.published import PublishedProcedure
-from fewshot_diti.prior import prior_latents
+from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.recommended import recommended_training
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
@@ -258,14 +258,14 @@ def growth(m: Measurement) -> dict[str, Any]:
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
 
-def _race(m: Measurement, scorer: Scorer, latents_Nchw: Tensor) -> list[Elimination]:
+def _race(m: Measurement, scorer: Scorer, latents_Nchw: Tensor) -> list[Decision]:
     """The first test images among a bank's classes, by class tokens alone."""
     times, ids = m.classifier.calibration_.timesteps, m.test.ids[: len(latents_Nchw)]
     stages = m.classifier.scoring.schedule(len(scorer.bank))
     return decide(scorer, latents_Nchw, ids, times, m.weights, stages)
 
 
-def _stacked_race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Elimination], int]:
+def _stacked_race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Decision], int]:
     """The same from the bank on, and the bytes of its stacked weights."""
     scorer = m.learner.scorer(bank)
     return _race(m, scorer, latents_Nchw), scorer.rows_CP.nbytes

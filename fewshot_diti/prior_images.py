@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
+from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
-from fewshot_diti.processes import process_state
 
 _STEPS, _GUIDANCE = 25, 7.5
 _BATCH = 8

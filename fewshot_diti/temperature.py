@@ -1,12 +1,9 @@
-"""Shots held out, and the temperature that makes them most likely.
+"""The temperature that turns scores into probabilities, fitted on held-out shots.
 
 Shapes in names: N images, C classes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -14,20 +11,6 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
-K = TypeVar("K", int, str | int | bool)  # of classes: places, or labels
-T = TypeVar("T")
-
-
-def split_folds(groups: Mapping[K, Sequence[T]], folds: int) -> Iterator[tuple[dict[K, list[T]], list[tuple[int, T]]]]:
-    """For each fold the shots that are kept, by class, and those held out, each with its class's place in sorted order.
-
-    No more folds than the largest class has shots.
-    """
-    order = sorted(groups)
-    folds = min(folds, max(len(shots) for shots in groups.values()))
-    for fold in range(folds):
-        kept = {x: [s for i, s in enumerate(groups[x]) if i % folds != fold] for x in order}
-        yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
 
 
 def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:

@@ -1,0 +1,100 @@
+"""Images to latents and features: the same way for shots and test images, each image decoded once.
+
+Shapes in names: N images, K colour variants, V views of a shot, c, h, w latents, D values of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewshot_diti.augment import colour_variants
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.config import TrainingConfig
+from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
+from fewshot_diti.features import block_features
+from fewshot_diti.presets import PRESETS
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image that was decoded: its id, and its pixels in the bank's geometry.
+
+    Attributes:
+        id: of the decoded pixels, before any resize.
+        name: for messages: the path, or the id.
+        pixels_CHW: uint8 [3, height, width].
+    """
+
+    id: str
+    name: str
+    pixels_CHW: Tensor
+
+    @property
+    def values_CHW(self) -> Tensor:
+        """float32 pixels in [-1, 1]."""
+        return self.pixels_CHW.float() / 127.5 - 1
+
+
+class Encoder:
+    """A backbone's view of images.
+
+    Args:
+        geometry: the size and resize rule that all images get.
+        generic_prompt: the text that the U-Net reads when its features are taken.
+    """
+
+    def __init__(self, backbone: Backbone, geometry: ImageGeometry, generic_prompt: str) -> None:
+        self.backbone, self.geometry, self.generic_prompt = backbone, geometry, generic_prompt
+        self._variants: dict[tuple[str, object], tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, image: ImageSource | PreparedImage) -> PreparedImage:
+        """Decodes an image and gives it the geometry; one that is prepared already stays as it is.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: as `data.images.decode` and `ImageGeometry.pixels`.
+        """
+        if isinstance(image, PreparedImage):
+            return image
+        rgb = open_image(image)
+        name = str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else ""
+        found = image_id(rgb)
+        return PreparedImage(found, name or f"image id {found}", self.geometry.resized(rgb, name))
+
+    @torch.no_grad()
+    def latents(self, images: Sequence[PreparedImage]) -> Tensor:
+        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
+        return torch.cat([self.backbone.encode_images(image.values_CHW[None])[0] for image in images])
+
+    def variants(self, image: PreparedImage, training: TrainingConfig) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [K, c, h, w] of the latents of a shot's colour variants; kept until `forget`."""
+        key = image.id, _colours(training)
+        if key not in self._variants:
+            copies = colour_variants(image.values_CHW, image.id, training)
+            self._variants[key] = self.backbone.encode_images(copies)
+        return self._variants[key]
+
+    def forget(self) -> None:
+        """Drops what is kept of shots."""
+        self._variants.clear()
+
+    @torch.no_grad()
+    def features(self, latents_Nchw: Tensor) -> Tensor:
+        """What the frozen U-Net holds of images, float32 [N, D], each by itself as in `latents`."""
+        text = self.backbone.encode_text(self.backbone.tokenize([self.generic_prompt]))
+        return torch.cat([block_features(self.backbone, x[None], text)[0] for x in latents_Nchw])
+
+    def shot_features(self, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
+        """`features` [n, V, D] of shots and of copies in other colours, float16."""
+        views = PRESETS[self.backbone.kind].features.views
+        latents = torch.stack([self.variants(shot, training)[0][:views] for shot in shots])
+        return self.features(latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).half()
+
+
+def _colours(training: TrainingConfig) -> tuple[object, ...]:
+    """All that decides a shot's colour variants."""
+    names = ("colour_variants", "brightness", "contrast", "saturation", "hue", "permute_channels", "flip", "seed")
+    return tuple(getattr(training, name) for name in names)

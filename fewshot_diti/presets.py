@@ -1,0 +1,175 @@
+"""What is set where the user gives nothing: all that differs between kinds of backbones, and the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from fewshot_diti.config import PredictionConfig, ScoringConfig, Settings, TrainingConfig
+from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
+
+Kind = Literal["pocket", "stable-diffusion"]  # of backbones
+PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
+LARGE_UNET = 200_000_000  # parameters; from here on a U-Net is of Stable Diffusion's kind
+
+
+def kind_of(num_parameters: int) -> Kind:
+    """The kind of a backbone by the size of its U-Net; a large one takes hours on a CPU, and other settings."""
+    return "pocket" if num_parameters <= LARGE_UNET else "stable-diffusion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Which features of the frozen U-Net describe an image.
+
+    Attributes:
+        timestep: that the U-Net is given, as a share of the schedule; the image has no noise.
+        block: up-sampling block whose output is taken, counted from the U-Net's end.
+        positions: (height, width) that the block's map is averaged down to at most.
+        views: of each shot: itself and copies in other colours.
+    """
+
+    timestep: float = 0.06
+    block: int = 2
+    positions: tuple[int, int] = (8, 16)
+    views: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The settings for one kind of backbone, where the user gives none.
+
+    Attributes:
+        measured: whether they were chosen by measurement on a backbone of this kind.
+        steps, blocks: of training, at each of `PUBLISHED_SHOTS`; steps are interpolated between.
+        training, scoring, prediction: values of the configurations' fields.
+        features: of the U-Net.
+        concept: what all classes are; None: the user has to say.
+    """
+
+    measured: bool
+    steps: tuple[int, ...]
+    blocks: tuple[str, ...]
+    training: Mapping[str, Any]
+    scoring: Mapping[str, Any]
+    prediction: Mapping[str, Any]
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    concept: str | None = None
+
+
+PRESETS: dict[Kind, Preset] = {
+    "pocket": Preset(
+        measured=True,
+        steps=(60, 80, 100, 130, 160),
+        blocks=("all",) * 5,
+        training={
+            "rank": 8,
+            "lr_unet": 3e-3,
+            "lr_text_encoder": 3e-3,
+            "lr_schedule": "cosine",
+            "shots_per_step": 2,  # 4 cost twice as much, for 75.7 instead of 78.5 % on val images of one draw
+            "prior_weight": 0.0,
+            "brightness": 0.3,
+            "hue": 0.5,
+            "permute_channels": True,
+            "samples_per_batch": 48,
+        },
+        scoring={
+            "trials": 32,
+            "timesteps": (0, 900),
+            "density": "importance",
+            "weighting": "relative",
+            "features_weight": 0.0002,  # the most accurate on held-out shots of 2 to 16
+            # fitted at 16 shots on images of the val split, in races (0.00026), 1.15 of it with the features
+            "temperature": 0.0003,
+            "unet_scale": 1.0,
+            "text_encoder_scale": 1.0,
+        },
+        prediction={"schedule": "racing", "batch_size": 96},
+        concept="aircraft",
+    ),
+    # The published settings, with a falling learning rate, races, and weights that need no shots.
+    "stable-diffusion": Preset(
+        measured=False,
+        steps=(60, 100, 200, 700, 1000),
+        blocks=("narrow", "narrow", "narrow", "medium", "all"),
+        training={
+            "rank": 16,
+            "lr_unet": 1e-4,
+            "lr_text_encoder": 5e-5,
+            "lr_schedule": "cosine",
+            "shots_per_step": 1,
+            "prior_weight": 1.0,
+            "brightness": 0.2,
+            "hue": 0.1,
+            "permute_channels": False,
+            "samples_per_batch": 16,  # with gradients, at 512 pixels, on a GPU with 80 GB
+        },
+        scoring={
+            "trials": 50,
+            "timesteps": (0, 1000),
+            "density": "even",
+            "weighting": "pdae",
+            "features_weight": 0.0,
+            "temperature": 0.001,
+            "unet_scale": 0.6,
+            "text_encoder_scale": 0.7,
+        },
+        prediction={"schedule": "racing", "batch_size": 32},
+    ),
+}
+
+
+def complete(
+    kind: Kind,
+    num_shots: int,
+    training: TrainingConfig | None = None,
+    scoring: ScoringConfig | None = None,
+    prediction: PredictionConfig | None = None,
+) -> Settings:
+    """The configurations given, their missing fields filled from the preset for this kind and number of shots."""
+    preset = PRESETS[kind]
+    by_shots = {"steps": interpolate_steps(num_shots, preset.steps), "blocks": _at(num_shots, preset.blocks)}
+    return Settings(
+        (training or TrainingConfig()).resolve({**preset.training, **by_shots}),
+        (scoring or ScoringConfig()).resolve(preset.scoring),
+        (prediction or PredictionConfig()).resolve(preset.prediction),
+    )
+
+
+def recommended(num_shots: int, kind: Kind = "pocket") -> Settings:
+    """What is used where the user gives nothing."""
+    return complete(kind, num_shots)
+
+
+def published(
+    num_shots: int,
+    steps: tuple[int, ...] = PRESETS["stable-diffusion"].steps,
+    stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES,
+) -> Settings:
+    """As in the paper (TiF, CVPR 2024): constant learning rate, elimination in stages, and the weighting that its
+    numbers were computed with."""
+    return complete(
+        "stable-diffusion",
+        num_shots,
+        TrainingConfig(steps=interpolate_steps(num_shots, steps), lr_schedule="constant"),
+        ScoringConfig(trials=PUBLISHED_TRIALS, weighting="tif_released"),
+        PredictionConfig(schedule="published", stages=stages),
+    )
+
+
+def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:
+    """Training steps at any number of shots: linear between the published counts, the last one beyond."""
+    if num_shots >= PUBLISHED_SHOTS[-1]:
+        return steps[-1]
+    for (k0, s0), (k1, s1) in pairwise(zip(PUBLISHED_SHOTS, steps, strict=True)):
+        if k0 <= num_shots <= k1:
+            return round(s0 + (s1 - s0) * (num_shots - k0) / (k1 - k0))
+    raise ValueError(f"num_shots={num_shots}; pass a whole number of at least 1.")
+
+
+def _at(num_shots: int, values: tuple[str, ...]) -> str:
+    """The value at the next lower of the published numbers of shots."""
+    return [v for k, v in zip(PUBLISHED_SHOTS, values, strict=True) if k <= max(1, num_shots)][-1]
