@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fewshot_diti import Backbone
-from fewshot_diti.pretraining.renders import load_renders, split_held_out
 from fewshot_diti.prompts import with_article
+from recipes.pocket.renders import HELD_OUT, load_renders, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Fidelity:
 
     data: Path
     backbone: str = "pocket"
-    held_out: Path = Path("recipes/held_out_variants.json")
+    held_out: Path = HELD_OUT
     samples: int = 16
     steps: int = 30
     guidance_scale: float = 3.0

@@ -10,16 +10,156 @@ tell at the same number of trials.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fewshot_diti.data import shown_attribute
+from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.config import GridConfig
-from fewshot_diti.evaluation.gaps import equal_trials, join, measure, plot
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import LARGE_T, SMALL_T
 from fewshot_diti.files import write_atomically
+from fewshot_diti.reports import bootstrap_interval
+from fewshot_diti.timesteps import relative, weighted_mean
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gaps:
+    """Of N test images at S trials.
+
+    A gap is the error of wrong classes minus the error of the true class, in standard deviations over the classes.
+
+    Attributes:
+        timesteps: [S].
+        right: bool [N, S], whether the trial alone gives the true class.
+        sharing: [N, S], mean gap to the classes whose shots show the image's value of the attribute, mostly one.
+        other: [N, S], mean gap to the classes whose shots do not.
+        strongest: [N, S], gap to the one of these with the smallest mean error relative to what is usual at each t.
+        misleading: bool [N], images that have a value which the shots of another class show and those of their own do
+            not, and both kinds of rivals; elsewhere the gaps say nothing.
+        groups: the image's value of the attribute.
+    """
+
+    timesteps: np.ndarray
+    right: np.ndarray
+    sharing: np.ndarray
+    other: np.ndarray
+    strongest: np.ndarray
+    misleading: np.ndarray
+    groups: tuple[str, ...]
+
+
+def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
+    """The gaps of one draw.
+
+    Raises:
+        ValueError: the images have no such column.
+    """
+    shown_NC = shown_attribute(task.shots, task.test, column)
+    error_NCS, labels = errors.test.double().numpy(), task.test.labels
+    rows = np.arange(len(labels))
+    relative_NC = (error_NCS / error_NCS.mean((0, 1))).mean(2)
+    wrong_NC = labels[:, None] != np.arange(shown_NC.shape[1])
+
+    sharing_NC, other_NC = wrong_NC & shown_NC, wrong_NC & ~shown_NC
+    gap_NCS = (error_NCS - error_NCS[rows, labels][:, None]) / error_NCS.std(1)[:, None]
+
+    def mean_gap(rivals_NC: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (gap_NCS * rivals_NC[:, :, None]).sum(1) / np.maximum(rivals_NC.sum(1), 1)[:, None]
+        return found
+
+    return Gaps(
+        timesteps=errors.timesteps.numpy(),
+        right=error_NCS.argmin(1) == labels[:, None],
+        sharing=mean_gap(sharing_NC),
+        other=mean_gap(other_NC),
+        strongest=gap_NCS[rows, np.where(other_NC, relative_NC, np.inf).argmin(1)],
+        misleading=~shown_NC[rows, labels] & sharing_NC.any(1) & other_NC.any(1),
+        groups=task.test.attributes[column],
+    )
+
+
+def join(parts: Sequence[Gaps]) -> Gaps:
+    """Several draws at the same time-steps as one."""
+    names = ("right", "sharing", "other", "strongest", "misleading")
+    return Gaps(
+        timesteps=parts[0].timesteps,
+        groups=tuple(g for p in parts for g in p.groups),
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names},
+    )
+
+
+def equal_trials(
+    errors: DitiErrors, labels_N: np.ndarray, windows: Mapping[str, tuple[int, int]], *, draws: int = 100
+) -> dict[str, float]:
+    """Accuracy, 0 to 1, of each window (lo, hi) with as many trials as the one with the fewest has.
+
+    A mean over `draws` random choices of trials inside the window, so that a window is judged by what its trials tell
+    and not by how many it holds. Weights: `relative`, from the shots.
+
+    Raises:
+        ValueError: a window holds no trial.
+    """
+    times = errors.timesteps
+    inside = {name: ((times >= lo) & (times < hi)).nonzero().flatten() for name, (lo, hi) in windows.items()}
+    count = min(len(places) for places in inside.values())
+    if not count:
+        raise ValueError(f"A window of {dict(windows)} holds none of the trials at t = {times.tolist()}; widen it.")
+    weights_T = relative(errors.held_out, times, int(times.max()) + 1)
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, places in inside.items():
+        right = 0.0
+        for _ in range(draws):
+            some = places[torch.from_numpy(rng.choice(len(places), count, replace=False))]
+            scores = weighted_mean(errors.test[:, :, some], weights_T[times[some]])
+            right += float(np.mean(scores.argmin(1).numpy() == labels_N)) / draws
+        found[name] = right
+    return found
+
+
+def plot(gaps: Gaps, title: str) -> bytes:
+    """PNG: of misleading images, the gaps; and accuracy of each time-step alone, of these and of all images.
+
+    Bands are 95 % intervals, bootstrap over liveries.
+    """
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    misleading, every = gaps.misleading, np.ones(len(gaps.misleading), dtype=bool)
+    if misleading.any():
+        _curve(left, gaps, gaps.sharing, misleading, "C3", "classes whose shots show the image's livery")
+        _curve(left, gaps, gaps.other, misleading, "C0", "other wrong classes")
+        _curve(left, gaps, gaps.strongest, misleading, "C7", "the strongest of these")
+        _curve(right, gaps, 100.0 * gaps.right, misleading, "C1", f"{misleading.sum()} misleading images")
+    left.axhline(0, color="black", lw=0.8)
+    left.set_title(f"{misleading.sum()} misleading images", fontsize=10)
+    left.set_ylabel("error of wrong classes minus the true class's\n(standard deviations over classes)")
+    _curve(right, gaps, 100.0 * gaps.right, every, "C2", f"all {len(every)} images")
+    right.set_ylabel("accuracy of the time-step alone (%)")
+    for axes in (left, right):
+        axes.set_xlabel("time-step t")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _curve(axes: object, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> None:
+    groups = [g for g, m in zip(gaps.groups, mask, strict=True) if m]
+    ends = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
+    axes.plot(gaps.timesteps, values_NS[mask].mean(0), color=colour, label=label)  # type: ignore[attr-defined]
+    axes.fill_between(gaps.timesteps, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, lw=0)  # type: ignore[attr-defined]
 
 
 def main(config: GridConfig) -> None:

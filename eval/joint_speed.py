@@ -1,6 +1,6 @@
 """Times joint training of class tokens against training them one after another, in one run.
 
-python eval/joint_speed.py --backbone pocket --steps 30
+python -m eval.joint_speed --backbone pocket --steps 30
 
 Both train the same classes for the same steps (1 shot and 1 prior image a step) from random latents, with the backbone
 loaded once; what differs is how many classes share a forward. Prints both times and their ratio as one line of JSON.

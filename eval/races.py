@@ -16,8 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from eval.speed.timing import on_kept_errors
 from fewshot_diti.elimination import racing
-from fewshot_diti.evaluation.speed import on_kept_errors
 
 FAMILY_SHARE = 0.9  # of the noise's variance that classes of one family have in common
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.gaps import equal_trials, join, measure, plot
 from fewshot_diti.data import ImageSet
 from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.comparison import compare, mcnemar
-from fewshot_diti.evaluation.gaps import equal_trials, join, measure, plot
 from fewshot_diti.evaluation.metrics import drop_from_matched_to_shifted, summarize
 
 

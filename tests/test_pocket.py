@@ -15,7 +15,7 @@ from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.data import load_images
 from fewshot_diti.files import shipped
-from fewshot_diti.pretraining.captions import sky_name
+from recipes.pocket.captions import sky_name
 
 
 def test_the_pocket_has_its_promised_size_and_dtype() -> None:

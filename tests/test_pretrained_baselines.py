@@ -16,9 +16,9 @@ from fewshot_diti.backbone import resolve
 from fewshot_diti.baselines import LogisticProbe
 from fewshot_diti.baselines.imagenet import ImageNetwork
 from fewshot_diti.data import load_bundled, sample_shots
-from fewshot_diti.pretraining.clip import ClipConfig, contrastive_loss, train_clip
-from fewshot_diti.pretraining.renders import random_crops
-from fewshot_diti.pretraining.siblings import SiblingsConfig, train_siblings
+from recipes.pocket.clip import ClipConfig, contrastive_loss, train_clip
+from recipes.pocket.renders import random_crops
+from recipes.pocket.siblings import SiblingsConfig, train_siblings
 from tests.test_pretraining import data, dies_after  # noqa: F401, data is a fixture
 
 

@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image as PILImage
 
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.pretraining import loop
-from fewshot_diti.pretraining.captions import GENERIC_CAPTION, train_tokenizer, write_caption
-from fewshot_diti.pretraining.renders import airline_name, load_renders, split_held_out
-from fewshot_diti.pretraining.unet import UnetConfig, train_unet
-from fewshot_diti.pretraining.vae import VaeConfig, build_vae, standardize_latents, train_vae
+from recipes.pocket import loop
+from recipes.pocket.captions import GENERIC_CAPTION, train_tokenizer, write_caption
+from recipes.pocket.renders import airline_name, load_renders, split_held_out
+from recipes.pocket.sd import UnetConfig, train_unet
+from recipes.pocket.vae import VaeConfig, build_vae, standardize_latents, train_vae
 
 
 @pytest.fixture(scope="module")

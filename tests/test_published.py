@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from test_lora import random_bank
 
+from eval.speed.published import PublishedProcedure
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.data.images import ImageGeometry, image_id
 from fewshot_diti.elimination import published_stages
-from fewshot_diti.evaluation.published import PublishedProcedure
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.training import TrainingConfig
 from fewshot_diti.trials import even_grid

@@ -14,11 +14,11 @@ import torch
 from small_grid import SCORING, TRAINING
 from test_lora import random_bank
 
-from eval import speed as script
+from eval.speed import __main__ as script
+from eval.speed import measurement, sections, timing
+from eval.speed.measurement import SpeedConfig
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.elimination import exhaustive, racing
-from fewshot_diti.evaluation import measurement, speed, speed_sections
-from fewshot_diti.evaluation.measurement import SpeedConfig
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 
@@ -32,7 +32,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scoring = replace(SCORING, trials=8, decide="racing", density="importance", batch_size=24)
-    for module in (measurement, speed_sections):
+    for module in (measurement, sections):
         monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
     monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
     torch._dynamo.utils.counters.clear()
@@ -81,7 +81,7 @@ def test_memory_is_measured_above_what_is_in_use() -> None:
         with mmap.mmap(-1, size) as pages:
             return pages.write(b"x" * size)
 
-    written, memory = speed.memory_beyond(fresh_pages)
+    written, memory = timing.memory_beyond(fresh_pages)
     assert written == size
     assert 0.9 * size < memory < 3 * size or memory != memory
 
@@ -92,11 +92,11 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
     errors = torch.rand(40, 5, 32, generator=g)
     errors[torch.arange(40), labels] -= 0.1
     weights = torch.ones(32)
-    same = speed.against_exhaustive(errors, labels, weights, exhaustive(32))
+    same = timing.against_exhaustive(errors, labels, weights, exhaustive(32))
     assert same["agreement"] == 1 and same["points_lost"] == 0 and same["evaluations"] == 160
     best = score(errors, weights).argmin(1).numpy()
     assert same["accuracy"] == same["accuracy_exhaustive"] == pytest.approx(100 * (best == labels).mean())
-    raced = speed.against_exhaustive(errors, labels, weights, racing(32, confidence=0.9))
+    raced = timing.against_exhaustive(errors, labels, weights, racing(32, confidence=0.9))
     assert raced["evaluations"] < 160 and 0 < raced["clear_images"] < 40
     assert raced["points_lost"] == pytest.approx(raced["accuracy_exhaustive"] - raced["accuracy"])
     low, high = raced["agreement_on_clear_interval"]
@@ -105,18 +105,18 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
 
 def test_the_interval_of_a_difference_keeps_its_width_where_no_image_differs() -> None:
     right = np.arange(240) % 5 > 0
-    low, high = speed.paired_interval(right, right)
+    low, high = timing.paired_interval(right, right)
     assert low == -high and high == pytest.approx(wilson_interval(0, 240)[1])
     lost = right.copy()
     lost[1:120:5] = False  # 24 of 240, right before
-    low, high = speed.paired_interval(right, lost)
+    low, high = timing.paired_interval(right, lost)
     assert 0.05 < low < 0.1 < high < 0.16
-    assert speed.paired_interval(lost, right) == pytest.approx((-high, -low))
+    assert timing.paired_interval(lost, right) == pytest.approx((-high, -low))
 
 
 def test_synthetic_class_tokens_keep_the_real_ones_and_differ_from_each_other(backbone: Backbone) -> None:
     bank = random_bank(backbone, 3, 2, 0)
-    many = speed.perturbed_bank(bank, 7, strength=0.3)
+    many = timing.perturbed_bank(bank, 7, strength=0.3)
     assert len(set(many.labels)) == 7
     assert torch.equal(many.rows[:3], bank.rows)
     assert len({tuple(row[:50].tolist()) for row in many.rows}) == 7
@@ -125,5 +125,5 @@ def test_synthetic_class_tokens_keep_the_real_ones_and_differ_from_each_other(ba
 
 def test_interleaved_functions_take_turns() -> None:
     calls: list[str] = []
-    found = speed.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    found = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3 and [len(v) for v in found.values()] == [2, 2]

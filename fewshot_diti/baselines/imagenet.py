@@ -41,7 +41,7 @@ class ImageNetwork:
 
     Args:
         name: "efficientnet-lite0", whose weights come in packages; a timm model, whose weights the hub holds; or
-            "local-dir:FOLDER", a network that `pretraining.siblings` left, "pocket" being the one that ships.
+            "local-dir:FOLDER", a network that `recipes/pocket/siblings.py` left, "pocket" being the one that ships.
         size: (height, width) that images are squashed to; the last, and transformers, have their own.
 
     Raises:

@@ -81,7 +81,7 @@ class GridConfig:
         if not self.has_siblings and SIBLINGS in self.methods:
             raise ValueError(
                 "The row siblings needs a network that was trained with labels of sibling classes; pass "
-                "--siblings local-dir:FOLDER (recipes/pocket_siblings.py trains one), or other --methods."
+                "--siblings local-dir:FOLDER (recipes/pocket/siblings.py trains one), or other --methods."
             )
         for name in ("methods", "shots", "seeds"):
             values = getattr(self, name)

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.speed import timing
+from eval.speed.full_size import full_size_round, gflop_of_an_evaluation
+from eval.speed.measurement import Measurement
+from eval.speed.published import PublishedProcedure
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
@@ -27,10 +31,6 @@ from fewshot_diti.elimination import (
     proportional_stages,
     published_stages,
 )
-from fewshot_diti.evaluation import speed
-from fewshot_diti.evaluation.full_size import full_size_round, gflop_of_an_evaluation
-from fewshot_diti.evaluation.measurement import Measurement
-from fewshot_diti.evaluation.published import PublishedProcedure
 from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.recommended import recommended_training
 from fewshot_diti.scoring import Scorer, decide
@@ -47,13 +47,13 @@ def machine(m: Measurement) -> dict[str, Any]:
     backbone = m.backbone
     size = tuple(n // backbone.vae_scale_factor for n in backbone.image_size)
     channels = int(backbone.unet.config.block_out_channels[0])
-    peak = speed.machine_peak(backbone.device, backbone.dtype, channels, (size[0], size[1]))
-    flops = speed.flops_of_an_evaluation(backbone, (size[0], size[1]))
+    peak = timing.machine_peak(backbone.device, backbone.dtype, channels, (size[0], size[1]))
+    flops = timing.flops_of_an_evaluation(backbone, (size[0], size[1]))
     batch = m.learner.scoring.batch_size
     latents = m.learner.encode([m.test.image(0)])[0]
     sizes = [batch // 4, batch // 2, batch, 2 * batch]
-    runs = {str(n): speed.plain_evaluations(backbone, latents, n) for n in sizes}
-    seconds = {n: min(values) / int(n) for n, values in speed.interleaved(runs, 3).items()}
+    runs = {str(n): timing.plain_evaluations(backbone, latents, n) for n in sizes}
+    seconds = {n: min(values) / int(n) for n, values in timing.interleaved(runs, 3).items()}
     return {
         "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -94,7 +94,7 @@ def schedule(m: Measurement) -> dict[str, Any]:
     decisions = decide(m.scorer, latents, m.test.ids[:count], times, torch.ones(500), stages)
     published = np.array([d.label for d in decisions])
     truth, offsets_NC = m.labels[:count], None if m.offsets is None else m.offsets[:count]
-    raced = speed.on_kept_errors(m.errors[:count], m.weights, m.stages, offsets_NC)
+    raced = timing.on_kept_errors(m.errors[:count], m.weights, m.stages, offsets_NC)
     race = np.array([d.label for d in raced])
     return {
         "images": count,
@@ -102,7 +102,7 @@ def schedule(m: Measurement) -> dict[str, Any]:
         "accuracy": 100 * float((published == truth).mean()),
         "accuracy_race": 100 * float((race == truth).mean()),
         "points_lost": 100 * float((published == truth).mean() - (race == truth).mean()),
-        "points_lost_interval": [100 * x for x in speed.paired_interval(published == truth, race == truth)],
+        "points_lost_interval": [100 * x for x in timing.paired_interval(published == truth, race == truth)],
     }
 
 
@@ -114,11 +114,11 @@ def overhead(m: Measurement) -> dict[str, Any]:
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
     found: dict[str, Any] = {"batch_size": batch, "rank": 16}
     for count in (12, 100):
-        scorer = Scorer(m.backbone, speed.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
+        scorer = Scorer(m.backbone, timing.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
         trials = len(m.classifier.scoring.schedule(count)[0].trial_positions)
-        evaluations, stacked = speed.stacked_evaluations(scorer, latents, trials)
-        runs = {"plain": speed.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
-        found[f"classes_{count}"] = speed.ratio(speed.interleaved(runs, 21), "stacked", "plain")
+        evaluations, stacked = timing.stacked_evaluations(scorer, latents, trials)
+        runs = {"plain": timing.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
+        found[f"classes_{count}"] = timing.ratio(timing.interleaved(runs, 21), "stacked", "plain")
     return found
 
 
@@ -128,7 +128,7 @@ def compiled(m: Measurement) -> dict[str, Any]:
     scorers = {"compiled": replace(m.learner, backbone=backbone).scorer(m.bank), "plain": m.scorer}
     rows = range(min(m.config.pipeline_images, len(m.test)))
     latents_Nchw, trials = m.learner.encode([m.test.image(row) for row in rows]), len(m.stages[0].trial_positions)
-    stacked = {name: speed.stacked_evaluations(x, latents_Nchw[0], trials) for name, x in scorers.items()}
+    stacked = {name: timing.stacked_evaluations(x, latents_Nchw[0], trials) for name, x in scorers.items()}
     forwards = {name: forward for name, (_, forward) in stacked.items()}
     races = {name: partial(_race, m, x, latents_Nchw) for name, x in scorers.items()}
     _, first_seconds, _ = _timed(forwards["compiled"])
@@ -137,9 +137,9 @@ def compiled(m: Measurement) -> dict[str, Any]:
         "mode": m.config.compile,
         "batch_size": stacked["compiled"][0],
         "seconds_before_the_first_batch": first_seconds,
-        "ratio": speed.ratio(speed.interleaved(forwards, 7), "compiled", "plain"),
+        "ratio": timing.ratio(timing.interleaved(forwards, 7), "compiled", "plain"),
         "images": len(rows),
-        "race_ratio": speed.ratio(speed.interleaved(races, 3), "compiled", "plain"),
+        "race_ratio": timing.ratio(timing.interleaved(races, 3), "compiled", "plain"),
         "same_label": float(np.mean(np.equal(labels[0], labels[1]))),
     }
 
@@ -235,7 +235,7 @@ def training(m: Measurement) -> dict[str, Any]:
 def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
     """What it gives, its seconds, and the megabytes by which memory rose."""
     start = perf_counter()
-    found, memory = speed.memory_beyond(run)
+    found, memory = timing.memory_beyond(run)
     return found, perf_counter() - start, memory / 2**20
 
 
@@ -275,8 +275,8 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
     found = {}
     latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
     for count in m.config.growth:
-        bank = speed.perturbed_bank(m.bank, count, strength=strength)
-        (decisions, stacked), memory = speed.memory_beyond(partial(_stacked_race, m, bank, latents))
+        bank = timing.perturbed_bank(m.bank, count, strength=strength)
+        (decisions, stacked), memory = timing.memory_beyond(partial(_stacked_race, m, bank, latents))
         found[str(count)] = {
             "evaluations": float(np.mean([d.evaluations for d in decisions])),
             "evaluations_exhaustive": count_evaluations(exhaustive(len(m.weights)), count),
@@ -295,14 +295,14 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     path = m.test_file(0)
     pixels = m.learner.geometry.pixels(path)[None]
     latents = m.backbone.encode_images(pixels)[0]
-    evaluations, stacked = speed.stacked_evaluations(m.scorer, latents[0], len(m.stages[0].trial_positions))
+    evaluations, stacked = timing.stacked_evaluations(m.scorer, latents[0], len(m.stages[0].trial_positions))
     with torch.no_grad():
-        seconds = speed.interleaved(
+        seconds = timing.interleaved(
             {
                 "decode": lambda: (image_id(path), m.learner.geometry.pixels(path)),
                 "vae": lambda: m.backbone.encode_images(pixels),
                 "features": lambda: m.classifier.offsets(latents),
-                "plain": speed.plain_evaluations(m.backbone, latents[0], evaluations),
+                "plain": timing.plain_evaluations(m.backbone, latents[0], evaluations),
                 "stacked": stacked,
             },
             12,
@@ -341,19 +341,19 @@ def full_size(m: Measurement) -> dict[str, Any]:
     return {
         **full_size_round(),
         "gflop_per_evaluation_512_px": gflop,
-        "h100_flops_taken": speed.H100_FLOPS,
-        "h100_images_per_second_published": speed.H100_FLOPS / (gflop * 1e9 * published),
-        "h100_images_per_second_race": speed.H100_FLOPS / (gflop * 1e9 * race),
+        "h100_flops_taken": timing.H100_FLOPS,
+        "h100_images_per_second_published": timing.H100_FLOPS / (gflop * 1e9 * published),
+        "h100_images_per_second_race": timing.H100_FLOPS / (gflop * 1e9 * race),
     }
 
 
 def _decided(m: Measurement, stages: Sequence[Stage | Look], classes: Sequence[int]) -> dict[str, Any]:
-    """`speed.against_exhaustive` on the kept errors of some classes, in ascending order, and their images."""
+    """`timing.against_exhaustive` on the kept errors of some classes, in ascending order, and their images."""
     keep_C = torch.tensor(classes)
     rows_N = torch.isin(torch.tensor(m.labels), keep_C)
     labels = torch.searchsorted(keep_C, torch.tensor(m.labels)[rows_N]).numpy()
     offsets_NC = None if m.offsets is None else m.offsets[rows_N][:, keep_C]
-    found = speed.against_exhaustive(m.errors[rows_N][:, keep_C], labels, m.weights, stages, offsets_NC)
+    found = timing.against_exhaustive(m.errors[rows_N][:, keep_C], labels, m.weights, stages, offsets_NC)
     return found | {"evaluations": found["evaluations"] + m.classifier.scoring.asks_features}
 
 

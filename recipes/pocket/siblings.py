@@ -1,6 +1,18 @@
-"""A small network trained with the labels of the pre-training variants: siblings of the classes that users bring.
+"""A small network trained with labels of the pre-training variants: siblings of the classes that users bring.
 
 Few-shot methods are not told such labels; who has them gets features that know what a variant is.
+
+    accelerate launch --cpu -m recipes.pocket.siblings --data DIR
+
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last
+checkpoint. A processor without bfloat16 wants --mixed_precision no. The row `siblings` of `python -m eval.fewshot`
+uses features of the network that ships; `--siblings local-dir:runs/pocket-siblings/network` takes this one.
+
+Hardware: two CPU cores; on GPUs leave out --cpu.
+Time: 28 minutes in float32 on two cores with AVX2 alone (1.8 steps/s).
+Expected: held_out_accuracy 0.989 after 3,000 steps (0.940 after 500), features of variants left out of training, 16
+images a variant; as the row `siblings` 77.6 / 86.9 / 89.3 / 95.0 / 95.6 % at 1 / 2 / 4 / 8 / 16 shots of the 12 bundled
+variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` stood at 0.702 after 1,500 steps.
 """
 
 from __future__ import annotations
@@ -13,13 +25,15 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import tyro
 from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewshot_diti.files import write_atomically
-from fewshot_diti.pretraining.loop import LoopConfig, run_loop, step_generator
-from fewshot_diti.pretraining.renders import (
+from recipes.pocket.loop import LoopConfig, run_loop, step_generator
+from recipes.pocket.renders import (
+    HELD_OUT,
     false_colour_copies,
     few_shot_accuracy,
     load_renders,
@@ -122,3 +136,15 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
     if accelerator.is_main_process:
         save_network()
     return network.eval()
+
+
+def pocket_siblings() -> SiblingsConfig:
+    """Images of the size that the pocket sees."""
+    return SiblingsConfig(data=Path("pocket-train"), held_out=HELD_OUT, output_dir=Path("runs/pocket-siblings"))
+
+
+if __name__ == "__main__":
+    try:
+        train_siblings(tyro.cli(SiblingsConfig, default=pocket_siblings()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

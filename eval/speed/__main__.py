@@ -20,8 +20,8 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fewshot_diti.evaluation.measurement import Measurement, SpeedConfig
-from fewshot_diti.evaluation.speed_sections import SECTIONS
+from eval.speed.measurement import Measurement, SpeedConfig
+from eval.speed.sections import SECTIONS
 from fewshot_diti.files import write_atomically
 
 

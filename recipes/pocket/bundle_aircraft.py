@@ -1,6 +1,6 @@
 """Builds the images that ship, fewshot_diti/assets/aircraft/, from a tree in FGVC-Aircraft's layout with liveries.
 
-    python recipes/bundle_aircraft.py --data flightgear-aircraft
+    python -m recipes.pocket.bundle_aircraft --data flightgear-aircraft
 
 Takes every train image and, a variant, 10 test images in liveries of the train split and 10 in others, the first by
 image id. The same tree gives the same files, byte by byte, in seconds on one core.
@@ -32,7 +32,7 @@ Origin: models and textures of the Debian package flightgear-data-ai 2020.3.16 (
 Licence: GPL-2-or-later, as the models; the text is in `COPYING`. It covers the files of this folder, not the code of
 the project. Airline names and logos belong to their owners.
 
-Written by `recipes/bundle_aircraft.py`; do not edit by hand.
+Written by `recipes/pocket/bundle_aircraft.py`; do not edit by hand.
 """
 
 

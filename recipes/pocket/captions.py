@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from fewshot_diti.pretraining.renders import Renders
 from fewshot_diti.prompts import with_article
+from recipes.pocket.renders import Renders
 
 GENERIC_CAPTION = "a photo of an aircraft"
 

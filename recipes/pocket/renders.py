@@ -20,6 +20,8 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 from torchvision.transforms import v2
 
+HELD_OUT = Path(__file__).with_name("held_out_variants.json")  # never trained on
+KINDS = Path(__file__).with_name("aircraft_kinds.json")
 _NO_LIVERY = {"default"}
 
 

@@ -1,0 +1,1 @@
+"""Studies and benchmarks, run from the checkout: `python -m eval.NAME --help`."""

@@ -1,0 +1,56 @@
+"""Latents of the pre-training images, encoded once and kept in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewshot_diti.files import write_atomically
+from fewshot_diti.hashes import hash_weights
+from recipes.pocket.renders import Renders, false_colour_copies
+
+
+def image_size(vae: AutoencoderKL) -> tuple[int, int]:
+    """(height, width) in pixels; Stable Diffusion's own autoencoders hold one number for both."""
+    size = vae.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of uint8 images, fp16 [images, c, h, w] each."""
+    means, stds = [], []
+    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
+    for batch in pixels_NCHW.split(64):
+        with accelerator.autocast():
+            posterior = vae.encode(batch.to(accelerator.device).float() / 127.5 - 1).latent_dist
+        means.append((posterior.mean * vae.config.scaling_factor).half().cpu().contiguous())
+        stds.append((posterior.std * vae.config.scaling_factor).half().cpu().contiguous())
+    return torch.cat(means), torch.cat(stds)
+
+
+def cached_latents(
+    vae: AutoencoderKL, renders: Renders, false_copies: int, accelerator: Accelerator, cache: Path
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every render's latents, fp16 [1 + false_copies, images, c, h, w], kept in a file.
+
+    The first of the leading axis is the image as it is, the others have shuffled colours. A file made by another
+    autoencoder or of other images is replaced.
+    """
+    made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
+    if cache.exists():
+        with safe_open(cache, "pt") as f:
+            if f.metadata() == made_from:
+                return f.get_tensor("mean"), f.get_tensor("std")
+    pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
+    versions = [encode_latents(vae, p, accelerator) for p in pixels]
+    mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
+    if accelerator.is_main_process:
+        write_atomically(cache, save({"mean": mean, "std": std}, made_from))
+    return mean, std
