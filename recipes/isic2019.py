@@ -1,6 +1,6 @@
 """ISIC 2019, 8 skin lesions, on Stable Diffusion 2.0 at 512 pixels; the figure is macro-F1.
 
-    accelerate launch recipes/isic2019.py --data DIR --backbone ID --num_shots 16
+    accelerate launch recipes/isic2019.py --dataset isic2019:DIR --backbone ID --num_shots 16
 
 DIR holds ISIC_2019_Training_Input/ (unpacked from ISIC_2019_Training_Input.zip) and ISIC_2019_Training_GroundTruth.csv
 (https://challenge.isic-archive.com/data/#2019).
@@ -20,37 +20,38 @@ without a seed and cannot be had again.
 from dataclasses import replace
 from pathlib import Path
 
+from fewshot_diti import presets
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
+from fewshot_diti.evaluation.recipe import main
+from fewshot_diti.evaluation.run import FewShotRun
 
 STEPS = (150, 200, 500, 700, 800)  # at 1, 2, 4, 8, 16 shots
 STAGES = ((128, 4), (256, 2), (500, 1))  # (trials so far, classes kept)
 
 
-def published(num_shots: int = 16) -> Experiment:
+def published(num_shots: int = 16) -> FewShotRun:
     """As in the paper."""
-    return Experiment(
-        data=Path("data/ISIC2019"),
+    settings = presets.published(num_shots, STEPS, STAGES)
+    return FewShotRun(
         output_dir=Path(f"runs/isic2019_{num_shots}shot"),
         backbone=SD2_BASE,
-        dataset="isic2019",
+        dataset="isic2019:data/ISIC2019",
         num_shots=num_shots,
         prompt_template="a high quality dermoscopic image of hta {}.",
         generic_prompt="a high quality dermoscopic image.",
         max_test_images=600,
-        training=replace(published_training(num_shots, STEPS), rank=8),
-        scoring=published_scoring(STAGES),
+        training=replace(settings.training, rank=8),
+        scoring=settings.scoring,
+        prediction=settings.prediction,
     )
 
 
-def recommended(num_shots: int = 16) -> Experiment:
+def recommended(num_shots: int = 16) -> FewShotRun:
     """With the settings that this package uses where the user names none."""
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/isic2019_{num_shots}shot_recommended"),
-        training=recommended_training(num_shots, small=False),
-        scoring=recommended_scoring(small=False),
+        **presets.recommended(num_shots, "stable-diffusion")._asdict(),
     )
 
 

@@ -1,9 +1,9 @@
-"""The pocket backbone on the bundled images: 12 aircraft variants, 16 shots a class, without network or data.
+"""The pocket backbone on the bundled images: 12 aircraft variants, 16 shots per class, without network or data.
 
     python recipes/pocket_16shot.py
 
 `--config published` takes the paper's settings instead of this package's; `--num_shots` goes up to 24. Another
-data set: `--dataset fgvc --data DIR`. The settings are the pocket's whatever `--backbone` says.
+data set: `--dataset fgvc:DIR`. The settings are the pocket's whatever `--backbone` says.
 
 Hardware: two CPU cores, 4 GB of memory.
 Time: not measured; the demo, with half of the test images, took 8 minutes 41 s in float32 (2026-11-26).
@@ -13,33 +13,31 @@ Expected: not measured on all 240 test images; the demo's 120 give 85.8 % (2026-
 from dataclasses import replace
 from pathlib import Path
 
+from fewshot_diti import presets
 from fewshot_diti.backbone import POCKET
-from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
+from fewshot_diti.evaluation.recipe import main
+from fewshot_diti.evaluation.run import FewShotRun
 
 
-def recommended(num_shots: int = 16) -> Experiment:
+def recommended(num_shots: int = 16) -> FewShotRun:
     """With the settings that this package uses where the user names none."""
-    return Experiment(
-        data=Path(),
+    return FewShotRun(
         output_dir=Path(f"runs/pocket_{num_shots}shot"),
         backbone=POCKET,
         dataset="bundled",
         num_shots=num_shots,
         prompt_template="a photo of a hta {}, a type of aircraft.",
         generic_prompt="a photo of an aircraft",
-        training=recommended_training(num_shots),
-        scoring=recommended_scoring(),
+        **presets.recommended(num_shots)._asdict(),
     )
 
 
-def published(num_shots: int = 16) -> Experiment:
+def published(num_shots: int = 16) -> FewShotRun:
     """As in the paper, whose settings are for Stable Diffusion 2.0 at 512 pixels."""
     return replace(
         recommended(num_shots),
         output_dir=Path(f"runs/pocket_{num_shots}shot_published"),
-        training=published_training(num_shots),
-        scoring=published_scoring(),
+        **presets.published(num_shots)._asdict(),
     )
 
 

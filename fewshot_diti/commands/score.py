@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from accelerate.utils import gather_object
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName, load_backbone
-from fewshot_diti.bank import Bank, bank_fingerprint
+from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
-from fewshot_diti.data import ImageGeometry, image_id, open_image
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
 from fewshot_diti.distributed import process_state
 from fewshot_diti.files import write_atomically
-from fewshot_diti.part_files import spread_over_processes
 from fewshot_diti.reports import prediction_table, printable
 from fewshot_diti.scoring import in_flight
 
@@ -38,9 +35,10 @@ class ScoreConfig:
     Attributes:
         images: image files, and folders that are searched for images at any depth.
         bank: folder that `fewshot-diti train` wrote.
-        output: file for one JSON line an image: path, image_id, label, probabilities of the best three classes, margin
+        output: file for one JSON line per image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
-            and the scores of all classes (null off the shortlist). A file of that name is replaced. Beside it, in
+            and the scores of all classes (null off the shortlist); or path and error. A file of that name is replaced.
+            Beside it, in
             FILE.parts, each process keeps what it has scored, so that the same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
@@ -79,47 +77,47 @@ def score(config: ScoreConfig, console: Console) -> int:
         raise ValueError(
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
-    backbone = load_backbone(config.backbone or Bank.load(config.bank).backbone_name, config.dtype, config.compile)
+    bank = Bank.from_pretrained(config.bank)
+    backbone = load_backbone(config.backbone or bank.backbone_name, config.dtype, config.compile)
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
     if config.batch_size is not None:
-        classifier.scoring = replace(classifier.scoring, batch_size=config.batch_size)
+        classifier.prediction = replace(classifier.current_prediction(), batch_size=config.batch_size)
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    ids, broken = _identify(paths, classifier.geometry)
-    first: dict[str, str] = {}  # one path of each picture, however many copies of it there are
-    for path in (path for path in paths if path in ids):
-        first.setdefault(ids[path], path)
-    evaluations = len(first) * classifier.scoring.evaluations(len(classes))
-    announce_time(backbone, classifier.geometry.size, evaluations, "scoring")
-    made_by = f"{bank_fingerprint(config.bank)} in {backbone.dtype}"
-    at_once = in_flight(classifier.scoring.schedule(len(classes)))
-    found = spread_over_processes(first, partial(_predictions, classifier), parts, made_by, at_once=at_once)
-    records = [{"path": p, "image_id": ids[p], **found[ids[p]]} for p in paths if p in ids]
+    records = _score(classifier, paths, parts, config.bank)
+    scored = [record for record in records if "error" not in record]
     if process_state().is_main_process:
         lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: a path may be no UTF-8
         write_atomically(config.output, lines.encode())
-    console.print(prediction_table(records))
+    console.print(prediction_table(scored))
     console.out(f"JSON lines: {config.output}")
-    for path in (path for path in paths if path in broken):
-        console.out(f"not scored: {printable(broken[path])}")
+    for record in records:
+        if "error" in record:
+            console.out(f"not scored: {printable(record['error'])}")
     if others:
         console.out(f"{passed_over(others)}; images end in {', '.join(IMAGE_SUFFIXES)}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
-    return 1 if broken else 0
+    return 1 if len(scored) < len(records) else 0
 
 
-def _identify(paths: Sequence[str], geometry: ImageGeometry) -> tuple[dict[str, str], dict[str, str]]:
-    """Image id of each path that can be used, and what is wrong with the others; the processes share the reading."""
-    state = process_state()
-    ids, broken = {}, {}
-    for path in paths[state.process_index :: state.num_processes]:
-        try:
-            picture = open_image(path)
-            geometry.check(picture, path)
-            ids[path] = image_id(picture)
-        except ValueError as error:
-            broken[path] = str(error)
-    return dict(gather_object(list(ids.items()))), dict(gather_object(list(broken.items())))
+def _score(classifier: DiTiClassifier, paths: Sequence[str], parts: Path, bank: Path) -> list[Record]:
+    """A record for each path: path, image id and prediction, or path and error."""
+    prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
+    looks = prediction.looks(len(classifier.classes_), trials)
+    evaluations = len(paths) * prediction.evaluations(len(classifier.classes_), trials, features=True)
+    announce_time(classifier.backbone_, classifier.geometry_.size, evaluations, "scoring")
+    with Progress(len(my_share(len(paths))), "images", "image") as bar:
+        records = predict_shared(
+            paths,
+            classifier.encoder_.prepare,
+            lambda image: image.id,
+            partial(_predictions, classifier),
+            parts,
+            made_by(classifier, bank),
+            at_once=in_flight(looks),
+            advance=bar.update,
+        )
+    return [{"path": path, **record} for path, record in zip(paths, records, strict=True)]
 
 
 def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -146,16 +144,16 @@ def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:
     return list(dict.fromkeys(paths)), others
 
 
-def _predictions(classifier: DiTiClassifier, paths: Sequence[str]) -> list[dict[str, Any]]:
+def _predictions(classifier: DiTiClassifier, images: Sequence[PreparedImage]) -> list[Record]:
     """Label, probabilities of the best classes, margin, scores and cost of each image; the label keeps its type."""
     labels, found = classifier.classes_.tolist(), []
-    for decision in classifier.decide(paths):
+    for decision in classifier.decide(images):
         values = decision.scores.tolist()
         probabilities = classifier.probabilities(decision.scores[None])[0].tolist()
-        order = sorted(range(len(labels)), key=lambda c: (c != decision.label, values[c]))
+        order = sorted(range(len(labels)), key=lambda c: (c != decision.position, values[c]))
         found.append(
             {
-                "label": labels[decision.label],
+                "label": labels[decision.position],
                 "probabilities": {str(labels[c]): probabilities[c] for c in order[:_TOP]},
                 "margin": values[order[1]] - values[order[0]],
                 "decided": decision.decided,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 from fewshot_diti.backbone import POCKET, load_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.config import FROM_PRESET, PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.data import (
     ImageGeometry,
     ImageSet,
@@ -21,12 +22,13 @@ from fewshot_diti.data import (
     check_disjoint,
     load_folder,
     load_images,
+    load_shots_file,
     sample_shots,
 )
 from fewshot_diti.data.folders import folder_splits
+from fewshot_diti.evaluation.run import fit_and_save
 from fewshot_diti.files import check_writable
-from fewshot_diti.recommended import recommended_scoring, recommended_training
-from fewshot_diti.reports import wilson_interval
+from fewshot_diti.reports import printable, wilson_interval
 from fewshot_diti.validation import validation_losses, validation_table
 
 _POCKET_ONLY = (
@@ -46,6 +48,7 @@ class TrainConfig:
         concept: what all classes are, in the singular, such as "machine part"; it enters the prompts.
         backbone: "pocket" (aircraft only), a Stable Diffusion 1.x or 2.x in diffusers' layout, or a hub id.
         shots: images of each class to learn from, or "all".
+        shots_file: the shots, as a run wrote them or as a published list of paths, instead of a draw.
         folds: parts of the cross-validation, each of which costs one more training; 0 for none. Never more than the
             smallest class has shots.
         resize: how images come to the backbone's size.
@@ -70,6 +73,7 @@ class TrainConfig:
     concept: str
     backbone: str = POCKET
     shots: int | Literal["all"] = "all"
+    shots_file: Path | None = None
     folds: int = 3
     resize: ResizeRule = "crop"
     banner_rows: int = 0
@@ -104,41 +108,45 @@ def train(config: TrainConfig, console: Console) -> None:
     data, val = _load(config)
     if len(data.class_names) < 2:
         raise ValueError(f"{config.data} holds the classes {list(data.class_names)}; a classifier needs two or more.")
-    shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
+    if config.shots_file is None:
+        drawn = sample_shots(data, config.shots, config.seed)
+    else:
+        drawn = load_shots_file(config.shots_file, data)
+    shots = data.subset(drawn.rows(data))
+    labels = [shots.class_names[label] for label in shots.labels]
     if val is not None:
         check_disjoint(shots, val)
     counts = {name: int((shots.labels == c).sum()) for c, name in enumerate(shots.class_names)}
     fewest, most = min(counts.values()), max(counts.values())
     number = f"{fewest} shots" if fewest == most else f"{fewest} to {most} shots"
-    console.out(f"{len(counts)} classes, {number} each: {', '.join(counts)}")
+    console.out(f"{len(counts)} classes, {number} each: {printable(', '.join(counts))}")
     if config.backbone == POCKET:
         console.out(_POCKET_ONLY)
     if config.shortlist is not None and config.shortlist >= len(counts):
         console.out(f"Note: shortlist={config.shortlist} leaves none of {len(counts)} classes out.")
     folds = min(config.folds, fewest) if fewest > 1 else 0
     backbone = load_backbone(config.backbone, config.dtype)
-    scoring = replace(recommended_scoring(small=backbone.small), shortlist=config.shortlist, seed=config.seed)
-    if folds:
-        scoring = replace(scoring, folds=folds, temperature=None)
-    training = replace(recommended_training(most, small=backbone.small), seed=config.seed)
-    if config.batch_size is not None:
-        training = replace(training, samples_per_batch=config.batch_size)
-        scoring = replace(scoring, batch_size=config.batch_size)
     check_writable(config.output_dir)  # before the training, not after it
     if replaced:
         console.out(
-            f"The bank that is in {config.output_dir} ({', '.join(replaced)}) is replaced when this one is done."
+            f"The bank that is in {config.output_dir} ({printable(', '.join(replaced))}) is replaced when this one is "
+            "done."
         )
-    geometry = ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows)
-    classifier = DiTiClassifier(backbone, concept=config.concept, training=training, scoring=scoring, geometry=geometry)
-    # paths stay paths: they are decoded a few at a time
-    images = [x if isinstance(x, str | Path) else shots.image(row) for row, x in enumerate(shots.images)]
+    batch_size = FROM_PRESET if config.batch_size is None else config.batch_size
+    classifier = DiTiClassifier(
+        backbone,
+        concept=config.concept,
+        training=TrainingConfig(seed=config.seed, samples_per_batch=batch_size),
+        scoring=ScoringConfig(seed=config.seed, folds=folds, temperature="fit" if folds else FROM_PRESET),
+        prediction=PredictionConfig(shortlist=config.shortlist, batch_size=batch_size),
+        geometry=ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows),
+    )
     try:
-        classifier.fit(images, [shots.class_names[label] for label in shots.labels])
-    finally:  # what is trained is kept, whatever happened to the rest
-        if classifier.bank_ is not None:
-            classifier.training = None  # what is added later is trained as suits its own number of shots
-            classifier.save_pretrained(config.output_dir)
+        fit_and_save(classifier, shots, labels, config.output_dir)
+    except KeyboardInterrupt:
+        kept = f"the bank in {config.output_dir} is as it was" if replaced else "there is no bank yet"
+        console.out(f"Interrupted: {kept}. Started again, the training begins anew.")
+        raise
     accuracy = classifier.calibration_.accuracy
     if accuracy is not None:
         correct = round(accuracy * len(shots))
@@ -166,7 +174,7 @@ def _check_output(folder: Path) -> list[str]:
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     try:
-        return [str(label) for label in Bank.load(folder).labels]
+        return [str(label) for label in Bank.from_pretrained(folder).labels]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds files and no whole bank ({error}); pass another --output_dir, or empty that folder."

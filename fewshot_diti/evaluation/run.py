@@ -1,0 +1,330 @@
+"""One few-shot run: shots, class tokens, test images, accuracy. A recipe is a preset of one, a table has many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from sklearn.metrics import accuracy_score, f1_score
+
+from fewshot_diti.backbone import POCKET, Backbone, load_backbone
+from fewshot_diti.bank_files import MANIFEST, bank_fingerprint
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti.cost import announce_time
+from fewshot_diti.data import ImageSet, Shots, check_disjoint, load_images, sample_shots
+from fewshot_diti.data.images import ImageGeometry, ResizeRule
+from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
+from fewshot_diti.encoding import PreparedImage
+from fewshot_diti.files import write_atomically
+from fewshot_diti.progress import Progress
+from fewshot_diti.scoring import in_flight
+
+RUN, SHOTS, BANK, PREDICTIONS, RESULTS = "run.json", "shots.json", "bank", "predictions", "results.json"
+# Where things lie, and how many samples share a forward pass: none of them changes a result.
+_WITHOUT_EFFECT = {"dataset", "output_dir", "shots_file", "samples_per_batch", "gradient_checkpointing", "batch_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotRun:
+    """A few-shot run, complete.
+
+    Attributes:
+        dataset: as `data.load_images` reads it, with splits train and test.
+        output_dir: folder for shots, bank, predictions and results; a run that was cut short goes on from there.
+        backbone: "pocket", a folder, or a hub id.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32. It decides, not the
+            mixed precision of `accelerate launch`: frozen weights are kept in it.
+        num_shots: training images per class.
+        shots_file: the shots, as `Shots.save` wrote them or as a published list of paths; None draws them.
+        seed: of the draw of the shots, of training and of scoring.
+        concept: what all classes are, in the singular; for the pocket "aircraft" where it is not given.
+        prompt_template, generic_prompt: as of `DiTiClassifier`.
+        resize: how images come to the backbone's size.
+        banner_rows: pixel rows cut from the bottom of each image (20 in FGVC-Aircraft's official images).
+        max_test_images: per class, the first by image id; None: all.
+        training, scoring, prediction: as of `DiTiClassifier`.
+
+    Raises:
+        ValueError: a value is out of its range, or training or scoring have a seed of their own.
+    """
+
+    dataset: str
+    output_dir: Path
+    num_shots: int
+    backbone: str = POCKET
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    shots_file: Path | None = None
+    seed: int = 1
+    concept: str | None = None
+    prompt_template: str | None = None
+    generic_prompt: str | None = None
+    resize: ResizeRule = "crop"
+    banner_rows: int = 0
+    max_test_images: int | None = None
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_shots", "max_test_images"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}; pass a whole number of at least 1.")
+        for name in ("training", "scoring"):
+            if getattr(self, name).seed not in (0, self.seed):
+                raise ValueError(f"{name}.seed={getattr(self, name).seed}; pass seed, which all parts of a run follow.")
+            object.__setattr__(self, name, replace(getattr(self, name), seed=self.seed))
+
+    def classifier(self, backbone: Backbone) -> DiTiClassifier:
+        """The classifier that the run trains."""
+        return DiTiClassifier(
+            backbone,
+            concept=self.concept,
+            prompt_template=self.prompt_template,
+            generic_prompt=self.generic_prompt,
+            training=self.training,
+            scoring=self.scoring,
+            prediction=self.prediction,
+            geometry=ImageGeometry(size=backbone.image_size, resize=self.resize, banner_rows=self.banner_rows),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """One draw of shots and the images to classify, under the same class names."""
+
+    shots: ImageSet
+    test: ImageSet
+    drawn: Shots
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of all columns."""
+        return self.test.class_names
+
+    @cached_property
+    def shot_labels(self) -> list[str]:
+        """The name of each shot's class."""
+        return [self.shots.class_names[c] for c in self.shots.labels]
+
+    @cached_property
+    def truth(self) -> list[str]:
+        """The name of each test image's class; no method sees it."""
+        return [self.class_names[c] for c in self.test.labels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+        accuracy, macro_f1: 0 to 1, over the test images.
+        images: test images.
+        classes: class tokens in the bank.
+        evaluations_per_image: samples through the U-Net, mean over the images.
+    """
+
+    accuracy: float
+    macro_f1: float
+    images: int
+    classes: int
+    evaluations_per_image: float
+
+
+def load_task(run: FewShotRun) -> Task:
+    """The run's shots and test images.
+
+    Raises:
+        FileNotFoundError, ValueError: the data cannot be read, a class has too few images, or a test image is a shot.
+    """
+    pool, test = (load_images(run.dataset, split) for split in ("train", "test"))
+    if run.max_test_images is not None:
+        test = test.first_of_each_class(run.max_test_images)
+    return make_task(pool, test, sample_shots(pool, run.num_shots, run.seed))
+
+
+def make_task(pool: ImageSet, test: ImageSet, drawn: Shots) -> Task:
+    """The task of drawn shots; raises ValueError where a test image is a shot."""
+    shots = pool.subset(drawn.rows(pool))
+    check_disjoint(shots, test)
+    return Task(shots=shots, test=test, drawn=drawn)
+
+
+def execute(run: FewShotRun) -> Result:
+    """Does a run, or goes on with one that was cut short; under `accelerate launch` all processes share it.
+
+    Writes `run.json`, `shots.json`, `bank/`, `predictions/part-*.jsonl` (one per process) and `results.json` to
+    `output_dir`.
+
+    Raises:
+        FileNotFoundError: the data set or the backbone is not there; the text says what to get.
+        ValueError: the data do not fit the run, or `output_dir` holds another run.
+        TrainingError: a class token could not be trained.
+    """
+    task = load_task(run)
+    backbone = load_backbone(run.backbone, run.dtype)  # a wrong name claims no folder
+    claim(run.output_dir, describe(run, task, backbone), task.drawn)
+    classifier = run.classifier(backbone)
+    learn(classifier, task, run.output_dir / BANK)
+    records = classify(classifier, task.test, run.output_dir)
+    predicted = [record["label"] for record in records]
+    result = Result(
+        accuracy=float(accuracy_score(task.truth, predicted)),
+        macro_f1=float(f1_score(task.truth, predicted, average="macro", zero_division=0)),
+        images=len(task.test),
+        classes=len(classifier.classes_),
+        evaluations_per_image=sum(record["evaluations"] for record in records) / len(records),
+    )
+    if process_state().is_main_process:
+        record = {**asdict(result), "run": asdict(run), "settings": classifier.settings_.to_dict()}
+        record["versions"] = {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")}
+        write_atomically(run.output_dir / RESULTS, _json(record))
+    return result
+
+
+def describe(run: FewShotRun, task: Task, backbone: Backbone) -> dict[str, Any]:
+    """All that decides a run's results."""
+    kind, _, _ = run.dataset.partition(":")
+    return {
+        "fewshot_diti": metadata.version("fewshot-diti"),
+        "data": kind,
+        "test": fingerprint(task.test),
+        "backbone_hash": backbone.hash,
+        "dtype_used": str(backbone.dtype),
+        **_effective(asdict(run)),
+    }
+
+
+def claim(folder: Path, description: dict[str, Any], drawn: Shots) -> None:
+    """Marks a folder as a run's; raises ValueError where it holds something else, naming what differs."""
+    path, way_out = folder / RUN, "pass another --output_dir, or remove that folder."
+    description = json.loads(_json(description))
+    if path.is_file():
+        theirs, mine = _flat(_read_json(path)), _flat(description)
+        different = [key for key, value in mine.items() if theirs.get(key) != value]
+        if different:
+            changes = ", ".join(f"{key} {theirs.get(key)} there and {mine[key]} here" for key in different)
+            raise ValueError(f"{folder} holds another run ({changes}); {way_out}")
+        if (folder / SHOTS).is_file() and Shots.load(folder / SHOTS) != drawn:
+            raise ValueError(f"{folder} holds a run on other shots, so the data have changed; {way_out}")
+    elif (folder / BANK).exists():
+        raise ValueError(f"{folder} holds a bank that no run made; {way_out}")
+    state = process_state()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_atomically(path, _json(description))
+        drawn.save(folder / SHOTS)
+    state.wait_for_everyone()
+
+
+def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> None:
+    """Fits the classifier on the shots and saves it, or takes what a complete run saved in the folder.
+
+    A folder is replaced only by a complete classifier. Where the fit fails or is interrupted, what there is goes to a
+    folder beside it, which says so and which no later run takes for the bank.
+
+    Raises:
+        TrainingError: a class token could not be trained.
+    """
+    if (folder / MANIFEST).is_file():  # written last
+        saved = DiTiClassifier.from_pretrained(folder, classifier.backbone)
+        saved.prediction = classifier.prediction  # may share batches in another way
+        vars(classifier).update(vars(saved))
+        return
+    fit_and_save(classifier, task.shots, task.shot_labels, folder)
+    process_state().wait_for_everyone()  # all read it
+
+
+def fit_and_save(classifier: DiTiClassifier, shots: ImageSet, labels: Sequence[str], folder: Path) -> None:
+    """Fits the classifier and saves it to a folder; what is incomplete is saved beside it, as FOLDER_incomplete."""
+    try:
+        classifier.fit(shots.decoded(), labels)
+    except BaseException:
+        if classifier.bank_ is not None:
+            classifier.save_pretrained(folder.with_name(f"{folder.name}_incomplete"))
+        raise
+    classifier.save_pretrained(folder)
+
+
+def classify(classifier: DiTiClassifier, test: ImageSet, folder: Path) -> list[Record]:
+    """What is said of each test image: label, scores and evaluations, beside the bank in `folder`. The processes share
+    the images, and those decided by an earlier run are kept.
+
+    Raises:
+        ValueError: test images that cannot be read, all named.
+    """
+    names = classifier.classes_.tolist()
+
+    def predict(images: Sequence[PreparedImage]) -> list[Record]:
+        decisions = classifier.decide(images)
+        return [
+            {"label": names[d.position], "scores": d.json_scores(), "evaluations": d.evaluations} for d in decisions
+        ]
+
+    prediction = classifier.current_prediction()
+    looks = prediction.looks(len(names), classifier.settings_.scoring.trials)
+    evaluations = prediction.evaluations(len(names), classifier.settings_.scoring.trials, features=True)
+    announce_time(classifier.backbone_, classifier.geometry_.size, len(test) * evaluations, "scoring")
+    with Progress(len(my_share(len(test))), "images", "image") as bar:
+        records = predict_shared(
+            range(len(test)),
+            lambda row: classifier.encoder_.prepare(test.decode(row)),
+            lambda image: image.id,
+            predict,
+            folder / PREDICTIONS,
+            made_by(classifier, folder / BANK),
+            at_once=in_flight(looks),
+            advance=bar.update,
+        )
+    broken = [f"{test.names[row]}: {record['error']}" for row, record in enumerate(records) if "error" in record]
+    if broken:
+        raise ValueError(f"{len(broken)} test images cannot be read:\n" + "\n".join(broken[:20]))
+    return records
+
+
+def made_by(classifier: DiTiClassifier, bank: Path) -> str:
+    """What decides a prediction: a bank that was trained again has other errors, and so has another dtype."""
+    prediction = replace(classifier.current_prediction(), batch_size=1)
+    decides = f"{bank_fingerprint(bank)} in {classifier.backbone_.dtype}, {prediction}"
+    return f"{metadata.version('fewshot-diti')} {hashlib.sha256(decides.encode()).hexdigest()[:16]}"
+
+
+def fingerprint(images: ImageSet) -> str:
+    """32 hex characters that change with any picture, label or class name."""
+    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
+    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
+
+
+def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide the results."""
+    return {
+        key: _effective(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _WITHOUT_EFFECT
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names, as the command line has them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of an earlier run; raises ValueError naming it where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove its folder, or pass another --output_dir.") from error
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()
