@@ -239,7 +239,8 @@ def judge_held_out(fit: Fit, judge: Callable[..., Tensor], offsets_NC: Tensor | 
     Raises:
         TrainingError: a class's loss was not finite.
     """
-    judged, truth = [], []
+    judged: list[Tensor] = []
+    truth: list[int] = []
     parts = list(split_folds(fit.groups, fit.settings.scoring.folds))
     for number, (kept, held) in enumerate(parts, start=1):
         bank, failed = fit.train(kept, f"fold {number} of {len(parts)}")
@@ -287,7 +288,7 @@ def _scorer(fit: Fit, bank: Bank) -> Scorer:
 
 
 def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> Tensor:
-    """Log-probabilities [N, C] of each held-out shot by the features of the others, in the order of `judge_held_out`."""
+    """Log-probabilities [N, C] of each held-out shot by the features of the others, ordered as by `judge_held_out`."""
     rows: list[Tensor] = []
     for kept, held in split_folds({x: list(shot_features[x]) for x in groups}, folds):
         discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})

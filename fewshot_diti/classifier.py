@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,25 +17,20 @@ from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, plain_labels
-from fewshot_diti.bank_files import FEATURES, SETTINGS
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
-from fewshot_diti.classifier_files import Saved, features_file, read_features, read_settings, settings_file
+from fewshot_diti.classifier_files import Saved, load_classifier, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.images import ImageGeometry, ImageSource
-from fewshot_diti.discriminant import Discriminant, fit_discriminant, score_offsets
+from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import gather, my_share, process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import with_article
-from fewshot_diti.progress import Progress
-from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
 from fewshot_diti.training import Groups, Prompts, raise_failed
 from fewshot_diti.weighting import fixed_weights
-
-_REMEMBERED = 128  # decisions
 
 
 class DiTiClassifier(ClassifierMixin, BaseEstimator):
@@ -76,6 +70,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     geometry_: ImageGeometry
     prompts_: Prompts
     complete_: bool = False
+    _warned = False
+    _made: Decider | None = None
 
     def __init__(
         self,
@@ -111,8 +107,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             TrainingError: a class's loss was not finite; the classifier holds the other classes. Or it was so in
                 cross-validation; the classifier holds all classes, uncalibrated.
 
-        Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to the preset's,
-        with a warning. With a large backbone on a CPU it first says how long it will take.
+        Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to those of the
+        preset, with a warning. With a large backbone on a CPU it first says how long it will take.
         """
         self._load()
         groups = group_shots(images, labels, self.encoder_.prepare)
@@ -156,7 +152,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         known = [x for x in groups if x in bank.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
-        self._check_features(self.current_prediction())
+        self._decider().check_features(self.current_prediction())
         try:
             raise_failed(self._learn(groups))
         finally:
@@ -230,82 +226,33 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: no class tokens.
             ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
-        images, prediction = as_many(images), self.current_prediction()
-        found: list[Decision] = []
-        at_once = in_flight(prediction.looks(max(1, len(self._fitted())), self.settings_.scoring.trials))
-        with Progress(len(images) if len(images) > at_once else 0, "scoring", "image") as bar:
-            for start in range(0, len(images), at_once):
-                some = [self.encoder_.prepare(images[i]) for i in range(start, min(start + at_once, len(images)))]
-                with self.backbone_.lock:
-                    found += self._decide(some, prediction)
-                bar.update(len(some))
-        return found
-
-    def _decide(self, images: Sequence[PreparedImage], prediction: PredictionConfig) -> list[Decision]:
-        scorer, calibration = self._ready(prediction), self.calibration_
-        new = {x.id: x for x in images if (x.id, prediction) not in self._decisions}
-        known = {x.id: self._decisions[x.id, prediction] for x in images if x.id not in new}
-        if new:
-            latents = self.encoder_.latents(list(new.values()))
-            weights = torch.tensor(calibration.weights, dtype=torch.float64)
-            looks = prediction.looks(len(scorer.bank), self.settings_.scoring.trials)
-            offsets = self.offsets(latents)
-            decisions = decide(scorer, latents, list(new), calibration.timesteps, weights, looks, offsets)
-            if offsets is not None:  # one evaluation gave the features
-                decisions = [x._replace(evaluations=x.evaluations + 1) for x in decisions]
-            known |= dict(zip(new, decisions, strict=True))
-            self._decisions.update({(x, prediction): decision for x, decision in known.items()})
-            while len(self._decisions) > _REMEMBERED:
-                self._decisions.popitem(last=False)
-        return [known[x.id] for x in images]
-
-    def offsets(self, latents_Nchw: Tensor) -> Tensor | None:
-        """What the U-Net's own features add to the scores [N, C]; None where they do not count."""
-        prediction, weight = self.current_prediction(), self.settings_.scoring.features_weight
-        weight = weight if prediction.use_features else 0.0
-        if len(self._fitted()) < 2 or not (weight or prediction.shortlist):
-            return None
-        self._check_features(prediction)
-        if self._discriminant is None:
-            self._discriminant = fit_discriminant(self._shot_features)
-        log_p = self._discriminant.log_probabilities(self.encoder_.features(latents_Nchw))
-        return score_offsets(log_p, weight, prediction.shortlist)
+        prediction = self.current_prediction()
+        return self._decider().decide(as_many(images), prediction)
 
     def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        images, parts = as_many(images), []
-        for i in range(len(images)):
-            image = self.encoder_.prepare(images[i])
-            with self.backbone_.lock:
-                scorer, latents = self._ready(self.current_prediction()), self.encoder_.latents([image])
-                parts.append(error_tensor(scorer, latents, [image.id], self.calibration_.timesteps))
-        return torch.cat(parts)
+        return self._decider().errors(as_many(images), self.current_prediction())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
         waits for it: after a failure the others may be anywhere."""
-        bank = self._fitted()
-        settings = self.settings_._replace(prediction=self.current_prediction())
+        bank, settings = self._fitted(), self.settings_._replace(prediction=self.current_prediction())
         saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
         if process_state().is_main_process:
-            extra = {SETTINGS: settings_file(saved)}
-            if self._shot_features.keys() == set(bank.labels):
-                extra[FEATURES] = features_file(self._shot_features, bank.labels)
-            bank.save_pretrained(folder, extra=extra)
+            save_classifier(bank, saved, self._shot_features, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> Self:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
         A bank that `Bank.save_pretrained` wrote, such as a merged one, has no settings: with a warning it gets the
-        recommended scoring, uncalibrated and without features, and the default prompts for classes that are added later.
+        recommended scoring, uncalibrated and without features, and default prompts for classes that are added later.
 
         Raises:
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
-        bank, saved = Bank.from_pretrained(folder), read_settings(folder)
-        shot_features = read_features(folder, bank.labels)
+        bank, saved, shot_features = load_classifier(folder)
         try:
             found = load_backbone(bank.backbone_name) if backbone is None else backbone
         except FileNotFoundError as error:
@@ -315,19 +262,17 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         classifier = cls(found, geometry=bank.geometry)
         if saved is None:
             classifier.prediction = PredictionConfig(use_features=False)
-            classifier.concept = PRESETS["pocket"].concept  # for prompts of classes that are added
+            classifier.concept = "object"  # in prompts of classes that are added
         else:
             classifier.concept, classifier.training = saved.concept, saved.given
             classifier.prompt_template, classifier.generic_prompt = saved.prompts.template, saved.prompts.generic
             classifier.scoring, classifier.prediction = saved.settings.scoring, saved.settings.prediction
         classifier._load()
         bank.check_backbone(classifier.backbone_)
-        most = max((token.num_shots for token in bank.tokens), default=1)
-        classifier.settings_ = saved.settings if saved else complete(classifier.backbone_.kind, most)
-        classifier.calibration_ = (
-            saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_)
-        )
-        classifier.complete_ = saved is not None and saved.complete
+        kind, most = classifier.backbone_.kind, max((token.num_shots for token in bank.tokens), default=1)
+        classifier.settings_ = saved.settings if saved else complete(kind, most)
+        calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_)
+        classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete
         classifier._set_bank(bank, shot_features)
         return classifier
 
@@ -386,15 +331,6 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         Settings(self.settings_.training, fitted, prediction).check(self.backbone_.num_train_timesteps)
         return prediction
 
-    def _check_features(self, prediction: PredictionConfig) -> None:
-        weight = self.settings_.scoring.features_weight if prediction.use_features else 0.0
-        if (weight or prediction.shortlist) and set(self._shot_features) != set(self._fitted().labels):
-            raise ValueError(
-                f"features_weight={weight} and shortlist={prediction.shortlist} need features of the shots, and this "
-                "bank has not those of every class: it was learned without. Set prediction to "
-                "PredictionConfig(use_features=False) without a shortlist, or fit again."
-            )
-
     def _fitted(self) -> Bank:
         if self.bank_ is None:
             raise NotFittedError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
@@ -403,23 +339,16 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def _set_bank(self, bank: Bank | None, shot_features: Mapping[Label, Tensor] | None = None) -> None:
         known = shot_features or {}
         self.bank_, self._shot_features = bank, {x: known[x] for x in (bank.labels if bank else ()) if x in known}
-        self._forget_decisions()
 
-    def _forget_decisions(self) -> None:
-        self._scorer: Scorer | None = None
-        self._discriminant: Discriminant | None = None
-        self._decisions: OrderedDict[tuple[str, PredictionConfig], Decision] = OrderedDict()
-
-    def _ready(self, prediction: PredictionConfig) -> Scorer:
-        bank = self._fitted()
+    def _decider(self) -> Decider:
+        """The bank ready to decide, made anew where the bank or the calibration is another one."""
+        bank, known = self._fitted(), self._made
         if not len(bank):
             raise NotFittedError("All class tokens were removed; add some with add_classes.")
-        if self._scorer is not None and self._scorer.bank is not bank:  # it was assigned by hand
-            self._forget_decisions()
-        if self._scorer is None or self._scorer.batch_size != prediction.batch_size:
-            seed = self.settings_.scoring.seed
-            self._scorer = Scorer(self.backbone_, bank, seed=seed, batch_size=prediction.batch_size)
-        return self._scorer
+        if known is None or known.bank is not bank or known.calibration is not self.calibration_:
+            scoring, features = self.settings_.scoring, self._shot_features
+            self._made = known = Decider(self.encoder_, bank, scoring, self.calibration_, features)
+        return known
 
     def _fit(self, groups: Groups) -> Fit:
         return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=self._settings(groups), groups=groups)
@@ -437,7 +366,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
 
     def _features_of(self, fit: Fit) -> dict[Label, Tensor]:
         """The U-Net's features of the shots, where they may count; the processes share the classes."""
-        if not (fit.settings.scoring.features_weight or fit.settings.prediction.shortlist):
+        if not fit.settings.scoring.uses_features(fit.settings.prediction):
             return {}
         labels = sorted(fit.groups)
         mine = [labels[c] for c in my_share(len(labels))]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import FEATURES, SETTINGS, read_files, to_json, written_here
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
@@ -19,7 +20,7 @@ from fewshot_diti.training import Prompts
 
 
 class Saved(NamedTuple):
-    """What `settings_file` wrote.
+    """What a saved classifier has beside bank and features.
 
     Attributes:
         concept: what all classes are; None where prompts were given instead.
@@ -37,8 +38,27 @@ class Saved(NamedTuple):
     complete: bool
 
 
-def settings_file(saved: Saved) -> bytes:
-    """What `read_settings` reads."""
+def save_classifier(bank: Bank, saved: Saved, shot_features: Mapping[Label, Tensor], folder: str | Path) -> None:
+    """Writes a classifier; its features only where every class has them."""
+    extra = {SETTINGS: _settings_file(saved)}
+    if shot_features.keys() == set(bank.labels):
+        extra[FEATURES] = save({str(c): shot_features[x].contiguous() for c, x in enumerate(bank.labels)})
+    bank.save_pretrained(folder, extra=extra)
+
+
+def load_classifier(folder: str | Path) -> tuple[Bank, Saved | None, dict[Label, Tensor]]:
+    """What `save_classifier` wrote: bank, settings (None, with a warning, of a bank alone) and features (none where the
+    classifier was saved without).
+
+    Raises:
+        FileNotFoundError: no complete bank in the folder.
+        ValueError: a file was changed or cut short, or another version wrote it.
+    """
+    bank = Bank.from_pretrained(folder)
+    return bank, read_settings(folder), _read_features(folder, bank.labels)
+
+
+def _settings_file(saved: Saved) -> bytes:
     return to_json(
         {
             "concept": saved.concept,
@@ -49,11 +69,6 @@ def settings_file(saved: Saved) -> bytes:
             "complete": saved.complete,
         }
     )
-
-
-def features_file(shot_features: Mapping[Label, Tensor], labels: Sequence[Label]) -> bytes:
-    """What `read_features` reads."""
-    return save({str(c): shot_features[x] for c, x in enumerate(labels)})
 
 
 def read_settings(folder: str | Path) -> Saved | None:
@@ -93,7 +108,7 @@ def read_settings(folder: str | Path) -> Saved | None:
     return saved
 
 
-def read_features(folder: str | Path, labels: Sequence[Label]) -> dict[Label, Tensor]:
+def _read_features(folder: str | Path, labels: Sequence[Label]) -> dict[Label, Tensor]:
     """Features [n, V, D] of the shots of each class and of copies of them, where the bank was saved with them."""
     try:
         found = load(read_files(folder, [FEATURES])[FEATURES])

@@ -168,8 +168,12 @@ class ScoringConfig(_Config):
             self._check_weighting()
         if self.temperature == "fit" and self.folds < 2:
             raise ValueError("temperature='fit' needs held-out shots; pass folds=2 or more, or a temperature.")
-        if self.temperature not in ("fit", None) and not self.temperature > 0:
+        if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; pass a number above 0, or 'fit'.")
+
+    def uses_features(self, prediction: PredictionConfig) -> bool:
+        """Whether the U-Net's own features count in a prediction, or draw up its shortlist."""
+        return (self.features_weight > 0 and prediction.use_features) or prediction.shortlist is not None
 
     def _check_weighting(self) -> None:
         weighting = parse_weighting(self.weighting)

@@ -1,6 +1,7 @@
 """A linear discriminant on features of the shots: probabilities of the classes, which help the class tokens decide.
 
-Shapes in names: N images, n shots, V views of a shot, C classes, D values of a feature, m dimensions that the shots span.
+Shapes in names: N images, n shots, V views of a shot, C classes, D values of a feature, m dimensions that the shots
+span.
 """
 
 from __future__ import annotations

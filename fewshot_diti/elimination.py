@@ -1,7 +1,8 @@
 """Elimination: score all classes on a few trials, drop those that will not win, go on with the rest.
 
 Schedules are data: `Stage` keeps the best so many classes, `racing.Look` those that are likely to win. `eliminate` runs
-one on many images at once. It asks for errors by image, class index and trial position alone: the true label cannot reach it.
+one on many images at once. It asks for errors by image, class index and trial position alone: the true label cannot
+reach it.
 
 Shapes in names: N images, C classes, S trials of an image, A classes still in, n trials done; a trial position is an
 index into an image's S trials.

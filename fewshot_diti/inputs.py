@@ -57,18 +57,18 @@ def group_shots(
     return groups
 
 
-def as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, list[ImageSource]]:
+def as_list(images: ImageSource | Sequence[ImageSource]) -> tuple[bool, Sequence[ImageSource]]:
     """Whether one image was passed, and the images; arrays of paths and [N, H, W, 3] pixels are many."""
     pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OU" and images.ndim < 4
     if pixels or isinstance(images, str | Path | bytes | Image.Image):
         return True, [images]  # type: ignore[list-item]
-    many = list(images)  # generators too
+    many = images if isinstance(images, Sequence) else list(images)  # generators too
     if not many:
         raise ValueError("No images were passed.")
     return False, many
 
 
-def as_many(images: Sequence[ImageSource]) -> list[ImageSource]:
+def as_many(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
     """Images that go with a list of labels."""
     one, many = as_list(images)
     if one:

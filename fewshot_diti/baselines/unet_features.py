@@ -13,9 +13,9 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.probe import Features
 from fewshot_diti.data.images import ImageGeometry, ImageSource
-from fewshot_diti.features import POSITIONS, TIMESTEP, block_features, telling_block
+from fewshot_diti.features import block_features, chosen_block
 
-TIMESTEPS = (TIMESTEP, 0.2, 0.4)  # as shares of the schedule
+TIMESTEPS = (0.06, 0.2, 0.4)  # as shares of the schedule
 
 
 class UnetFeatures:
@@ -32,13 +32,13 @@ class UnetFeatures:
         geometry: ImageGeometry,
         prompt: str,
         *,
-        positions: tuple[int, int] = POSITIONS,
+        positions: tuple[int, int] | None = None,
         batch_size: int = 16,
     ) -> None:
         self.backbone, self.geometry, self.prompt = backbone, geometry, prompt
         self.positions, self.batch_size = positions, batch_size
         unet = backbone.unet
-        self._blocks = dict([telling_block(backbone)])  # taken where the shots cannot choose
+        self._blocks = dict([chosen_block(backbone)])  # taken where the shots cannot choose
         self._blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
         self._blocks |= {"mid": unet.mid_block} | {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}

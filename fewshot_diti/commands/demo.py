@@ -110,8 +110,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"Training {len(names)} class tokens on backbone {config.backbone!r} ...")
     start = perf_counter()
-    classifier = run.classifier(backbone)
-    learn(classifier, task, run.output_dir / BANK)
+    classifier = learn(run.classifier(backbone), task, run.output_dir / BANK)
     trained = perf_counter()
     console.out(f"{trained - start:.0f} s. Scoring {len(test)} images with up to {config.trials} trials per class ...")
     records = classify(classifier, test, run.output_dir)

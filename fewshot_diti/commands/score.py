@@ -18,8 +18,11 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
-from fewshot_diti.distributed import process_state
+from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
+from fewshot_diti.encoding import PreparedImage
+from fewshot_diti.evaluation.run import made_by
 from fewshot_diti.files import write_atomically
+from fewshot_diti.progress import Progress
 from fewshot_diti.reports import prediction_table, printable
 from fewshot_diti.scoring import in_flight
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,6 +56,14 @@ class ImageSet:
         except (ValueError, TypeError, OSError) as error:  # OSError: where `datasets` decodes
             raise ValueError(f"{self.names[row]}: {error}") from error
 
+    def decode(self, row: int) -> Image.Image:
+        """As `image`."""
+        return self.image(row)
+
+    def decoded(self) -> Sequence[Image.Image]:
+        """The images as a sequence that decodes each when it is asked for."""
+        return LazyImages(self)
+
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """The N image ids; the first access decodes every image once."""
@@ -83,6 +92,26 @@ class ImageSet:
             if taken[self.labels[row]] <= count:
                 rows.append(row)
         return self.subset(sorted(rows))
+
+
+class LazyImages(Sequence[Image.Image]):
+    """The images of a set, decoded when asked for; a slice is lazy too."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The image ids, known without decoding once the set knows them."""
+        return self._images.ids
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return LazyImages(self._images.subset(range(len(self))[row]))
+        return self._images.decode(range(len(self))[row])
 
 
 def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:

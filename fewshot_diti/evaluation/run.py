@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -170,8 +170,7 @@ def execute(run: FewShotRun) -> Result:
     task = load_task(run)
     backbone = load_backbone(run.backbone, run.dtype)  # a wrong name claims no folder
     claim(run.output_dir, describe(run, task, backbone), task.drawn)
-    classifier = run.classifier(backbone)
-    learn(classifier, task, run.output_dir / BANK)
+    classifier = learn(run.classifier(backbone), task, run.output_dir / BANK)
     records = classify(classifier, task.test, run.output_dir)
     predicted = [record["label"] for record in records]
     result = Result(
@@ -223,8 +222,8 @@ def claim(folder: Path, description: dict[str, Any], drawn: Shots) -> None:
     state.wait_for_everyone()
 
 
-def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> None:
-    """Fits the classifier on the shots and saves it, or takes what a complete run saved in the folder.
+def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifier:
+    """Fits the classifier on the shots and saves it, or loads the one that a complete run saved in the folder.
 
     A folder is replaced only by a complete classifier. Where the fit fails or is interrupted, what there is goes to a
     folder beside it, which says so and which no later run takes for the bank.
@@ -235,10 +234,10 @@ def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> None:
     if (folder / MANIFEST).is_file():  # written last
         saved = DiTiClassifier.from_pretrained(folder, classifier.backbone)
         saved.prediction = classifier.prediction  # may share batches in another way
-        vars(classifier).update(vars(saved))
-        return
+        return saved
     fit_and_save(classifier, task.shots, task.shot_labels, folder)
     process_state().wait_for_everyone()  # all read it
+    return classifier
 
 
 def fit_and_save(classifier: DiTiClassifier, shots: ImageSet, labels: Sequence[str], folder: Path) -> None:
