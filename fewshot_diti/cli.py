@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import torch
@@ -19,6 +20,7 @@ from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
 from fewshot_diti.learning import TrainingError
+from fewshot_diti.reports import printable
 
 Command = (
     Annotated[DemoConfig, subcommand("demo")]
@@ -38,12 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="fewshot-diti",
-        description="Few-shot fine-grained classification by a Stable Diffusion's time-steps.",
+        description="Few-shot fine-grained classification by a Stable Diffusion's timesteps.",
         args=arguments,
         use_underscores=True,
     )
+    for stream in (sys.stdout, sys.stderr):  # class names may have characters that the console's encoding lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # a warning is for the user of the command, who has no use for the line of code that gave it
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     disable_progress_bar()  # of reading weights from disk, which takes a second; downloads and training keep theirs
     try:
         console = Console(quiet=not process_state().is_main_process, markup=False, emoji=False, highlight=False)
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except (ValueError, OSError, TrainingError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(str(error)), file=sys.stderr)
         return 2
     except torch._dynamo.exc.TorchDynamoException as error:
         print(

@@ -117,15 +117,16 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(title)
     table.add_column("margin", justify="right")
     for record in records:
-        top = [f"{label} {100 * p:.1f} %" for label, p in record["probabilities"].items()]
+        top = [f"{printable(label)} {100 * p:.1f} %" for label, p in record["probabilities"].items()]
         shown = os.path.relpath(record["path"], folder) if folder else record["path"]
         table.add_row(printable(shown), *top, f"{record['margin']:.2e}")
     return table
 
 
-def printable(path: str) -> str:
-    """A path, or a text with paths, as any terminal takes it: a name from an old archive may be no UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
+def printable(text: str) -> str:
+    """A text with names or paths as any terminal takes it: no escape sequences, and bytes that are no UTF-8 replaced."""
+    decoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in decoded)
 
 
 def _shared_folder(paths: Sequence[str]) -> str:
