@@ -124,9 +124,8 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def printable(text: str) -> str:
-    """A text with names or paths as any terminal takes it: no escape sequences, and bytes that are no UTF-8 replaced."""
-    decoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in decoded)
+    """A text with names or paths as any terminal takes it: escape sequences and bytes that are no UTF-8 are replaced."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _shared_folder(paths: Sequence[str]) -> str:
