@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors.torch import load as load_tensors
@@ -19,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
+from fewshot_diti.data.arguments import plain_labels
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, Target, union_layout
@@ -269,13 +269,6 @@ class Bank:
             "",
         ]
         return "\n".join(lines)
-
-
-def plain_labels(labels: Iterable[Any]) -> list[Label]:
-    """Labels as Python has them, whatever numpy made of them; ValueError for one label that is not in a list."""
-    if isinstance(labels, str | bytes):
-        raise ValueError(f"labels={labels!r} is one text; pass a list of labels, [{labels!r}].")
-    return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
 @contextmanager

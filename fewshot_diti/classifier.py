@@ -17,10 +17,10 @@ from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.bank import Bank, plain_labels
 from fewshot_diti.calibration import Calibration, calibrate, fixed_weights, uncalibrated
 from fewshot_diti.cost import announce_time, training_evaluations
+from fewshot_diti.data.arguments import as_images, as_list, group_shots
 from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id
 from fewshot_diti.elimination import Elimination
 from fewshot_diti.features import Discriminant, fit_discriminant, score_offsets
-from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.learning import Learner, raise_failed
 from fewshot_diti.processes import process_state
 from fewshot_diti.prompts import with_article
@@ -191,7 +191,7 @@ class DiTiClassifier:
         Raises:
             ValueError: not one label an image, or labels of another type than the classes.
         """
-        images, values = as_many(images), plain_labels(labels)
+        images, values = as_images(images), plain_labels(labels)
         if len(values) != len(images):
             raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label an image.")
         known = {type(x).__name__ for x in self._fitted().labels}
