@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Baseline(ABC):
 
 
 class LazyImages(Sequence[Image.Image]):
-    """The images of a set, decoded when asked for, with ids that are known without decoding."""
+    """The images of a set, decoded when asked for, with ids that are known without decoding; a slice is one too."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -50,8 +50,15 @@ class LazyImages(Sequence[Image.Image]):
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
-            return [self._images.image(i) for i in range(len(self))[row]]
+            return LazyImages(self._images.subset(range(len(self))[row]))
         return self._images.image(range(len(self))[row])
+
+
+def opened(images: Sequence[ImageSource], size: int, rows: np.ndarray | None = None) -> Iterator[list[Image.Image]]:
+    """The images, or those at some positions, as PIL images, `size` at a time: a test set need not fit into memory."""
+    rows = np.arange(len(images)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        yield [open_image(images[row]) for row in rows[start : start + size].tolist()]
 
 
 class KeptFeatures:
@@ -69,7 +76,7 @@ class KeptFeatures:
     def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray:
         """Features [N, D]; `keep` says whether these images will be asked for again."""
         if not keep:
-            return self._compute([open_image(image) for image in images])
+            return np.concatenate([self._compute(part) for part in opened(images, self._batch_size)])
         ids = images.ids if isinstance(images, LazyImages) else [image_id(image) for image in images]
         new = {i: row for row, i in enumerate(ids) if i not in self._kept}
         for start in range(0, len(new), self._batch_size):

@@ -14,7 +14,7 @@ from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
+from fewshot_diti.evaluation.methods import METHODS, TOLD
 from fewshot_diti.files import write_atomically
 from fewshot_diti.processes import process_state
 
@@ -78,7 +78,7 @@ def plan(grid: Grid) -> str:
     method that are there."""
     done = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
     lines, total, unknown, missing = [], 0.0, 0, grid.missing()
-    needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if run.method in NEEDS_CLASS_TOKENS)
+    needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if METHODS[run.method].reads == "class tokens")
     draws = [draw for draw in needed if not grid.prepared(*draw)]
     evaluation = grid.bench.evaluation_seconds() if draws else 0.0
     for num_shots, seed in draws:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -12,91 +11,30 @@ from time import perf_counter
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone, DtypeName, load_backbone
 from fewshot_diti.baselines.base import KeptFeatures, LazyImages
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.baselines.presets import Preset, preset_of
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
-from fewshot_diti.files import write_atomically
-from fewshot_diti.learning import Groups
-from fewshot_diti.processes import process_state
+from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
+from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.prompts import with_article
 from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
 from fewshot_diti.training import Label, TrainingConfig
 from fewshot_diti.trials import even_grid
 
-SIBLINGS = "siblings"  # the row that stands on another network than its neighbours
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
 PIXELS = 224 * 448  # of an image for the ImageNet network
-SMALL_IMAGES = (112, 224)  # (height, width) in pixels
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """One draw of shots and the images to judge, under the same class names."""
-
-    shots: ImageSet
-    test: ImageSet
-    num_shots: int
-    seed: int
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """In the order of all columns."""
-        return self.test.class_names
-
-    def shot_images(self) -> LazyImages:
-        """The shots."""
-        return LazyImages(self.shots)
-
-    def shot_labels(self) -> list[str]:
-        """The name of each shot's class."""
-        return [self.shots.class_names[c] for c in self.shots.labels]
-
-    def test_images(self) -> LazyImages:
-        """The images to judge."""
-        return LazyImages(self.test)
-
-    def groups(self) -> Groups:
-        """The shots of each class."""
-        labels = self.shot_labels()
-        return {
-            name: [self.shots.image(i) for i, label in enumerate(labels) if label == name] for name in self.class_names
-        }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DitiErrors:
-    """Errors of one bank: all that any weighting needs. Classes in the order of the task.
-
-    Attributes:
-        timesteps: [S].
-        test: [N, C, S].
-        held_out, held_out_labels: [n, C, S] and [n], of shots under class tokens trained without them, by fold; with
-            one shot a class, of all shots under class tokens trained with them, which only weights may use.
-        out_of_fold: whether the shots were held out.
-        training_seconds: of the bank, with what was scored and trained for `held_out`.
-        scoring_seconds: of the test images.
-    """
-
-    timesteps: Tensor
-    test: Tensor
-    held_out: Tensor
-    held_out_labels: Tensor
-    out_of_fold: bool
-    training_seconds: float
-    scoring_seconds: float
 
 
 class Bench:
@@ -159,9 +97,23 @@ class Bench:
         return ImageNetwork(self._names["network"], size=size)
 
     @cached_property
+    def clip_preset(self) -> Preset:
+        """Settings of what is trained on the OpenCLIP model."""
+        return preset_of(self.clip.model)
+
+    @cached_property
+    def network_preset(self) -> Preset:
+        """Settings of what is trained on the ImageNet network."""
+        return preset_of(self.network.module)
+
+    @cached_property
     def network_to_tune(self) -> ImageNetwork:
-        """The same at the size that it is fine-tuned at: beside the pocket half as high and wide, for two cores."""
-        return ImageNetwork(self._names["network"], size=SMALL_IMAGES) if self.backbone.small else self.network
+        """The ImageNet network at the size that it is fine-tuned at: that of its preset, if it still shows the network
+        more pixels than the backbone sees."""
+        height, width = (round(self.network_preset.tuning_scale * n) for n in self.network.geometry.size)
+        if (height, width) == self.network.geometry.size or height * width < math.prod(self.geometry.size):
+            return self.network
+        return ImageNetwork(self._names["network"], size=(height, width))
 
     @cached_property
     def network_features(self) -> KeptFeatures:
@@ -172,12 +124,6 @@ class Bench:
     def siblings(self) -> ImageNetwork:
         """The network that was told the labels of sibling classes."""
         return ImageNetwork(self._names["siblings"])
-
-    def network_of(self, method: str) -> ImageNetwork:
-        """The network that a row of the table stands on."""
-        if method == "finetune":
-            return self.network_to_tune
-        return self.siblings if method == SIBLINGS else self.network
 
     @cached_property
     def siblings_features(self) -> KeptFeatures:
@@ -218,6 +164,11 @@ class Bench:
         return replace(recommended, steps=self.steps(recommended.steps), seed=seed)
 
     @property
+    def recommended(self) -> ScoringConfig:
+        """How images would be scored if the table did not compare ways of it."""
+        return recommended_scoring(small=self.backbone.small)
+
+    @property
     def recolour(self) -> ColourJitter:
         """The colour jitter of class tokens, for baselines that train on views."""
         return ColourJitter.of(self.training(num_shots=1, seed=0))
@@ -229,7 +180,7 @@ class Bench:
     def scoring(self, seed: int) -> ScoringConfig:
         """How images are scored: all time-steps; rows weigh them each in its own way."""
         everything = (0, self.backbone.num_train_timesteps)
-        scoring = recommended_scoring(small=self.backbone.small)
+        scoring = self.recommended
         trials = self.trials or (POCKET_TRIALS if self.backbone.small else scoring.trials)
         return replace(
             scoring,
@@ -266,7 +217,7 @@ class Bench:
             TrainingError: a class's loss was not finite.
         """
         path, made_by = self._diti_file(task)
-        if _load(path, made_by) is not None:
+        if load_errors(path, made_by) is not None:
             return
         classifier = self._classifier(task, self.scoring(task.seed))
         start = perf_counter()
@@ -285,7 +236,7 @@ class Bench:
             labels = torch.tensor([bank.labels.index(name) for name in task.shot_labels()])
         calibrated = perf_counter()
         order = [bank.labels.index(name) for name in task.class_names]  # the bank is sorted, the task may not be
-        _save(
+        save_errors(
             path,
             {
                 "timesteps": times,
@@ -307,7 +258,7 @@ class Bench:
     def prepare_zero_shot(self, test: ImageSet) -> None:
         """Scores bare prompts, unless their errors are on disk; neither shots nor seed matter."""
         path, made_by = self._zero_shot_file(test)
-        if _load(path, made_by) is not None:
+        if load_errors(path, made_by) is not None:
             return
         scoring = self.scoring(0)
         bank = zero_shot_bank(self.backbone, test.class_names, self.geometry, self.concept)
@@ -315,12 +266,12 @@ class Bench:
         times = even_grid(scoring.trials, *scoring.timesteps)
         start = perf_counter()
         errors = learner.shared_errors(bank, LazyImages(test), times)
-        _save(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
+        save_errors(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
 
     def diti(self, task: Task) -> DitiErrors:
         """What `prepare` left; raises FileNotFoundError where it failed."""
         path, made_by = self._diti_file(task)
-        kept = _load(path, made_by)
+        kept = load_errors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the class tokens could not be trained or scored.")
         seconds = kept.pop("seconds").tolist()
@@ -330,7 +281,7 @@ class Bench:
     def zero_shot(self, test: ImageSet) -> tuple[Tensor, float]:
         """Errors [N, C, S] that `prepare_zero_shot` left, and the seconds that they took."""
         path, made_by = self._zero_shot_file(test)
-        kept = _load(path, made_by)
+        kept = load_errors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the bare prompts could not be scored.")
         return kept["errors"], float(kept["seconds"])
@@ -348,29 +299,3 @@ class Bench:
     def _made_by(self, settings: str, *images: str) -> dict[str, str]:
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
         return {"backbone": backbone, "settings": settings, "images": " ".join(images)}
-
-
-def fingerprint(images: ImageSet) -> str:
-    """32 hex characters that change with any picture, label or class name."""
-    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
-    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
-
-
-def _save(path: Path, tensors: dict[str, Tensor], made_by: dict[str, str]) -> None:
-    """Written by the main process, seen by all."""
-    if process_state().is_main_process:
-        write_atomically(path, save(tensors, made_by))
-    process_state().wait_for_everyone()
-
-
-def _load(path: Path, made_by: dict[str, str]) -> dict[str, Tensor] | None:
-    """The tensors of a file that the same settings made, else None."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != made_by:
-                return None
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError:  # damaged: as good as none
-        return None
