@@ -304,9 +304,13 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic)
         self.complete_, self._warned = False, False
 
+    def settings_for(self, num_shots: int) -> Settings:
+        """The configurations that `fit` would use for so many shots per class; the backbone is loaded."""
+        kind = (self.backbone if isinstance(self.backbone, Backbone) else self.backbone_).kind
+        return complete(kind, num_shots, self.training, self.scoring, self.prediction)
+
     def _settings(self, groups: Groups) -> Settings:
-        most = max(len(shots) for shots in groups.values())
-        return complete(self.backbone_.kind, most, self.training, self.scoring, self.prediction)
+        return self.settings_for(max(len(shots) for shots in groups.values()))
 
     def current_prediction(self) -> PredictionConfig:
         """The prediction as it is asked for now.

@@ -16,7 +16,6 @@ from small_clip import save_tiny_clip
 
 from fewshot_diti.commands.evaluate import EvalConfig
 from fewshot_diti.evaluation import bench as bench_module
-from fewshot_diti.evaluation import methods
 from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.training import TrainingConfig
 
@@ -30,8 +29,7 @@ QUIET = Console(quiet=True)
 def small_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Settings that take a second, and no downloads."""
     monkeypatch.setattr(bench_module, "recommended_training", lambda num_shots, small: TRAINING)
-    for module in (bench_module, methods):
-        monkeypatch.setattr(module, "recommended_scoring", lambda small: SCORING)
+    monkeypatch.setattr(bench_module, "recommended_scoring", lambda small: SCORING)
     create = timm.create_model
 
     def same_weights_each_time(name: str, pretrained: bool, **k: Any) -> Any:

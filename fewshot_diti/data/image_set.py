@@ -81,7 +81,7 @@ class ImageSet:
         """The RGB picture at a position; errors as `decode`."""
         return self.decode(row).rgb
 
-    def decoded(self) -> Sequence[DecodedImage]:
+    def decoded(self) -> LazyImages:
         """The images as a sequence that decodes each when it is asked for."""
         return LazyImages(self)
 
