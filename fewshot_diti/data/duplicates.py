@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.data.images import THUMBNAIL_SIDE
 
 # Root mean square difference of two thumbnails. Of copies (JPEG from quality 30, WebP, AVIF, 256 colours, resized) it
 # is at most 2.6 of 255; of different images of flightgear-aircraft, renders of one aircraft in one livery among them,
@@ -14,7 +15,7 @@ from fewshot_diti.data.image_set import ImageSet
 MAX_DIFFERENCE = 4.0
 # The same in parts of the thumbnail's own contrast (its standard deviation): images of low contrast are all alike.
 MAX_RELATIVE_DIFFERENCE = 0.1
-_ROWS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 2**24
 _NAMED = 5
 
 
@@ -35,16 +36,18 @@ def near_duplicates(images_a: ImageSet, images_b: ImageSet | None = None) -> lis
     other = images_a if images_b is None else images_b
     a_AD, b_BD = _flat(images_a.thumbnails), _flat(other.thumbnails)
     ids_a, ids_b = np.array(images_a.ids), np.array(other.ids)
-    pairs = []
-    for start in range(0, len(a_AD), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        squares = (a_AD[part] ** 2).mean(1)[:, None] + (b_BD**2).mean(1) - 2 * a_AD[part] @ b_BD.T / b_BD.shape[1]
+    pairs: list[tuple[int, int]] = []
+    if not len(a_AD) or not len(b_BD):
+        return []
+    a_squares_A, b_squares_B = (a_AD**2).mean(1), (b_BD**2).mean(1)
+    rows_at_once = max(1, _PAIRS_AT_ONCE // len(b_BD))
+    for start in range(0, len(a_AD), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        squares = a_squares_A[part, None] + b_squares_B - 2 / b_BD.shape[1] * a_AD[part] @ b_BD.T
         differences = np.sqrt(squares.clip(min=0))
         differences[ids_a[part][:, None] == ids_b] = np.inf
         if images_b is None:
             differences[np.arange(start, start + len(differences))[:, None] <= np.arange(len(b_BD))] = np.inf
-        if not differences.size:
-            continue
         limits = np.minimum(MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * a_AD[part].std(1))
         nearest = differences.argmin(1)
         rows = np.flatnonzero(differences[np.arange(len(nearest)), nearest] < limits)
@@ -77,4 +80,6 @@ def _warn(pairs: list[str], what: str, consequence: str) -> None:
 
 
 def _flat(thumbnails_NHWC: np.ndarray) -> np.ndarray:
-    return thumbnails_NHWC.reshape(len(thumbnails_NHWC), -1).astype(np.float32) - 128  # small values for float32
+    return (
+        thumbnails_NHWC.reshape(len(thumbnails_NHWC), 3 * THUMBNAIL_SIDE**2).astype(np.float32) - 128
+    )  # small values for float32

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewshot_diti.data.images import DecodedImage, ImageSource, decode, raise_bad_images, thumbnail
+from fewshot_diti.data.images import THUMBNAIL_SIDE, DecodedImage, ImageSource, decode, raise_bad_images, thumbnail
 
 _NAMED = 20  # classes that a warning names
 
@@ -99,7 +99,9 @@ class ImageSet:
                 ids.append(decoded.id)
                 thumbnails.append(thumbnail(decoded.rgb))
         raise_bad_images(bad, len(self))
-        return tuple(ids), np.stack(thumbnails) if thumbnails else np.empty((0, 16, 16, 3), np.uint8)
+        return tuple(ids), np.stack(thumbnails) if thumbnails else np.empty(
+            (0, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8
+        )
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -202,11 +204,10 @@ def image_files_set(
 
 def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
     """(int64 labels, class names in order) of label texts and further known classes; whole numbers sort by value."""
-    values = [normalize_class_name(value) for value in values]
-    names = {*values, *map(normalize_class_name, known)}
-    ordered = sorted(names, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n))
-    places = {name: place for place, name in enumerate(ordered)}
-    return np.array([places[value] for value in values], dtype=np.int64), tuple(ordered)
+    normalized = {value: normalize_class_name(value) for value in {*values, *known}}
+    names = sorted(set(normalized.values()), key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n))
+    places = {name: place for place, name in enumerate(names)}
+    return np.array([places[normalized[value]] for value in values], dtype=np.int64), tuple(names)
 
 
 def normalize_class_name(name: str) -> str:

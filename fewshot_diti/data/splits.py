@@ -99,14 +99,16 @@ def load_shots_file(path: str | Path, pool: ImageSet, image_root: str | Path | N
     rows: dict[str, list[int]] = {}
     for row, image in enumerate(pool.ids):
         rows.setdefault(image, []).append(row)
+    missing = [(name, image) for name, image in zip(listed.names, listed.ids, strict=True) if image not in rows]
+    if missing:
+        raise ValueError(
+            f"{path} lists {len(missing)} images whose pictures are not among the {len(pool)} of the pool "
+            f"({', '.join(pool.names[:2])}, ...), first {missing[0][0]} (image id {missing[0][1]}); pass the images "
+            "that the list was made from."
+        )
     pool_class: dict[str, tuple[str, str]] = {}  # the list's class -> the pool's, and the image that told so
     ids: dict[str, list[str]] = {}
     for image, label, name in zip(listed.ids, listed.labels, listed.names, strict=True):
-        if image not in rows:
-            raise ValueError(
-                f"{path} lists {name}, whose picture (image id {image}) is not among the {len(pool)} images of the "
-                f"pool, {pool.names[0]} and others; pass the images that the list was made from."
-            )
         theirs, classes = listed.class_names[label], [pool.class_names[pool.labels[row]] for row in rows[image]]
         mine = theirs if theirs in classes else classes[0]
         known, first = pool_class.setdefault(theirs, (mine, name))
