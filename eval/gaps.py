@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fewshot_diti.data import shown_attribute
-from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid
+from fewshot_diti.evaluation.kept_errors import DitiErrors
 from fewshot_diti.evaluation.methods import LARGE_T, SMALL_T
+from fewshot_diti.evaluation.task import Task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.reports import bootstrap_interval
 from fewshot_diti.timesteps import relative, weighted_mean

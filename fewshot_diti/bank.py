@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors.torch import load as load_tensors
@@ -30,6 +29,7 @@ from fewshot_diti.bank_files import (
     written_here,
 )
 from fewshot_diti.config import Label
+from fewshot_diti.data.arguments import plain_labels
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, Target, union_layout
@@ -266,13 +266,6 @@ class Bank:
             "",
         ]
         return "\n".join(lines)
-
-
-def plain_labels(labels: Iterable[Any]) -> list[Label]:
-    """Labels as Python has them, whatever numpy made of them; ValueError for one label that is not in a list."""
-    if isinstance(labels, str | bytes):
-        raise ValueError(f"labels={labels!r} is one text; pass a list of labels, [{labels!r}].")
-    return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
 def _cell(value: object) -> str:

@@ -23,10 +23,12 @@ from fewshot_diti import timesteps as weightings
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.config import Label, ScoringConfig, Settings
+from fewshot_diti.data.images import ImageSource
 from fewshot_diti.discriminant import fit_discriminant, score_offsets
 from fewshot_diti.distributed import gather, my_share, share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS
+from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.temperature import fit_temperature
 from fewshot_diti.timesteps import weighted_mean
@@ -251,13 +253,19 @@ def judge_held_out(fit: Fit, judge: Callable[..., Tensor], offsets_NC: Tensor | 
     return torch.cat(judged), torch.tensor(truth)
 
 
-def shared_errors(fit: Fit, bank: Bank, images: Sequence[PreparedImage], grid: Tensor) -> Tensor:
-    """The error tensor [N, C, S] at timesteps `grid` [S]; the processes share the images, all get the whole."""
+def shared_errors(fit: Fit, bank: Bank, images: Sequence[ImageSource | PreparedImage], grid: Tensor) -> Tensor:
+    """The error tensor [N, C, S] at timesteps `grid` [S]; the processes share the images, all get the whole. One image
+    is in memory at a time."""
 
     def errors(rows: list[int]) -> Tensor:
-        mine = [images[row] for row in rows]
-        ids = [image.id for image in mine]
-        return error_tensor(_scorer(fit, bank), fit.encoder.latents(mine), ids, grid.tolist(), desc="weights")
+        scorer, parts = _scorer(fit, bank), []
+        with Progress(len(rows), "errors", "image") as bar:
+            for row in rows:
+                image = fit.encoder.prepare(images[row])
+                latents = fit.encoder.latents([image])
+                parts.append(error_tensor(scorer, latents, [image.id], grid.tolist()))
+                bar.update()
+        return torch.cat(parts)
 
     return share(len(images), errors, (len(bank), len(grid)))
 

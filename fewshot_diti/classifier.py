@@ -16,17 +16,17 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
-from fewshot_diti.bank import Bank, plain_labels
+from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
 from fewshot_diti.classifier_files import Saved, load_classifier, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
+from fewshot_diti.data.arguments import as_images, as_list, group_shots, plain_labels
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import gather, my_share, process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.inputs import as_list, as_many, group_shots
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import with_article
 from fewshot_diti.training import Groups, Prompts, raise_failed
@@ -204,7 +204,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: not one label per image, or labels of another type than the classes.
         """
-        images, values = as_many(images), plain_labels(labels)
+        images, values = as_images(images), plain_labels(labels)
         if len(values) != len(images):
             raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label per image.")
         known = {type(x).__name__ for x in self._fitted().labels}
@@ -227,11 +227,11 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
         prediction = self.current_prediction()
-        return self._decider().decide(as_many(images), prediction)
+        return self._decider().decide(as_images(images), prediction)
 
     def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        return self._decider().errors(as_many(images), self.current_prediction())
+        return self._decider().errors(as_images(images), self.current_prediction())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
@@ -304,9 +304,13 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic)
         self.complete_, self._warned = False, False
 
+    def settings_for(self, num_shots: int) -> Settings:
+        """The configurations that `fit` would use for so many shots per class; the backbone is loaded."""
+        kind = (self.backbone if isinstance(self.backbone, Backbone) else self.backbone_).kind
+        return complete(kind, num_shots, self.training, self.scoring, self.prediction)
+
     def _settings(self, groups: Groups) -> Settings:
-        most = max(len(shots) for shots in groups.values())
-        return complete(self.backbone_.kind, most, self.training, self.scoring, self.prediction)
+        return self.settings_for(max(len(shots) for shots in groups.values()))
 
     def current_prediction(self) -> PredictionConfig:
         """The prediction as it is asked for now.

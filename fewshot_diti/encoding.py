@@ -14,7 +14,7 @@ from torch import Tensor
 from fewshot_diti.augment import colour_variants
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.config import TrainingConfig
-from fewshot_diti.data.images import ImageGeometry, ImageSource, image_id, open_image
+from fewshot_diti.data.images import ImageGeometry, ImageSource, decode
 from fewshot_diti.features import block_features
 from fewshot_diti.presets import PRESETS
 
@@ -59,10 +59,8 @@ class Encoder:
         """
         if isinstance(image, PreparedImage):
             return image
-        rgb = open_image(image)
-        name = str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else ""
-        found = image_id(rgb)
-        return PreparedImage(found, name or f"image id {found}", self.geometry.resized(rgb, name))
+        decoded = decode(image)
+        return PreparedImage(decoded.id, decoded.name, self.geometry.resized(decoded.rgb, decoded.name))
 
     @torch.no_grad()
     def latents(self, images: Sequence[PreparedImage]) -> Tensor:

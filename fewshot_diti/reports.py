@@ -124,7 +124,7 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def printable(text: str) -> str:
-    """A text with names or paths as any terminal takes it: escape sequences and bytes that are no UTF-8 are replaced."""
+    """A text with names or paths as any terminal takes it, without escape sequences and bytes that are no UTF-8."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import permutations
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -30,14 +31,16 @@ from fewshot_diti.baselines import (
     TipAdapter,
     ZeroShotClip,
 )
-from fewshot_diti.baselines.base import KeptFeatures
+from fewshot_diti.baselines.base import KeptFeatures, LazyImages, opened
 from fewshot_diti.baselines.clip import prompt_templates
-from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, installed
+from fewshot_diti.baselines.clip_lora import LoraSettings
+from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, TuningSettings, installed
+from fewshot_diti.baselines.presets import PRESETS, preset_of
 from fewshot_diti.baselines.probe import logistic_head
-from fewshot_diti.baselines.tip_adapter import ALPHA, ALPHAS, BETA, BETAS
+from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipSettings
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
-from fewshot_diti.data import ImageGeometry
+from fewshot_diti.data import ImageGeometry, ImageSet
 from fewshot_diti.training import TrainingConfig
 
 NAMES = ("A319", "A321", "717")
@@ -75,6 +78,45 @@ def test_features_of_one_picture_are_computed_once() -> None:
     assert asked == [6]
     np.testing.assert_array_equal(first[6], first[0])
     np.testing.assert_array_equal(again, first[:2])
+
+
+def test_a_slice_of_a_set_decodes_nothing_and_batches_decode_as_they_are_asked_for() -> None:
+    decoded: list[int] = []
+
+    def source(number: int) -> Callable[[], np.ndarray]:
+        def decode() -> np.ndarray:
+            decoded.append(number)
+            return np.full((2, 2, 3), number, np.uint8)
+
+        return decode
+
+    images = LazyImages(
+        ImageSet(
+            images=[source(i) for i in range(6)],
+            labels=np.zeros(6, int),
+            class_names=("one",),
+            names=tuple(map(str, range(6))),
+        )
+    )
+    decoded.clear()
+    odd = images[1::2]
+    assert decoded == [] and len(odd) == 3 and odd.ids == images.ids[1::2]
+    batches = opened(odd, 2)
+    assert [np.asarray(image)[0, 0, 0] for image in next(batches)] == [1, 3] and decoded == [1, 3]
+    assert len(next(batches)) == 1 and next(batches, None) is None
+
+
+def test_presets_are_those_of_the_model_that_is_trained() -> None:
+    pocket = OpenClip("pocket").model
+    assert preset_of(pocket) is PRESETS["small"] and preset_of(pocket).lora.rank == 16
+    with torch.device("meta"):
+        large = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
+    assert preset_of(large) is PRESETS["published"]
+    assert (preset_of(large).lora.rank, preset_of(large).lora.lr, preset_of(large).tip.one_shot) == (
+        2,
+        2e-4,
+        (1.0, 5.5),
+    )
 
 
 def test_the_logistic_probe_is_scikit_learns_with_the_strength_that_cross_validates_best() -> None:
@@ -200,8 +242,8 @@ def test_zero_shot_clip_is_the_cosine_with_the_mean_prompt(clip: OpenClip) -> No
 
 def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_shot_they_judge(clip: OpenClip) -> None:
     (shots, labels), (test, _) = pictures(3, 0), pictures(2, 1)
-    tip = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)
-    tuned = TipAdapter(clip, TEMPLATES, views=2, fine_tune=True, steps=1).fit(shots, labels)
+    tip = TipAdapter(clip, TEMPLATES, TipSettings(views=2)).fit(shots, labels)
+    tuned = TipAdapter(clip, TEMPLATES, TipSettings(views=2, steps=1), fine_tune=True).fit(shots, labels)
     keys, classes = tip._keys_ND, sorted(NAMES)
     weights = clip.class_weights(classes, TEMPLATES)
 
@@ -235,9 +277,9 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
 
 
 def test_tip_adapter_with_one_shot_takes_the_papers_alpha_and_beta_or_those_told(clip: OpenClip) -> None:
-    tip = TipAdapter(clip, TEMPLATES, views=1).fit(*pictures(1, 0))
-    assert (tip.alpha_, tip.beta_, tip.left_out) == (ALPHA, BETA, None)
-    told = TipAdapter(clip, TEMPLATES, views=1, one_shot=(50.0, 3.5)).fit(*pictures(1, 0))
+    tip = TipAdapter(clip, TEMPLATES, TipSettings(views=1)).fit(*pictures(1, 0))
+    assert (tip.alpha_, tip.beta_, tip.left_out) == (1.0, 5.5, None)
+    told = TipAdapter(clip, TEMPLATES, TipSettings(views=1, one_shot=(50.0, 3.5))).fit(*pictures(1, 0))
     assert (told.alpha_, told.beta_) == (50.0, 3.5)
 
 
@@ -246,8 +288,8 @@ def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: py
     monkeypatch.setattr(TipAdapter, "_leave_one_out", lambda *_: mild)
     shots, labels = pictures(3, 0)
     rows = np.searchsorted(sorted(NAMES), labels)
-    plain = TipAdapter(clip, TEMPLATES, views=2).fit(shots, labels)
-    tuned = TipAdapter(clip, TEMPLATES, views=2, fine_tune=True, lr=1e-2).fit(shots, labels)
+    plain = TipAdapter(clip, TEMPLATES, TipSettings(views=2)).fit(shots, labels)
+    tuned = TipAdapter(clip, TEMPLATES, TipSettings(views=2, lr=1e-2), fine_tune=True).fit(shots, labels)
     before, after = (np.log(t.predict_proba(shots)[range(len(rows)), rows]).mean() for t in (plain, tuned))
     assert after > before + 0.01
 
@@ -255,7 +297,7 @@ def test_fine_tuned_keys_make_the_shots_likelier(clip: OpenClip, monkeypatch: py
 def test_clip_lora_learns_the_shots_and_leaves_the_model_alone(clip: OpenClip) -> None:
     shots, labels = pictures(4, 0)
     before = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    lora = ClipLora(clip, TEMPLATES[0], lr=1e-2, batch_size=6, candidates=(0, 30)).fit(shots, labels)
+    lora = ClipLora(clip, TEMPLATES[0], LoraSettings(lr=1e-2, batch_size=6, candidates=(0, 30))).fit(shots, labels)
     rows = np.searchsorted(sorted(NAMES), labels)
     zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels)
     start, end = (np.log(c.predict_proba(shots)[range(len(rows)), rows]).mean() for c in (zero_shot, lora))
@@ -266,7 +308,7 @@ def test_clip_lora_learns_the_shots_and_leaves_the_model_alone(clip: OpenClip) -
 
 def test_clip_lora_adds_up_times_down_over_the_root_of_the_rank_to_q_k_and_v(clip: OpenClip) -> None:
     shots, labels = pictures(4, 0)
-    lora = ClipLora(clip, TEMPLATES[0], rank=4, lr=1e-2, candidates=(3,)).fit(shots, labels)
+    lora = ClipLora(clip, TEMPLATES[0], LoraSettings(rank=4, lr=1e-2, candidates=(3,))).fit(shots, labels)
     model, updates = deepcopy(clip.model), iter(lora._towers.updates)
     with torch.no_grad():
         for module in model.modules():
@@ -296,7 +338,8 @@ def test_clip_lora_learns_from_views_that_are_made_once(clip: OpenClip) -> None:
         asked.append(image)
         return image
 
-    lora = ClipLora(clip, TEMPLATES[0], lr=1e-2, batch_size=6, candidates=(30,), views=3, recolour=recolour)
+    settings = LoraSettings(lr=1e-2, batch_size=6, candidates=(30,), views=3)
+    lora = ClipLora(clip, TEMPLATES[0], settings, recolour=recolour)
     lora._cross_validate = lambda *_: 30  # type: ignore[method-assign]
     learned = np.log(lora.fit(shots, labels).predict_proba(shots)[range(len(rows)), rows]).mean()
     assert len(asked) == 12 * 3
@@ -306,7 +349,7 @@ def test_clip_lora_learns_from_views_that_are_made_once(clip: OpenClip) -> None:
 
 def test_clip_lora_without_a_step_is_zero_shot_clip(clip: OpenClip) -> None:
     shots, labels = pictures(1, 0)
-    untrained: Baseline = ClipLora(clip, TEMPLATES[0], candidates=(0,)).fit(shots, labels)
+    untrained: Baseline = ClipLora(clip, TEMPLATES[0], LoraSettings(candidates=(0,))).fit(shots, labels)
     zero_shot = ZeroShotClip(clip, TEMPLATES[:1]).fit(shots, labels)
     np.testing.assert_allclose(untrained.predict_proba(shots), zero_shot.predict_proba(shots), atol=1e-4)
 
@@ -333,7 +376,7 @@ def test_a_fine_tuned_network_learns_the_shots_and_leaves_the_network_alone(monk
     network = ImageNetwork("test_resnet", size=(32, 64))
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
     shots, labels = pictures(3, 0)
-    tuned = FineTuned(network, steps=40, batch_size=9, lr=1e-3).fit(shots, labels)
+    tuned = FineTuned(network, TuningSettings(steps=40, batch_size=9, lr=1e-3)).fit(shots, labels)
     rows = np.searchsorted(sorted(NAMES), labels)
     assert np.log(tuned.predict_proba(shots)[range(len(rows)), rows]).mean() > -0.9  # chance: log(1/3) = -1.1
     torch.testing.assert_close(network.module.state_dict(), before, rtol=0, atol=0)
@@ -350,9 +393,12 @@ def test_what_trains_on_views_recolours_them(clip: OpenClip, monkeypatch: pytest
 
     network = ImageNetwork("test_resnet", size=(32, 64))
     for baseline, views in (
-        (FineTuned(network, recolour=recolour, steps=1, batch_size=3), 20 * 3),  # 20 epochs of one batch
-        (ClipLora(clip, TEMPLATES[0], recolour=recolour, candidates=(2,)), 2 * 3),
-        (TipAdapter(clip, TEMPLATES, recolour=recolour, views=4), 4 * 3),
+        (
+            FineTuned(network, TuningSettings(steps=1, batch_size=3), recolour=recolour),
+            20 * 3,
+        ),  # 20 epochs of one batch
+        (ClipLora(clip, TEMPLATES[0], LoraSettings(candidates=(2,)), recolour=recolour), 2 * 3),
+        (TipAdapter(clip, TEMPLATES, TipSettings(views=4), recolour=recolour), 4 * 3),
     ):
         asked.clear()
         baseline.fit(*pictures(1, 0))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from eval.gaps import equal_trials, join, measure, plot
 from fewshot_diti.data import ImageSet
-from fewshot_diti.evaluation.bench import DitiErrors, Task
 from fewshot_diti.evaluation.comparison import compare, mcnemar
+from fewshot_diti.evaluation.kept_errors import DitiErrors
 from fewshot_diti.evaluation.metrics import drop_from_matched_to_shifted, summarize
+from fewshot_diti.evaluation.task import Task
 
 
 def test_figures_of_a_run() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import torch
 from rich.console import Console
 from small_grid import QUIET
 
+from fewshot_diti.baselines import presets
+from fewshot_diti.baselines.tip_adapter import TipSettings
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
+from fewshot_diti.evaluation.class_tokens import tip_adapter
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import METHODS
 
@@ -63,11 +67,51 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     assert replace(fast, max_test_images=1).folder != fast.folder  # a quick look leaves the full table alone
 
 
+def test_a_record_is_stale_when_the_package_or_a_setting_of_its_method_changes(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(config, methods=("tip-adapter", "zeroshot-clip", "nn-latents"), against="nn-latents", shots=(1,))
+    assert evaluate(few, QUIET) == 0
+    assert Grid(few).missing() == []
+    record = json.loads((few.folder / "tip-adapter" / "1-1.json").read_text())
+    assert record["made_by"]["version"] == metadata.version("fewshot-diti")
+    assert record["made_by"]["settings"]["tip"] == {
+        "one_shot": [50.0, 3.5],
+        "views": 10,
+        "steps": 500,
+        "least_epochs": 20,
+        "lr": 1e-3,
+    }
+    with monkeypatch.context() as patch:
+        other = replace(presets.PRESETS["small"], tip=TipSettings(views=9))
+        patch.setitem(presets.PRESETS, "small", other)
+        assert [run.method for run in Grid(few).missing()] == ["tip-adapter"]
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.0" if name == "fewshot-diti" else installed(name))
+    assert len(Grid(few).missing()) == 3
+
+
+def test_a_large_model_beside_a_small_backbone_has_the_published_settings(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(config)
+    assert grid.bench.backbone.small
+    task, small = grid.task(2, 1), METHODS["clip-lora"].settings(grid.bench, 2, 1)["lora"]
+    assert (small["rank"], small["candidates"]) == (16, (200, 1000))
+    assert METHODS["finetune"].settings(grid.bench, 2, 1)["network"].endswith("at (112, 224)")
+    monkeypatch.setattr(presets, "SMALL", 0)  # every model is large
+    grid = Grid(config)
+    large = METHODS["clip-lora"].settings(grid.bench, 2, 1)["lora"]
+    assert (large["rank"], large["lr"], large["candidates"], large["views"]) == (2, 2e-4, (), None)
+    assert METHODS["finetune"].settings(grid.bench, 2, 1)["network"].endswith("at (224, 448)")
+    assert tip_adapter(grid.bench, task).settings == TipSettings()
+
+
 def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of paint")
 
-    monkeypatch.setitem(METHODS, "nn-latents", broken)
+    monkeypatch.setitem(METHODS, "nn-latents", replace(METHODS["nn-latents"], run=broken))
     few = replace(config, methods=("nn-latents", "ncm-sd"), against="ncm-sd", shots=(1,))
     assert evaluate(few, QUIET) == 1
     failed = json.loads((few.folder / "nn-latents" / "1-1.json").read_text())
@@ -79,7 +123,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(config: EvalConfig, monke
 def test_where_every_run_fails_the_reasons_are_printed(
     config: EvalConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(METHODS, "nn-latents", lambda *_: 1 / 0)
+    monkeypatch.setitem(METHODS, "nn-latents", replace(METHODS["nn-latents"], run=lambda *_: 1 / 0))
     alone = replace(config, methods=("nn-latents",), against="nn-latents", shots=(1,))
     assert evaluate(alone, Console(width=200)) == 1
     assert "1-1.json: ZeroDivisionError: division by zero" in capsys.readouterr().out
@@ -162,7 +206,7 @@ def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -
     script.write_text(
         "import sys\nfrom small_grid import *\nfrom fewshot_diti.commands.evaluate import evaluate\n"
         "bench_module.recommended_training = lambda num_shots, small: TRAINING\n"
-        "for m in (bench_module, methods): m.recommended_scoring = lambda small: SCORING\n"
+        "bench_module.recommended_scoring = lambda small: SCORING\n"
         f"from pathlib import PosixPath\nsys.exit(evaluate({replace(few, output_dir=tmp_path / 'two')!r}, QUIET))\n"
     )
     root = Path(__file__).parents[1]

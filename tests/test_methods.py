@@ -11,9 +11,9 @@ from scipy.special import softmax
 from small_grid import QUIET, TRAINING
 
 from fewshot_diti import DiTiClassifier, features
-from fewshot_diti.baselines import TipAdapter
+from fewshot_diti.baselines import ClipLora, TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
-from fewshot_diti.evaluation import methods
+from fewshot_diti.evaluation import class_tokens
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.held_out import split_folds
 from fewshot_diti.recommended import ScoringConfig
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_settings")
 
 
 def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods.ClipLora, "_cross_validate", lambda *_: 2)
+    monkeypatch.setattr(ClipLora, "_cross_validate", lambda *_: 2)
     few = replace(config, methods=("clip-lora", "finetune"), shots=(2,), against="finetune", training_share=0.01)
     assert evaluate(few, QUIET) == 0
     record = json.loads((few.folder / "clip-lora" / "2-1.json").read_text())
@@ -46,7 +46,7 @@ def test_features_of_the_unet_take_their_weight_off_the_scores(
 ) -> None:
     # held-out shots tell a random U-Net that it knows nothing
     monkeypatch.setattr(features, "fit_temperature", lambda *_: 1.0)
-    monkeypatch.setattr(methods, "fit_temperature", lambda *_: 0.1)
+    monkeypatch.setattr(class_tokens, "fit_temperature", lambda *_: 0.1)
     exact = replace(config, dtype="float32")  # bfloat16 rounds differently from batch to batch
     grid = Grid(replace(exact, methods=("diti-all-t", "diti+sd", "lda-sd"), against="lda-sd", shots=(2,)))
     assert grid.run_missing() == []

@@ -15,6 +15,7 @@ from fewshot_diti.data import (
     Shots,
     check_disjoint,
     import_path_list,
+    load_shots_file,
     sample_shots,
     sample_shots_of_one_value,
     seen_attribute,
@@ -247,3 +248,78 @@ def test_one_label_with_two_class_names_is_refused(tmp_path, root):
     (tmp_path / "split.json").write_text(json.dumps({"train": [["cat/0 x.png", 0, "cat"], ["cat/1 x.png", 0, "dog"]]}))
     with pytest.raises(ValueError, match="two class names"):
         import_path_list(tmp_path / "split.json", root)
+
+
+@pytest.fixture
+def pets(tmp_path, root):
+    """The pictures of `root` under other file names, in another order, with two more."""
+    numbers = (5, 3, 2, 1, 0, 4)
+    class_names = ("the cat", "the dog", "the guinea pig")
+    for n in numbers:
+        Image.new("RGB", (2, 2), (n, 0, 0)).save(tmp_path / f"renamed{n}.png")
+    return ImageSet(
+        images=[tmp_path / f"renamed{n}.png" for n in numbers],
+        labels=np.array([0, 1, 2, 0, 0, 1]),
+        class_names=class_names,
+        names=tuple(f"renamed{n}" for n in numbers),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tif", "train.data"), ("coop", "split.json"), ("path label", "a.txt"), ("path", "b.txt")]
+)
+def test_a_published_list_gives_shots_of_a_pool_by_the_pictures(tmp_path, root, pets, kind, name):
+    write_list(tmp_path / name, kind)
+    shots = load_shots_file(tmp_path / name, pets, root)
+    assert shots.k == "all"
+    assert {c: len(ids) for c, ids in shots.image_ids.items()} == {"the cat": 2, "the dog": 1, "the guinea pig": 1}
+    assert [pets.names[row] for row in shots.rows(pets)] == ["renamed0", "renamed1", "renamed3", "renamed2"]
+
+
+def test_a_list_of_equally_many_shots_has_that_k_and_the_folder_is_the_pools_by_default(tmp_path, root):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "one.txt").write_text("cat/0 x.png\ndog/3 x.png\n")
+    paths = sorted(root.rglob("*.png"))
+    pool = ImageSet(
+        images=paths, labels=[0, 0, 1, 2], class_names=("cat", "dog", "guinea pig"), names=tuple(map(str, paths))
+    )
+    shots = load_shots_file(tmp_path / "lists" / "one.txt", pool)
+    assert shots.k == 1 and [pool.images[row].name for row in shots.rows(pool)] == ["0 x.png", "3 x.png"]
+
+
+def test_saved_shots_are_read_as_a_shots_file_and_must_be_in_the_pool(tmp_path):
+    data = image_set(PAIRS)
+    sample_shots(data, 2, seed=3).save(tmp_path / "shots.json")
+    assert load_shots_file(tmp_path / "shots.json", data) == sample_shots(data, 2, seed=3)
+    with pytest.raises(ValueError, match="are not among the 1 images"):
+        load_shots_file(tmp_path / "shots.json", data.subset([0]))
+
+
+def test_a_listed_image_that_the_pool_lacks_is_named(tmp_path, root, pets):
+    write_list(tmp_path / "a.txt", "path")
+    with pytest.raises(ValueError, match=r"a\.txt lists 3 images .* among the 1 of the pool \(renamed2.*0 x\.png"):
+        load_shots_file(tmp_path / "a.txt", pets.subset([2]), root)
+
+
+def test_a_list_that_divides_the_images_otherwise_is_refused(tmp_path, root, pets):
+    (tmp_path / "a.txt").write_text("cat/0 x.png pet\ndog/3 x.png pet\n")
+    with pytest.raises(ValueError, match="in one class, 'pet', and the pool in two, 'the cat' and 'the dog'"):
+        load_shots_file(tmp_path / "a.txt", pets, root)
+    (tmp_path / "a.txt").write_text("cat/0 x.png tom\ncat/1 x.png tabby\n")
+    with pytest.raises(ValueError, match="2 classes of images that are 1 classes of the pool"):
+        load_shots_file(tmp_path / "a.txt", pets, root)
+
+
+def test_lists_never_lead_out_of_their_folder(tmp_path, root):
+    Image.new("RGB", (2, 2)).save(tmp_path / "outside.png")
+    for path in ("../outside.png", str(tmp_path / "outside.png")):
+        (tmp_path / "list.txt").write_text(f"{path} a\n")
+        with pytest.raises(FileNotFoundError, match="not below"):
+            import_path_list(tmp_path / "list.txt", root)
+
+
+def test_a_file_nested_too_deep_is_an_error_that_names_it(tmp_path, root):
+    (tmp_path / "deep.json").write_text('{"k":1,"seed":0,"image_ids":' + "[" * 100_000)
+    for read in (Shots.load, lambda file: import_path_list(file, root)):
+        with pytest.raises(ValueError, match=r"deep\.json"):
+            read(tmp_path / "deep.json")

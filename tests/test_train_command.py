@@ -55,7 +55,7 @@ def test_train_takes_a_manifest(shots: Path, backbone_folder: Path, tmp_path: Pa
     lines = [f"{path},{path.parent.name}" for path in sorted(shots.glob("*/[01].png"))]
     (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines]))
     command = train_command(Path(), backbone_folder, tmp_path / "bank", "--folds", "0")
-    command[1] = f"manifest:{tmp_path / 'table.csv'}"
+    command[1] = f"manifest:{tmp_path / 'table.csv'}@{shots}"
     assert cli.main(command) == 0
     assert Bank.load(tmp_path / "bank").labels == CLASSES
 

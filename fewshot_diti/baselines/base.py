@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
-from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.config import Label
+from fewshot_diti.data.image_set import LazyImages
 from fewshot_diti.data.images import ImageSource, image_id, open_image
-from fewshot_diti.training import Label
 
 
 class Baseline(ABC):
@@ -20,7 +19,7 @@ class Baseline(ABC):
     classes_: np.ndarray
 
     def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Baseline:
-        """Learns from the shots, one label an image."""
+        """Learns from the shots, one label per image."""
         self.classes_, indices = np.unique(np.asarray(labels), return_inverse=True)
         self._fit(images, indices)
         return self
@@ -38,24 +37,15 @@ class Baseline(ABC):
         return self.classes_[self.predict_proba(images).argmax(1)]
 
 
-class LazyImages(Sequence[Image.Image]):
-    """The images of a set, decoded when asked for, with ids that are known without decoding."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
-        self.ids = images.ids
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self._images.image(i) for i in range(len(self))[row]]
-        return self._images.image(range(len(self))[row])
+def opened(images: Sequence[ImageSource], size: int, rows: np.ndarray | None = None) -> Iterator[list[Image.Image]]:
+    """The images, or those at some positions, as PIL images, `size` at a time: a test set need not fit into memory."""
+    rows = np.arange(len(images)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        yield [open_image(images[row]) for row in rows[start : start + size].tolist()]
 
 
 class KeptFeatures:
-    """Features of images, computed once a picture however often a baseline asks.
+    """Features of images, computed once per picture however often a baseline asks.
 
     Args:
         compute: from PIL images to an array [N, D].
@@ -69,7 +59,7 @@ class KeptFeatures:
     def __call__(self, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray:
         """Features [N, D]; `keep` says whether these images will be asked for again."""
         if not keep:
-            return self._compute([open_image(image) for image in images])
+            return np.concatenate([self._compute(part) for part in opened(images, self._batch_size)])
         ids = images.ids if isinstance(images, LazyImages) else [image_id(image) for image in images]
         new = {i: row for row, i in enumerate(ids) if i not in self._kept}
         for start in range(0, len(new), self._batch_size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,100 +16,110 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fewshot_diti.baselines.base import Baseline
+from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource, open_image
 
-STEPS_PER_SHOT = 500  # the published number
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Of CLIP-LoRA; by default the published ones.
+
+    Attributes:
+        rank, lr, batch_size: of the updates and their training.
+        candidates: numbers of steps to choose from by two-fold cross-validation on the shots; none: as published. One
+            shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
+        steps_per_shot: steps for each shot of a class, where there are no candidates.
+        views: of each shot, made once, for a batch to draw from; None: a new view at every step. What the image tower
+            makes of them below its first update is then computed once too.
+    """
+
+    rank: int = 2
+    lr: float = 2e-4
+    batch_size: int = 32
+    candidates: tuple[int, ...] = ()
+    steps_per_shot: int = 500
+    views: int | None = None
 
 
 class ClipLora(Baseline):
     """Both towers with a low-rank update of each attention's q, k and v, trained with cross-entropy over prompts.
 
-    As published: rank 2, scale 1 / sqrt(rank), AdamW, learning rate 2e-4 falling by cosine, batches of 32, 500
-    iterations a shot. Without the published dropout of 0.25, since the update is added to the weights; not by peft,
-    whose LoRA of `torch.nn.MultiheadAttention` takes q, k and v as one matrix, and the output projection with them.
+    As published: scale 1 / sqrt(rank), AdamW, a learning rate that falls by cosine. Without the published dropout of
+    0.25, since the update is added to the weights; not by peft, whose LoRA of `torch.nn.MultiheadAttention` takes q, k
+    and v as one matrix, and the output projection with them.
 
     Args:
         clip: the model, which stays as it is.
         template: the one prompt of a class.
+        settings: of the training.
         recolour: colours of a view; a batch takes a random crop of a shot.
-        views: of each shot, made once, for a batch to draw from; none: a new view at every step. What the image tower
-            makes of them below its first update is then computed once too.
-        candidates: numbers of iterations to choose from by two-fold cross-validation on the shots; none: as published.
-            One shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
-        steps_per_shot: iterations for each shot of a class, where there are no candidates.
         seed: of crops and batches.
 
     Attributes:
-        steps_: the number of iterations, after `fit`.
+        steps_: the number of steps, after `fit`.
     """
 
     def __init__(
         self,
         clip: OpenClip,
         template: str,
+        settings: LoraSettings = LoraSettings(),
         *,
         recolour: Recolour = as_it_is,
-        rank: int = 2,
-        lr: float = 2e-4,
-        batch_size: int = 32,
-        candidates: Sequence[int] = (),
-        steps_per_shot: int = STEPS_PER_SHOT,
-        views: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.clip, self.template, self.recolour, self.views = clip, template, recolour, views
-        self.rank, self.lr, self.batch_size, self.seed = rank, lr, batch_size, seed
-        self.candidates, self.steps_per_shot = tuple(candidates), steps_per_shot
+        self.clip, self.template, self.settings, self.recolour, self.seed = clip, template, settings, recolour, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        opened = [open_image(image) for image in images]
-        kept = None if self.views is None else self._views(opened, self.views)
-        fewest = int(np.bincount(labels_N).min())
-        self.steps_ = self.steps_per_shot * fewest
-        if self.candidates:
-            self.steps_ = min(self.steps_, max(self.candidates))
-        if self.candidates and fewest > 1:
-            self.steps_ = self._cross_validate(opened, labels_N, kept)
-        self._towers = self._train(opened, labels_N, self.steps_, kept)
+        settings, fewest = self.settings, int(np.bincount(labels_N).min())
+        kept = None if settings.views is None else self._views(images, settings.views)
+        self.steps_ = settings.steps_per_shot * fewest
+        if settings.candidates:
+            self.steps_ = min(self.steps_, max(settings.candidates))
+        if settings.candidates and fewest > 1:
+            self.steps_ = self._cross_validate(images, labels_N, kept)
+        self._towers = self._train(images, labels_N, np.arange(len(images)), self.steps_, kept)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
         return softmax(self._logits(self._towers, images), axis=1)
 
-    def _cross_validate(self, images: list[Image.Image], labels_N: np.ndarray, kept: Tensor | None) -> int:
+    def _cross_validate(self, images: Sequence[ImageSource], labels_N: np.ndarray, kept: Tensor | None) -> int:
         """The candidate under which most held-out shots get their class, then the likeliest; each has a schedule of its
         own."""
-        right, likelihood = dict.fromkeys(self.candidates, 0), dict.fromkeys(self.candidates, 0.0)
-        folds = StratifiedKFold(2, shuffle=True, random_state=self.seed).split(images, labels_N)
+        candidates = self.settings.candidates
+        right, likelihood = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
+        folds = StratifiedKFold(2, shuffle=True, random_state=self.seed).split(labels_N, labels_N)
         for train, held_out in folds:
-            for steps in self.candidates:
-                views = None if kept is None else kept[train]
-                towers = self._train([images[i] for i in train], labels_N[train], steps, views)
-                logits = self._logits(towers, [images[i] for i in held_out])
+            for steps in candidates:
+                towers = self._train(images, labels_N, train, steps, kept)
+                logits = self._logits(towers, images, held_out)
                 right[steps] += int((logits.argmax(1) == labels_N[held_out]).sum())
                 likelihood[steps] += log_softmax(logits, axis=1)[range(len(held_out)), labels_N[held_out]].sum()
-        return max(self.candidates, key=lambda steps: (right[steps], likelihood[steps]))
+        return max(candidates, key=lambda steps: (right[steps], likelihood[steps]))
 
     def _new_towers(self) -> _Towers:
-        return _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.rank)
+        return _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.settings.rank)
 
-    def _train(self, images: list[Image.Image], labels_N: np.ndarray, steps: int, kept: Tensor | None) -> _Towers:
+    def _train(
+        self, images: Sequence[ImageSource], labels_N: np.ndarray, train_n: np.ndarray, steps: int, kept: Tensor | None
+    ) -> _Towers:
+        """Trains on the images at the positions `train_n`."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             towers = self._new_towers()
-            optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.lr, weight_decay=1e-2)
+            optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.settings.lr, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=1e-6)
-            labels = torch.from_numpy(labels_N)
+            labels, train = torch.from_numpy(labels_N), torch.from_numpy(train_n)
             order = torch.empty(0, dtype=torch.long)
             for _ in range(steps):
                 if not len(order):
-                    order = torch.randperm(len(images))
-                rows, order = order[: self.batch_size], order[self.batch_size :]
+                    order = train[torch.randperm(len(train))]
+                rows, order = order.tensor_split([self.settings.batch_size])
                 if kept is None:
-                    lower = towers.lower([random_view(images[i], self.recolour) for i in rows.tolist()])
+                    lower = towers.lower([random_view(open_image(images[i]), self.recolour) for i in rows.tolist()])
                 else:
                     lower = kept[rows, torch.randint(kept.shape[1], (len(rows),))]
                 logits = towers.logits(lower)
@@ -119,17 +130,17 @@ class ClipLora(Baseline):
                 schedule.step()
         return towers
 
-    def _views(self, images: list[Image.Image], count: int) -> Tensor:
+    def _views(self, images: Sequence[ImageSource], count: int) -> Tensor:
         """What `_Towers.lower`, the same before and after training, makes of each image's views [N, count, ...]."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             towers = self._new_towers()
-            return torch.stack([towers.lower([random_view(x, self.recolour) for _ in range(count)]) for x in images])
+            shots = map(open_image, images)
+            return torch.stack([towers.lower([random_view(x, self.recolour) for _ in range(count)]) for x in shots])
 
     @torch.no_grad()
-    def _logits(self, towers: _Towers, images: Sequence[ImageSource]) -> np.ndarray:
-        starts = range(0, len(images), self.batch_size)
-        batches = ([open_image(images[i]) for i in range(s, min(s + self.batch_size, len(images)))] for s in starts)
+    def _logits(self, towers: _Towers, images: Sequence[ImageSource], rows: np.ndarray | None = None) -> np.ndarray:
+        batches = opened(images, self.settings.batch_size, rows)
         return torch.cat([towers.logits(towers.lower(batch)).cpu() for batch in batches]).numpy()
 
 

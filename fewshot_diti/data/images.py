@@ -1,55 +1,121 @@
-"""Images: opened from any source as RGB, named by their pixels, cut and resized to a backbone's shape."""
+"""Images: decoded from any source as RGB, identified by their pixels, cut and resized to a backbone's shape."""
 
 from __future__ import annotations
 
 import hashlib
-import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-ImageSource = str | Path | Image.Image | np.ndarray | bytes
+from fewshot_diti.data.image_files import check_range, read_file, read_picture
+
 ResizeRule = Literal["crop", "squash", "pad"]
 
+THUMBNAIL_SIDE = 16
+_NAMED = 20  # bad images that an error names
 
-def open_image(source: ImageSource) -> Image.Image:
-    """Decodes one image to RGB.
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """An image that `decode` has read; every function that takes an `ImageSource` takes it, and decodes nothing again.
+
+    Attributes:
+        id: 32 hexadecimal characters of the SHA-256 of the RGB pixels and their shape.
+        rgb: the upright picture.
+        name: what errors call it: its path, or what it was made of.
+    """
+
+    id: str
+    rgb: Image.Image
+    name: str
+
+
+ImageSource: TypeAlias = str | Path | Image.Image | np.ndarray | bytes | DecodedImage
+
+
+def decode(source: ImageSource) -> DecodedImage:
+    """Decodes one image to RGB and computes its id.
 
     The EXIF orientation is applied, transparent pixels are laid over white, grey, 16-bit grey, palette and CMYK images
-    are converted; of an animation the first frame is taken.
+    are converted; of an animation the first frame is taken. A path, a PIL image and an array of one picture have one
+    id; names and metadata do not enter it.
 
     Args:
-        source: a path, an encoded file's bytes, a PIL image, or a uint8 array of shape [H, W], [H, W, 3] or [H, W, 4].
+        source: a path, an encoded file's bytes, a PIL image, a uint8 array of shape [H, W], [H, W, 3] or [H, W, 4], or
+            a DecodedImage, which is returned as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be decoded, or the array's shape or dtype is not among those above.
+        ValueError: the file cannot be decoded (see `image_files`), or the array's shape or dtype is not among those
+            above.
         TypeError: the source is of another type.
     """
+    if isinstance(source, DecodedImage):
+        return source
+    rgb, name = _named_rgb(source)
+    pixels_HWC = np.ascontiguousarray(rgb)
+    digest = hashlib.sha256(repr(pixels_HWC.shape).encode())
+    digest.update(pixels_HWC.data)
+    return DecodedImage(id=digest.hexdigest()[:32], rgb=rgb, name=name)
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """The RGB picture of an image; arguments and errors as `decode`."""
+    return source.rgb if isinstance(source, DecodedImage) else _named_rgb(source)[0]
+
+
+def image_id(source: ImageSource) -> str:
+    """The id of an image; arguments and errors as `decode`."""
+    return decode(source).id
+
+
+def thumbnail(rgb: Image.Image) -> np.ndarray:
+    """uint8 [16, 16, 3]: the whole picture, averaged over 16 x 16 areas."""
+    return np.asarray(rgb.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX))
+
+
+def raise_bad_images(errors: Mapping[Any, Exception], total: int) -> None:
+    """Raises one error that names every image that cannot be used with the reason, the first 20 of many.
+
+    Args:
+        errors: of each bad image, by any key; each text names its image. Nothing is raised where there is none.
+        total: how many images there are, good and bad.
+
+    Raises:
+        FileNotFoundError: all the bad images are missing files.
+        ValueError: any other bad image.
+    """
+    if errors:
+        named = "\n  ".join(str(error) for error in list(errors.values())[:_NAMED])
+        more = f"\n  and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
+        missing = all(isinstance(error, FileNotFoundError) for error in errors.values())
+        text = f"{len(errors)} of {total} images cannot be used:\n  {named}{more}"
+        raise FileNotFoundError(text) if missing else ValueError(text)
+
+
+def _named_rgb(source: ImageSource) -> tuple[Image.Image, str]:
+    """The RGB picture, and what errors call it."""
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), f"an array of shape {source.shape}")
+        name = f"an array of shape {source.shape}"
+        return _to_rgb(_from_array(source), name), name
     if isinstance(source, Image.Image):
-        return _to_rgb(source, f"a PIL image of mode {source.mode}")
-    if not isinstance(source, str | Path | bytes):
-        raise TypeError(
-            f"An image cannot be a {type(source).__name__}; pass a path, encoded bytes, a PIL image or a uint8 array."
-        )
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"There is no image file {name}; check the path.")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that Pillow knows; replace it, or leave it out.") from error
-    except Exception as error:  # what the decoders raise for damaged files has no end
-        raise ValueError(f"Cannot decode the image {name} ({error}); replace it, or leave it out.") from error
-    return _to_rgb(image, name)
+        name = f"a PIL image of mode {source.mode}"
+        return _to_rgb(source, name), name
+    if isinstance(source, bytes):
+        name = f"{len(source)} bytes"
+        return _to_rgb(read_picture(source, name), name), name
+    if isinstance(source, str | Path):
+        name = str(source)
+        return _to_rgb(read_picture(read_file(source), name), name), name
+    raise TypeError(
+        f"An image cannot be a {type(source).__name__}; pass a path, encoded bytes, a PIL image or a uint8 array."
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -69,31 +135,24 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The upright RGB image; raises ValueError for modes whose value range is not defined (I, F)."""
+    """The upright RGB image; raises ValueError for values without a defined range (modes I and F, some 16-bit grey)."""
+    largest = 0
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError("its values have no fixed range; scale them to 0..255 and save the image as 8 bit")
-        if image.has_transparency_data:
+        if image.mode.startswith("I;16"):
+            values_HW = np.asarray(image)
+            largest = int(values_HW.max())
+            image = Image.fromarray((values_HW >> 8).astype(np.uint8))
+        elif image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     except Exception as error:  # a broken EXIF field alone raises struct.error or TypeError
         raise ValueError(f"Cannot convert {name} to RGB: {error}.") from error
-
-
-def image_id(image: ImageSource) -> str:
-    """32 hexadecimal characters of the SHA-256 of the decoded RGB pixels and their shape.
-
-    A path, a PIL image and an array of one picture have one id; names and metadata do not enter it.
-
-    Raises:
-        FileNotFoundError, ValueError, TypeError: as `open_image`.
-    """
-    pixels_HWC = np.asarray(open_image(image))
-    return hashlib.sha256(repr(pixels_HWC.shape).encode() + pixels_HWC.tobytes()).hexdigest()[:32]
+    check_range(largest, name)
+    return image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +202,10 @@ class ImageGeometry:
 
         Raises:
             ValueError: the image is no higher than `banner_rows`.
-            FileNotFoundError, ValueError, TypeError: as `open_image`.
+            FileNotFoundError, ValueError, TypeError: as `decode`.
         """
-        name = f"Image {image}" if isinstance(image, str | Path) else "The image"
+        name = image.name if isinstance(image, DecodedImage) else image
+        name = f"Image {name}" if isinstance(name, str | Path) else "The image"
         return self.resized(open_image(image), name).float() / 127.5 - 1
 
     def resized(self, picture: Image.Image, name: str) -> Tensor:

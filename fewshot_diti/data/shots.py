@@ -1,4 +1,4 @@
-"""Shots: the k training images a class, drawn by (k, seed) and named by image id."""
+"""Shots: k training images per class, drawn by (k, seed) and identified by image id."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from fewshot_diti.data.image_set import ImageSet
+from fewshot_diti.data.image_set import ImageSet, normalize_class_name
+from fewshot_diti.data.tables import parse_json, read_utf8
 from fewshot_diti.files import write_atomically
 
 
@@ -20,7 +21,7 @@ class Shots:
     """Which images were drawn.
 
     Attributes:
-        k: shots a class, or "all".
+        k: shots per class, or "all".
         seed: what the draw depends on beside the images themselves.
         image_ids: class name -> image ids; the first j of them are the j-shot draw of the same seed.
 
@@ -50,8 +51,8 @@ class Shots:
     def load(cls, path: str | Path) -> Shots:
         """Reads what `save` wrote; raises FileNotFoundError, or ValueError for a file that is something else."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            ids = {name: tuple(map(str, ids)) for name, ids in record.pop("image_ids").items()}
+            record = parse_json(read_utf8(Path(path)), path)
+            ids = {normalize_class_name(name): tuple(map(str, ids)) for name, ids in record.pop("image_ids").items()}
             return cls(**record, image_ids=ids)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
@@ -79,7 +80,7 @@ class Shots:
 
 
 def sample_shots(data: ImageSet, k: int | Literal["all"], seed: int) -> Shots:
-    """Draws k images a class: each class's images in the order of SHA-256(seed, image id), the first k.
+    """Draws k images per class: each class's images in the order of SHA-256(seed, image id), the first k.
 
     So the draw is nested in k and depends on nothing but the seed and the pictures: neither on file names, file order
     or machine, nor on the other classes. Duplicates within a class count once. "all" takes every image and allows
@@ -100,7 +101,7 @@ def sample_shots(data: ImageSet, k: int | Literal["all"], seed: int) -> Shots:
         fewest = min(short.values())
         way_out = f', or ask for {fewest} or "all"' if fewest else ""
         raise ValueError(
-            f"{least} different images a class are needed, but {counts}{more}; add images or drop the class{way_out}."
+            f"{least} different images per class are needed, but {counts}{more}; add images or drop the class{way_out}."
         )
 
     count = None if k == "all" else k
@@ -113,7 +114,7 @@ def _rank(seed: int, text: str) -> str:
 
 
 def sample_shots_of_one_value(data: ImageSet, test: ImageSet, k: int, seed: int, column: str) -> Shots:
-    """Draws k images a class that share one value of an attribute, such as a livery: a spurious cue of the class.
+    """Draws k images per class that share one value of an attribute, such as a livery: a spurious cue of the class.
 
     The value is one that test images of other classes wear too, so that the cue misleads, and test images of the class,
     so that some match; where no value is both, the class takes one that misleads, or any. Of several, and of the images

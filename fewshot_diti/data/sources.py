@@ -1,27 +1,33 @@
-"""Sources of labelled images: FGVC-Aircraft's layout, manifests, the hub, the bundled images; folders stand beside."""
+"""Sources of labelled images: FGVC-Aircraft's layout, manifests, the hub, the bundled images; `load_images` for all."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
 from pyarrow.lib import ArrowException
 
-from fewshot_diti.data.folders import load_folder
-from fewshot_diti.data.image_set import ImageSet, check_has_split, index_labels
+from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
+from fewshot_diti.data.folders import find_file, load_folder, raise_no_layout
+from fewshot_diti.data.image_set import ImageSet, check_has_split, image_files_set, index_labels
+from fewshot_diti.data.images import ImageSource
+from fewshot_diti.data.tables import read_csv, read_manifest, read_utf8
 from fewshot_diti.files import shipped
 
 FgvcLevel = Literal["variant", "family", "manufacturer"]
 FgvcSplit = Literal["train", "val", "trainval", "test"]
 
-_SPECS = "bundled, fgvc:DIR[@level], folder:DIR, manifest:FILE, hub:ID[@image_column,label_column]"
+_SPECS = (
+    "DIR (a folder with one sub-folder of images per class), bundled, fgvc:DIR[@level], isic2019:DIR, veri:DIR, "
+    "duke:DIR, folder:DIR, manifest:FILE[@DIR], hub:ID[@image_column,label_column]"
+)
+_BENCHMARKS = {"isic2019": load_isic2019, "veri": load_veri, "duke": load_duke}
 _ONE_AIRLINE = {"Hop!": "Hop", "American Airlines": "American"}
 
 
@@ -44,9 +50,10 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
     candidates = [Path(folder), Path(folder) / "data"]
     root = next((c for c in candidates if (c / "images").is_dir()), None)
     if root is None or not (root / f"images_{level}_{split}.txt").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not FGVC-Aircraft: neither it nor its data/ holds images/ and images_{level}_{split}.txt. "
-            "Unpack fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/), pass its folder."
+        raise_no_layout(
+            folder,
+            f"FGVC-Aircraft: it or its data/ must hold images/ and images_{level}_{split}.txt. Unpack "
+            "fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/) and pass its folder.",
         )
     lists = {
         key: _read_fgvc_list(path)
@@ -58,7 +65,7 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         raise ValueError(f"{root / f'images_{level}_{split}.txt'} lists no images; unpack the data set again.")
     attributes = {key: tuple(by_image.get(image, "") for image in images) for key, by_image in lists.items()}
     if (root / "attributes.csv").is_file():
-        table = _read_csv(root / "attributes.csv")
+        table = read_csv(root / "attributes.csv")
         if table and "image" not in table[0]:
             raise ValueError(f"{root / 'attributes.csv'} has the columns {list(table[0])}; one must be image.")
         rows = {row["image"]: row for row in table}
@@ -71,7 +78,7 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         raise FileNotFoundError(
             f"{root / f'{plural}.txt'} is missing: it lists the classes. Unpack the data set again."
         )
-    known = [line.strip() for line in _read_utf8(root / f"{plural}.txt").splitlines() if line.strip()]
+    known = [line.strip() for line in read_utf8(root / f"{plural}.txt").splitlines() if line.strip()]
     unknown = sorted(set(attributes[level]) - set(known))
     if unknown:
         raise ValueError(f"images_{level}_{split}.txt of {root} names {unknown}, which {plural}.txt does not list.")
@@ -85,41 +92,25 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
     )
 
 
-def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
+def load_manifest(file: str | Path, split: str | None = None, image_root: str | Path | None = None) -> ImageSet:
     """A CSV, JSON (a list of objects) or JSONL table with `path`, `label`, optionally `split`; others are attributes.
 
-    Paths are relative to the manifest. The classes are those of all splits, so that labels agree between them.
+    The classes are those of all splits, so that labels agree between them.
+
+    Args:
+        file: the table.
+        split: which rows to take.
+        image_root: folder that relative paths start from, by default the table's own. A path that leads out of it is
+            refused, so that a table from elsewhere cannot name any file of this machine.
 
     Raises:
         FileNotFoundError: the manifest or an image is missing.
-        ValueError: another file type, no row, a row without path or label, a split that is not there, or a row without
-            one where others have it.
+        ValueError: another file type, no row, a row without path or label, a path that leads out of the folder, a split
+            that is not there, or a row without one where others have it.
     """
     file = Path(file)
-    _check("suffix", file.suffix.lower(), (".csv", ".json", ".jsonl"))
-    if file.suffix.lower() == ".csv":
-        rows = _read_csv(file)
-    else:
-        text = _read_utf8(file)
-        lines = [line for line in text.split("\n") if line.strip()]
-        try:
-            parsed = json.loads(text) if file.suffix.lower() == ".json" else [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no {file.suffix[1:].upper()}: {error}; {error.doc[:80]!r}.") from error
-        if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
-            raise ValueError(f"{file} must hold a list of objects, each with path and label.")
-        for number, row in enumerate(parsed, start=1):
-            for key in ("path", "label", "split"):
-                if not isinstance(row.get(key), str | int | None):  # true and false are int
-                    raise ValueError(
-                        f"Row {number} of {file} has the {key} {row[key]!r}; write a text or whole number."
-                    )
-        rows = [{key: "" if value is None else str(value).strip() for key, value in row.items()} for row in parsed]
-    if not rows:
-        raise ValueError(f"{file} lists no images; it needs a row with path and label for each.")
-    for number, row in enumerate(rows, start=1):
-        if not row.get("path") or not row.get("label"):
-            raise ValueError(f"Row {number} of {file} is {row}; every row needs the columns path and label.")
+    root = file.parent if image_root is None else Path(image_root)
+    rows = read_manifest(file)
     splits = list(dict.fromkeys(row["split"] for row in rows if row.get("split")))
     if splits and (without := [n for n, row in enumerate(rows, start=1) if not row.get("split")]):
         raise ValueError(
@@ -128,20 +119,23 @@ def load_manifest(file: str | Path, split: str | None = None) -> ImageSet:
         )
     check_has_split(str(file), split, splits)
     chosen = [row for row in rows if split is None or row.get("split") == split]
-    paths = [file.parent / row["path"] for row in chosen]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{file} names {len(missing)} images that are not there, {missing[0]} first; paths are relative to it."
+    paths = [find_file(root / row["path"]) for row in chosen]
+    inside = os.path.join(os.path.abspath(root), "")
+    if outside := [str(path) for path in paths if not os.path.abspath(path).startswith(inside)]:
+        raise ValueError(
+            f"{file} names {len(outside)} images that do not lie in {root}, {outside[0]} first; name the folder that "
+            f"the images lie in: manifest:{file}@DIR."
         )
-    labels, class_names = index_labels([row["label"] for row in chosen], [row["label"] for row in rows])
+    if missing := [str(path) for path in paths if not os.path.isfile(path)]:
+        raise FileNotFoundError(
+            f"{file} names {len(missing)} images that are not there, {missing[0]} first; paths are relative to {root}."
+        )
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("path", "label"))
-    return ImageSet(
-        images=paths,
-        labels=labels,
-        class_names=class_names,
-        names=tuple(map(str, paths)),
-        attributes={key: tuple(row.get(key, "") for row in chosen) for key in columns},
+    return image_files_set(
+        paths,
+        [row["label"] for row in chosen],
+        [row["label"] for row in rows],
+        {key: tuple(row.get(key, "") for row in chosen) for key in columns},
     )
 
 
@@ -175,14 +169,15 @@ def load_hub(
         raise ValueError(f"{id_or_path} {split or ''} holds no images; pass another data set or split.")
     for column in (image_column, label_column):
         _check(f"column of {id_or_path}", column, stored.column_names)
-    if not isinstance(stored.features[image_column], datasets.Image):
-        try:
-            stored = stored.cast_column(image_column, datasets.Image())
-        except (ArrowException, TypeError) as error:
-            raise ValueError(
-                f"Column {image_column!r} of {id_or_path} holds {stored.features[image_column]}, not images; name the "
-                "one that does, as in hub:ID@image,label."
-            ) from error
+    try:
+        stored = stored.cast_column(
+            image_column, datasets.Image(decode=False)
+        )  # decoded by `decode`, as all images are
+    except (ArrowException, TypeError) as error:
+        raise ValueError(
+            f"Column {image_column!r} of {id_or_path} holds {stored.features[image_column]}, not images; name the one "
+            "that does, as in hub:ID@image,label."
+        ) from error
     texts = {
         key: _texts(stored, key)
         for key, feature in stored.features.items()
@@ -202,9 +197,9 @@ def load_hub(
         labels = np.array(feature.str2int(list(labels_as_text)), dtype=np.int64)
     else:
         labels, class_names = index_labels(labels_as_text)
-    column = stored[image_column]  # lazy: an image is read and decoded when its row is asked for
+    column = stored[image_column]  # lazy: an image is read when its row is asked for
     return ImageSet(
-        images=[partial(column.__getitem__, row) for row in range(len(stored))],
+        images=[partial(_stored_image, column, row) for row in range(len(stored))],
         labels=labels,
         class_names=class_names,
         names=tuple(f"{id_or_path} {split or ''} row {row}".replace("  ", " ") for row in range(len(stored))),
@@ -220,16 +215,13 @@ def load_bundled(split: str = "train") -> ImageSet:
     """
     _check("split", split, ("train", "test"))
     folder = shipped("aircraft")
-    table = _read_csv(folder / "attributes.csv")
+    table = read_csv(folder / "attributes.csv")
     rows = [row for row in table if row["split"] == split]
-    labels, class_names = index_labels([row["variant"] for row in rows], [row["variant"] for row in table])
-    paths = [folder / "images" / f"{row['image']}.jpg" for row in rows]
-    return ImageSet(
-        images=paths,
-        labels=labels,
-        class_names=class_names,
-        names=tuple(map(str, paths)),
-        attributes={key: tuple(row[key] for row in rows) for key in table[0] if key != "image"},
+    return image_files_set(
+        [folder / "images" / f"{row['image']}.jpg" for row in rows],
+        [row["variant"] for row in rows],
+        [row["variant"] for row in table],
+        {key: tuple(row[key] for row in rows) for key in table[0] if key != "image"},
     )
 
 
@@ -237,27 +229,33 @@ def load_images(spec: str, split: str | None = None) -> ImageSet:
     """Images by a one-line description, as commands and recipes take it.
 
     Args:
-        spec: bundled, fgvc:DIR[@level], folder:DIR, manifest:FILE or hub:ID[@image_column,label_column].
+        spec: a folder; bundled; fgvc:DIR[@level]; isic2019:DIR; veri:DIR; duke:DIR; folder:DIR; manifest:FILE[@DIR],
+            where DIR is the folder that the images lie in; hub:ID[@image_column,label_column].
         split: as the source names its splits; None for a source without any.
 
     Raises:
         FileNotFoundError, ValueError: another description, or as the source's own loader.
     """
     kind, _, place = spec.partition(":")
-    if spec == "bundled" or (kind == "fgvc" and place):
+    if spec == "bundled" or (kind in ("fgvc", *_BENCHMARKS) and place):
         if split is None:
             raise ValueError(f"{spec} has splits; pass one, such as train or test.")
         if spec == "bundled":
             return load_bundled(split)
+        if kind in _BENCHMARKS:
+            return _BENCHMARKS[kind](place, split)
         folder, _, level = place.rpartition("@")
         return load_fgvc(folder, split, level) if level in get_args(FgvcLevel) else load_fgvc(place, split)
     if kind == "folder" and place:
         return load_folder(place, split)
     if kind == "manifest" and place:
-        return load_manifest(place, split)
+        file, _, root = place.rpartition("@")
+        return load_manifest(file, split, root) if file and not Path(place).exists() else load_manifest(place, split)
     if kind == "hub" and place:
         id_or_path, _, columns = place.rpartition("@")
         return load_hub(id_or_path, split, *columns.split(",")) if columns.count(",") == 1 else load_hub(place, split)
+    if spec and (":" not in spec or re.match(r"[A-Za-z]:[\\/]", spec) or os.path.lexists(spec)):
+        return load_folder(spec, split)
     raise ValueError(f"Images {spec!r}; pass one of {_SPECS}.")
 
 
@@ -274,7 +272,7 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
 def _read_fgvc_list(path: Path) -> dict[str, str]:
     """Image -> class of one of the official lists; raises ValueError naming a line without a class."""
     classes: dict[str, str] = {}
-    for number, line in enumerate(_read_utf8(path).splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         image, _, name = line.strip().partition(" ")
         if image and not name:
             raise ValueError(f"Line {number} of {path} is {line!r}; it must hold an image and its class.")
@@ -286,31 +284,12 @@ def _read_fgvc_list(path: Path) -> dict[str, str]:
     return classes
 
 
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV with a header; raises ValueError naming what is wrong: columns, a row's cells, or quotes."""
-    reader = csv.DictReader(io.StringIO(_read_utf8(file), newline=""), restval=None, strict=True)
-    try:
-        rows, columns = list(reader), [name.strip() for name in reader.fieldnames or ()]
-    except csv.Error as error:
-        raise ValueError(
-            f"{file} is no CSV after line {reader.line_num} ({error}); a quote may be left open."
-        ) from error
-    if twice := {name for name in columns if columns.count(name) > 1}:
-        raise ValueError(f"{file} has the columns {columns}; name {', '.join(sorted(twice))} once.")
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise ValueError(
-                f"Row {number} of {file} has more or fewer cells than the header; quote cells with commas."
-            )
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
-
-
-def _read_utf8(file: Path) -> str:
-    """A text file, with or without a byte order mark; raises ValueError naming it where it is no UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 ({error}); save it as UTF-8.") from error
+def _stored_image(column: Sequence[dict[str, Any] | None], row: int) -> ImageSource:
+    """The file of an image in a data set's column: its bytes, or its path; raises ValueError for an empty cell."""
+    cell = column[row]
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        raise ValueError("the row has no image; filter such rows out")
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]
 
 
 def _texts(stored: datasets.Dataset, column: str) -> tuple[str, ...]:

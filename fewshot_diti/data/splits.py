@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 import pickletools
 import re
 import zipfile
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fewshot_diti.data.folders import IMAGE_SUFFIXES
+from fewshot_diti.data.folders import IMAGE_SUFFIXES, find_file
 from fewshot_diti.data.image_set import ImageSet, index_labels
+from fewshot_diti.data.shots import Shots
+from fewshot_diti.data.tables import decode_utf8, parse_json
 
 _LINE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:\s+(\S.*))?", re.IGNORECASE)
 _STRUCTURE = ("PROTO", "EMPTY_LIST", "EMPTY_DICT", "MARK", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "STOP")
@@ -24,7 +26,7 @@ _NO_PICKLES = (
 
 
 def import_path_list(file: str | Path, image_root: str | Path, split: str = "train") -> ImageSet:
-    """The images of a published split; `sample_shots(..., "all", seed)` turns a few-shot list into `Shots`.
+    """The images of a published split; `load_shots_file` turns a few-shot list into `Shots`.
 
     Read are CoOp's `split_zhou_*.json` ({split: [[path, label, class name], ...]}), the released TiF split files
     (`*.data`, archives of torch.save; only their plain values are read, nothing is unpickled), and text files with one
@@ -51,11 +53,7 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
             raise ValueError(f"{file} has no list {split!r}; pass one of {list(lists)}.")
         entries, known = lists[split], [entry for each in lists.values() for entry in each]
     else:
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no UTF-8 ({error}); save it as UTF-8, or get the file again.") from error
-        entries = known = _text_entries(text, str(file))
+        entries = known = _text_entries(decode_utf8(content, file), str(file))
     if not entries:
         raise ValueError(f"{file} lists no images.")
     classes = sorted({(number, class_name) for _, number, class_name in known})
@@ -75,12 +73,79 @@ def import_path_list(file: str | Path, image_root: str | Path, split: str = "tra
     )
 
 
+def load_shots_file(path: str | Path, pool: ImageSet, image_root: str | Path | None = None) -> Shots:
+    """Shots that someone else has drawn, as images of a pool: a file of `Shots.save`, or a list of `import_path_list`.
+
+    The images are found in the pool by their pixels, so that the pool may have other file names and another order.
+    They keep the order of the list; their classes are the pool's, which may have other names than in the list.
+
+    Args:
+        path: the file; of CoOp's lists the train list is taken.
+        pool: the images that the shots are among.
+        image_root: folder that the list's paths start from; by default the deepest folder that holds all of the pool's
+            files, or where these are no files the list's own.
+
+    Raises:
+        FileNotFoundError: the list or one of its images is not there.
+        ValueError: the file is neither, an image is not in the pool, or the list and the pool put images into classes
+            in different ways.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json" and b'"image_ids"' in path.read_bytes():
+        shots = Shots.load(path)
+        shots.rows(pool)
+        return shots
+    listed = import_path_list(path, _folder_of(pool, path.parent) if image_root is None else image_root)
+    rows: dict[str, list[int]] = {}
+    for row, image in enumerate(pool.ids):
+        rows.setdefault(image, []).append(row)
+    missing = [(name, image) for name, image in zip(listed.names, listed.ids, strict=True) if image not in rows]
+    if missing:
+        raise ValueError(
+            f"{path} lists {len(missing)} images whose pictures are not among the {len(pool)} of the pool "
+            f"({', '.join(pool.names[:2])}, ...), first {missing[0][0]} (image id {missing[0][1]}); pass the images "
+            "that the list was made from."
+        )
+    pool_class: dict[str, tuple[str, str]] = {}  # the list's class -> the pool's, and the image that told so
+    ids: dict[str, list[str]] = {}
+    for image, label, name in zip(listed.ids, listed.labels, listed.names, strict=True):
+        theirs, classes = listed.class_names[label], [pool.class_names[pool.labels[row]] for row in rows[image]]
+        mine = theirs if theirs in classes else classes[0]
+        known, first = pool_class.setdefault(theirs, (mine, name))
+        if known != mine:
+            raise ValueError(
+                f"{path} has {first} and {name} in one class, {theirs!r}, and the pool in two, {known!r} and {mine!r}; "
+                "pass the images that the list was made from."
+            )
+        if image not in ids.setdefault(mine, []):
+            ids[mine].append(image)
+    if len(ids) < len(pool_class):
+        raise ValueError(
+            f"{path} has {len(pool_class)} classes of images that are {len(ids)} classes of the pool: "
+            f"{', '.join(f'{theirs!r} is {mine!r}' for theirs, (mine, _) in list(pool_class.items())[:5])}; pass the "
+            "images that the list was made from."
+        )
+    counts = {len(drawn) for drawn in ids.values()}
+    return Shots(
+        k=counts.pop() if len(counts) == 1 else "all",
+        seed=0,
+        image_ids={name: tuple(ids[name]) for name in pool.class_names if name in ids},
+    )
+
+
+def _folder_of(pool: ImageSet, otherwise: Path) -> Path:
+    """The deepest folder that holds all images of a pool, where they are files."""
+    paths = [os.path.abspath(image) for image in pool.images if isinstance(image, str | Path)]
+    return Path(os.path.commonpath(map(os.path.dirname, paths))) if paths else otherwise
+
+
 def _coop_lists(content: bytes, file: str) -> dict[str, list[tuple[str, int, str]]]:
     """(path, label, class name) of each entry, by split."""
+    lists = parse_json(decode_utf8(content, file), file)
     try:
         return {
             split: [(str(path), int(label), str(class_name)) for path, label, class_name in entries]
-            for split, entries in json.loads(content).items()
+            for split, entries in lists.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -142,8 +207,8 @@ def _resolve(root: Path, path: str) -> Path:
     """The listed image below `root`, by the longest tail of its path that is there."""
     parts = [part for part in PurePosixPath(path).parts if part != "/"]
     for start in range(len(parts)):
-        candidate = root.joinpath(*parts[start:])
-        if candidate.is_file():
+        candidate = find_file(root.joinpath(*parts[start:]))
+        if ".." not in parts[start:] and candidate.is_file():
             return candidate
     raise FileNotFoundError(
         f"The listed image {path} is not below {root}, under any tail of its path; check image_root."

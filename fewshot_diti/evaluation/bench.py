@@ -2,101 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
+from importlib import metadata
+from math import inf
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone, DtypeName, load_backbone
-from fewshot_diti.baselines.base import KeptFeatures, LazyImages
+from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.baselines.presets import Preset, preset_of
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
+from fewshot_diti.calibration import Fit, judge_held_out, shared_errors
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.config import FROM_PRESET, Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
-from fewshot_diti.distributed import process_state
-from fewshot_diti.files import write_atomically
-from fewshot_diti.learning import Groups
+from fewshot_diti.data.arguments import group_shots
+from fewshot_diti.encoding import Encoder
+from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
+from fewshot_diti.evaluation.run import BANK, classify, learn, settle
+from fewshot_diti.evaluation.task import Outcome, Task, fingerprint
+from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import with_article
-from fewshot_diti.recommended import ScoringConfig, recommended_scoring, recommended_training
-from fewshot_diti.training import Label, TrainingConfig
+from fewshot_diti.training import Prompts
 from fewshot_diti.trials import even_grid
 
-SIBLINGS = "siblings"  # the row that stands on another network than its neighbours
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
 PIXELS = 224 * 448  # of an image for the ImageNet network
-SMALL_IMAGES = (112, 224)  # (height, width) in pixels
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """One draw of shots and the images to judge, under the same class names."""
-
-    shots: ImageSet
-    test: ImageSet
-    num_shots: int
-    seed: int
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """In the order of all columns."""
-        return self.test.class_names
-
-    def shot_images(self) -> LazyImages:
-        """The shots."""
-        return LazyImages(self.shots)
-
-    def shot_labels(self) -> list[str]:
-        """The name of each shot's class."""
-        return [self.shots.class_names[c] for c in self.shots.labels]
-
-    def test_images(self) -> LazyImages:
-        """The images to judge."""
-        return LazyImages(self.test)
-
-    def groups(self) -> Groups:
-        """The shots of each class."""
-        labels = self.shot_labels()
-        return {
-            name: [self.shots.image(i) for i, label in enumerate(labels) if label == name] for name in self.class_names
-        }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DitiErrors:
-    """Errors of one bank: all that any weighting needs. Classes in the order of the task.
-
-    Attributes:
-        timesteps: [S].
-        test: [N, C, S].
-        held_out, held_out_labels: [n, C, S] and [n], of shots under class tokens trained without them, by fold; with
-            one shot a class, of all shots under class tokens trained with them, which only weights may use.
-        out_of_fold: whether the shots were held out.
-        training_seconds: of the bank, with what was scored and trained for `held_out`.
-        scoring_seconds: of the test images.
-    """
-
-    timesteps: Tensor
-    test: Tensor
-    held_out: Tensor
-    held_out_labels: Tensor
-    out_of_fold: bool
-    training_seconds: float
-    scoring_seconds: float
 
 
 class Bench:
@@ -159,9 +105,23 @@ class Bench:
         return ImageNetwork(self._names["network"], size=size)
 
     @cached_property
+    def clip_preset(self) -> Preset:
+        """Settings of what is trained on the OpenCLIP model."""
+        return preset_of(self.clip.model)
+
+    @cached_property
+    def network_preset(self) -> Preset:
+        """Settings of what is trained on the ImageNet network."""
+        return preset_of(self.network.module)
+
+    @cached_property
     def network_to_tune(self) -> ImageNetwork:
-        """The same at the size that it is fine-tuned at: beside the pocket half as high and wide, for two cores."""
-        return ImageNetwork(self._names["network"], size=SMALL_IMAGES) if self.backbone.small else self.network
+        """The ImageNet network at the size that it is fine-tuned at: that of its preset, if it still shows the network
+        more pixels than the backbone sees."""
+        height, width = (round(self.network_preset.tuning_scale * n) for n in self.network.geometry.size)
+        if (height, width) == self.network.geometry.size or height * width < math.prod(self.geometry.size):
+            return self.network
+        return ImageNetwork(self._names["network"], size=(height, width))
 
     @cached_property
     def network_features(self) -> KeptFeatures:
@@ -172,12 +132,6 @@ class Bench:
     def siblings(self) -> ImageNetwork:
         """The network that was told the labels of sibling classes."""
         return ImageNetwork(self._names["siblings"])
-
-    def network_of(self, method: str) -> ImageNetwork:
-        """The network that a row of the table stands on."""
-        if method == "finetune":
-            return self.network_to_tune
-        return self.siblings if method == SIBLINGS else self.network
 
     @cached_property
     def siblings_features(self) -> KeptFeatures:
@@ -193,9 +147,15 @@ class Bench:
         """The U-Net's features of the shots and of copies of them, as the classifier keeps them."""
         draw = task.num_shots, task.seed
         if draw not in self._shot_features:  # of one draw at a time: they are large
-            scoring = replace(self.scoring(task.seed), features_weight=1.0)
-            self._shot_features = {draw: self._classifier(task, scoring).learner.shot_features(task.groups())}
+            encoder, training = self._encoder, self.training(task.num_shots, task.seed)
+            groups = group_shots(task.shot_images(), task.shot_labels(), encoder.prepare)
+            self._shot_features = {draw: {x: encoder.shot_features(groups[x], training) for x in sorted(groups)}}
+            encoder.forget()
         return self._shot_features[draw]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.backbone, self.geometry, f"a photo of {with_article(self.concept)}")
 
     @cached_property
     def latents(self) -> KeptFeatures:
@@ -214,8 +174,13 @@ class Bench:
 
     def training(self, num_shots: int, seed: int) -> TrainingConfig:
         """How class tokens are trained."""
-        recommended = recommended_training(num_shots, small=self.backbone.small)
-        return replace(recommended, steps=self.steps(recommended.steps), seed=seed)
+        training = recommended(num_shots, self.backbone.kind).training
+        return replace(training, steps=self.steps(training.steps), seed=seed)
+
+    @property
+    def recommended(self) -> ScoringConfig:
+        """How images would be scored if the table did not compare ways of it."""
+        return recommended(1, self.backbone.kind).scoring
 
     @property
     def recolour(self) -> ColourJitter:
@@ -227,19 +192,14 @@ class Bench:
         return max(1, round(self._training_share * whole))
 
     def scoring(self, seed: int) -> ScoringConfig:
-        """How images are scored: all time-steps; rows weigh them each in its own way."""
-        everything = (0, self.backbone.num_train_timesteps)
-        scoring = recommended_scoring(small=self.backbone.small)
-        trials = self.trials or (POCKET_TRIALS if self.backbone.small else scoring.trials)
+        """How the rows that weight errors in different ways score: even trials over all timesteps."""
         return replace(
-            scoring,
-            trials=trials,
-            timesteps=everything,
+            self.recommended,
+            trials=self.trials or (POCKET_TRIALS if self.backbone.kind == "pocket" else self.recommended.trials),
+            timesteps=(0, self.backbone.num_train_timesteps),
             density="even",
-            decide="exhaustive",
             weighting="uniform",
             features_weight=0.0,
-            shortlist=None,
             seed=seed,
         )
 
@@ -266,26 +226,36 @@ class Bench:
             TrainingError: a class's loss was not finite.
         """
         path, made_by = self._diti_file(task)
-        if _load(path, made_by) is not None:
+        if load_errors(path, made_by) is not None:
             return
-        classifier = self._classifier(task, self.scoring(task.seed))
+        classifier = DiTiClassifier(
+            self.backbone,
+            concept=self.concept,
+            training=self.training(task.num_shots, task.seed),
+            scoring=self.scoring(task.seed),
+            prediction=PredictionConfig(schedule="exhaustive"),
+            geometry=self.geometry,
+        )
         start = perf_counter()
         classifier.fit(task.shot_images(), task.shot_labels())
         trained = perf_counter()
-        learner, bank, times = classifier.learner, classifier.bank_, torch.tensor(classifier.calibration_.timesteps)
+        encoder, bank, times = classifier.encoder_, classifier.bank_, torch.tensor(classifier.calibration_.timesteps)
         assert bank is not None, "fit raises where no class was learned"
-        test = learner.shared_errors(bank, task.test_images(), times)
+        groups = group_shots(task.shot_images(), task.shot_labels(), encoder.prepare)
+        settings = classifier.settings_._replace(scoring=replace(classifier.settings_.scoring, folds=FOLDS))
+        fit = Fit(encoder=encoder, prompts=classifier.prompts_, settings=settings, groups=groups)
+        test = shared_errors(fit, bank, task.test_images(), times)
         scored = perf_counter()
-        groups = task.groups()
         out_of_fold = min(len(shots) for shots in groups.values()) > 1
         if out_of_fold:
-            held_out, labels = learner.held_out(groups, FOLDS, partial(learner.shared_errors, grid=times))
+            held_out, labels = judge_held_out(fit, partial(shared_errors, fit, grid=times))
         else:
-            held_out = learner.shared_errors(bank, task.shot_images(), times)
+            held_out = shared_errors(fit, bank, task.shot_images(), times)
             labels = torch.tensor([bank.labels.index(name) for name in task.shot_labels()])
+        encoder.forget()
         calibrated = perf_counter()
         order = [bank.labels.index(name) for name in task.class_names]  # the bank is sorted, the task may not be
-        _save(
+        save_errors(
             path,
             {
                 "timesteps": times,
@@ -298,29 +268,84 @@ class Bench:
             made_by,
         )
 
-    def _classifier(self, task: Task, scoring: ScoringConfig) -> DiTiClassifier:
-        training = self.training(task.num_shots, task.seed)
-        return DiTiClassifier(
-            self.backbone, concept=self.concept, training=training, scoring=scoring, geometry=self.geometry
-        )
-
     def prepare_zero_shot(self, test: ImageSet) -> None:
         """Scores bare prompts, unless their errors are on disk; neither shots nor seed matter."""
         path, made_by = self._zero_shot_file(test)
-        if _load(path, made_by) is not None:
+        if load_errors(path, made_by) is not None:
             return
-        scoring = self.scoring(0)
         bank = zero_shot_bank(self.backbone, test.class_names, self.geometry, self.concept)
-        learner = DiTiClassifier(self.backbone, scoring=scoring, geometry=self.geometry).learner
-        times = even_grid(scoring.trials, *scoring.timesteps)
+        settings = Settings(self.training(1, 0), self.scoring(0), recommended(1, self.backbone.kind).prediction)
+        generic = self._encoder.generic_prompt
+        fit = Fit(encoder=self._encoder, prompts=Prompts(template="", generic=generic), settings=settings, groups={})
+        times = even_grid(settings.scoring.trials, *settings.scoring.timesteps)
         start = perf_counter()
-        errors = learner.shared_errors(bank, LazyImages(test), times)
-        _save(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
+        errors = shared_errors(fit, bank, test.decoded(), times)
+        save_errors(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
+
+    def shipped_settings(self, num_shots: int, seed: int) -> dict[str, Any]:
+        """All that decides what the classifier as it ships says."""
+        return self._shipped(num_shots, seed).settings_for(num_shots).to_dict()
+
+    def _shipped(self, num_shots: int, seed: int) -> DiTiClassifier:
+        return DiTiClassifier(
+            self.backbone,
+            concept=self.concept,
+            training=TrainingConfig(steps=self.training(num_shots, seed).steps, seed=seed),
+            scoring=ScoringConfig(trials=FROM_PRESET if self.trials is None else self.trials, seed=seed),
+            geometry=self.geometry,
+        )
+
+    def prepare_shipped(self, task: Task) -> None:
+        """Trains the classifier and classifies the test images, unless that is on disk; the processes share the work.
+
+        Beside the errors lie its bank and its predictions, so that a run that was cut short goes on.
+
+        Raises:
+            TrainingError: a class's loss was not finite.
+        """
+        path, made_by = self._shipped_file(task)
+        if load_errors(path, made_by) is not None:
+            return
+        folder, start = path.with_suffix(""), perf_counter()
+        settle(folder, made_by)
+        classifier = learn(self._shipped(task.num_shots, task.seed), task, folder / BANK)
+        trained = perf_counter()
+        records = classify(classifier, task.test, folder)
+        scored = perf_counter()
+        order = [classifier.classes_.tolist().index(name) for name in task.class_names]
+        scores = torch.tensor([[inf if s is None else s for s in record["scores"]] for record in records])
+        found = {
+            "probabilities": torch.from_numpy(classifier.probabilities(scores.double()))[:, order].contiguous(),
+            "evaluations": torch.tensor([record["evaluations"] for record in records]),
+            "seconds": torch.tensor([trained - start, scored - trained]),
+        }
+        save_errors(path, found, made_by)
+
+    def shipped(self, task: Task) -> Outcome:
+        """What `prepare_shipped` left; raises FileNotFoundError where it failed."""
+        path, made_by = self._shipped_file(task)
+        kept = load_errors(path, made_by)
+        if kept is None:
+            raise FileNotFoundError(f"{path} is missing: the classifier could not be trained.")
+        training_seconds, scoring_seconds = kept["seconds"].tolist()
+        return Outcome(
+            probabilities=kept["probabilities"].numpy(),
+            evaluations=float(kept["evaluations"].double().mean()),
+            training_seconds=training_seconds,
+            scoring_seconds=scoring_seconds,
+        )
+
+    def _shipped_file(self, task: Task) -> tuple[Path, dict[str, str]]:
+        settings = (
+            f"{self.shipped_settings(task.num_shots, task.seed)} {self.concept} {metadata.version('fewshot-diti')}"
+        )
+        path = self.folder / f"shipped-{task.num_shots}-{task.seed}.safetensors"
+        return path, self._made_by(settings, fingerprint(task.shots), fingerprint(task.test))
 
     def diti(self, task: Task) -> DitiErrors:
         """What `prepare` left; raises FileNotFoundError where it failed."""
         path, made_by = self._diti_file(task)
-        kept = _load(path, made_by)
+        kept = load_errors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the class tokens could not be trained or scored.")
         seconds = kept.pop("seconds").tolist()
@@ -330,7 +355,7 @@ class Bench:
     def zero_shot(self, test: ImageSet) -> tuple[Tensor, float]:
         """Errors [N, C, S] that `prepare_zero_shot` left, and the seconds that they took."""
         path, made_by = self._zero_shot_file(test)
-        kept = _load(path, made_by)
+        kept = load_errors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the bare prompts could not be scored.")
         return kept["errors"], float(kept["seconds"])
@@ -348,29 +373,3 @@ class Bench:
     def _made_by(self, settings: str, *images: str) -> dict[str, str]:
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
         return {"backbone": backbone, "settings": settings, "images": " ".join(images)}
-
-
-def fingerprint(images: ImageSet) -> str:
-    """32 hex characters that change with any picture, label or class name."""
-    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
-    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
-
-
-def _save(path: Path, tensors: dict[str, Tensor], made_by: dict[str, str]) -> None:
-    """Written by the main process, seen by all."""
-    if process_state().is_main_process:
-        write_atomically(path, save(tensors, made_by))
-    process_state().wait_for_everyone()
-
-
-def _load(path: Path, made_by: dict[str, str]) -> dict[str, Tensor] | None:
-    """The tensors of a file that the same settings made, else None."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != made_by:
-                return None
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError:  # damaged: as good as none
-        return None

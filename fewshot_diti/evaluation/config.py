@@ -11,8 +11,7 @@ import numpy as np
 
 from fewshot_diti.backbone import POCKET, DtypeName
 from fewshot_diti.baselines.imagenet import PACKAGED
-from fewshot_diti.evaluation.bench import SIBLINGS
-from fewshot_diti.evaluation.methods import METHODS
+from fewshot_diti.evaluation.methods import METHODS, SIBLINGS
 
 AIRLINE = "airline"  # the attribute of the bundled images that a livery is
 
@@ -38,7 +37,9 @@ class GridConfig:
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".
         group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
-            images; test images of the class with a value that its shots show are matched, the others shifted.
+            images; test images of the class with a value that its shots show are matched, the others shifted. Which
+            value that is depends on labels and values of the test images, so that some of them are matched and some
+            misled; nothing else is chosen on test images.
         output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:

@@ -17,36 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.clip import VIT_H
 from fewshot_diti.data import (
     ImageSet,
+    Shots,
     SplitError,
-    check_disjoint,
     load_images,
     sample_shots,
     sample_shots_of_one_value,
     shown_attribute,
 )
 from fewshot_diti.distributed import process_state
-from fewshot_diti.evaluation.bench import Bench, Task, fingerprint
+from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.config import GridConfig
-from fewshot_diti.evaluation.methods import (
-    METHODS,
-    NEEDS_CLASS_TOKENS,
-    NEEDS_CLIP,
-    NEEDS_NETWORK,
-    NEEDS_ZERO_SHOT,
-    RECOLOURS,
-    TRAINS_A_NETWORK,
-)
+from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.metrics import summarize
+from fewshot_diti.evaluation.task import Task, fingerprint, make_task
 from fewshot_diti.files import write_atomically
-from fewshot_diti.learning import TrainingError
 from fewshot_diti.memory import peak_memory
-from fewshot_diti.recommended import recommended_scoring
+from fewshot_diti.progress import Progress
+from fewshot_diti.training import TrainingError
 
 PACKAGES = ("fewshot-diti", "torch", "diffusers", "transformers", "peft", "open-clip-torch", "timm", "scikit-learn")
 
@@ -142,19 +134,20 @@ class Grid:
         """
         state = process_state()
         missing: list[Run] = broadcast_object_list([self.missing()])[0]
-        bar = tqdm(total=len(missing), desc="runs", disable=None if state.is_main_process else True)
-        zero_shot = self._failure(lambda: self.bench.prepare_zero_shot(self.test), missing, NEEDS_ZERO_SHOT)
+        bar = Progress(len(missing), "table", "run")
+        zero_shot = self._failure(lambda: self.bench.prepare_zero_shot(self.test), missing, "bare prompts")
         for draw in dict.fromkeys((run.num_shots, run.seed) for run in missing):
             runs = [run for run in missing if (run.num_shots, run.seed) == draw]
-            tokens = self._failure(partial(self._prepare, *draw), runs, NEEDS_CLASS_TOKENS)
-            runs.sort(key=lambda run: run.method not in TRAINS_A_NETWORK)  # what takes long is dealt out first
+            tokens = self._failure(partial(self._prepare, *draw), runs, "class tokens")
+            shipped = self._failure(partial(self._prepare_shipped, *draw), runs, "classifier")
+            failures = {"bare prompts": zero_shot, "class tokens": tokens, "classifier": shipped, "": None}
+            runs.sort(key=lambda run: not METHODS[run.method].trains_a_network)  # what takes long is dealt out first
             for run in runs[state.process_index :: state.num_processes]:
-                record = (
-                    (zero_shot if run.method in NEEDS_ZERO_SHOT else None)
-                    or (tokens if run.method in NEEDS_CLASS_TOKENS else None)
-                    or self._run(run)
-                )
-                record = {"made_by": self.made_by(run), "versions": _versions()} | record
+                record = failures[METHODS[run.method].reads] or self._run(run)
+                record = {
+                    "made_by": self.made_by(run),
+                    "versions": {package: _version(package) for package in PACKAGES},
+                } | record
                 write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
             state.wait_for_everyone()
             bar.update(len(runs))
@@ -164,11 +157,12 @@ class Grid:
     def _prepare(self, num_shots: int, seed: int) -> None:
         self.bench.prepare(self.task(num_shots, seed))
 
-    def _failure(
-        self, prepare: Callable[[], None], runs: list[Run], needed_by: frozenset[str]
-    ) -> dict[str, Any] | None:
-        """Prepares what some of the runs need; the record of its failure, if it fails."""
-        if not any(run.method in needed_by for run in runs):
+    def _prepare_shipped(self, num_shots: int, seed: int) -> None:
+        self.bench.prepare_shipped(self.task(num_shots, seed))
+
+    def _failure(self, prepare: Callable[[], None], runs: list[Run], errors: str) -> dict[str, Any] | None:
+        """Prepares the errors that some of the runs read; the record of its failure, if it fails."""
+        if all(METHODS[run.method].reads != errors for run in runs):
             return None
         try:
             prepare()
@@ -178,19 +172,23 @@ class Grid:
             return _failed(error)
         return None
 
+    def draw(self, num_shots: int, seed: int) -> Shots:
+        """Which images of the pool are the shots.
+
+        Raises:
+            ValueError: a class has too few images.
+        """
+        if self.of_one_value(num_shots):
+            return sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
+        return sample_shots(self.pool, num_shots, seed)
+
     def task(self, num_shots: int, seed: int) -> Task:
         """The draw's shots with the test images.
 
         Raises:
             ValueError: a class has too few images, or a test image is a shot.
         """
-        if self.of_one_value(num_shots):
-            drawn = sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
-        else:
-            drawn = sample_shots(self.pool, num_shots, seed)
-        shots = self.pool.subset(drawn.rows(self.pool))
-        check_disjoint(shots, self.test)
-        return Task(shots=shots, test=self.test, num_shots=num_shots, seed=seed)
+        return make_task(self.pool, self.test, self.draw(num_shots, seed), num_shots, seed)
 
     def of_one_value(self, num_shots: int) -> bool:
         """Whether the shots of a class share one value of the attribute; not where some class has too few images."""
@@ -231,34 +229,28 @@ class Grid:
         return True
 
     def made_by(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's figures, save the code."""
+        """All that decides a run's figures; of the code, the version of the package."""
         config, bench = self.config, self.bench
-        needs_tokens = run.method in NEEDS_CLASS_TOKENS
-        reads_errors = needs_tokens or run.method in NEEDS_ZERO_SHOT
-        recommended = recommended_scoring(small=bench.backbone.small)
-        judged_by = f"{recommended.weighting}, temperature {recommended.temperature}"
-        if run.method == "diti+sd":
-            judged_by += f", features_weight {recommended.features_weight}"
-        return {
+        try:
+            settings = METHODS[run.method].settings(bench, run.num_shots, run.seed)
+        except Exception as error:  # the run itself will say why a model cannot be loaded
+            settings = {"error": f"{type(error).__name__}: {error}"}
+        made_by = {
+            "version": _version("fewshot-diti"),
             "method": run.method,
             "num_shots": run.num_shots,
             "seed": run.seed,
             "dataset": config.dataset,
             "pool": fingerprint(self.pool),
             "test": fingerprint(self.test),
-            "backbone": config.backbone,
-            "backbone_hash": self.bench.backbone.hash,
-            "dtype": str(self.bench.backbone.dtype),
-            "clip_hash": _hash(lambda: bench.clip.hash) if run.method in NEEDS_CLIP else None,
-            "network": _hash(lambda: bench.network_of(run.method).described) if run.method in NEEDS_NETWORK else None,
-            "training": str(bench.training(run.num_shots, run.seed)) if needs_tokens else None,
-            "recolour": str(bench.recolour) if run.method in RECOLOURS else None,
-            "training_share": config.training_share if run.method in TRAINS_A_NETWORK else None,
-            "errors": bench.error_settings(run.seed) if reads_errors else None,
-            "judged_by": judged_by if reads_errors else None,
-            "concept": config.concept,
             "one_value_of": self._values if config.shifted else None,
+            "concept": config.concept,
+            "backbone": config.backbone,
+            "backbone_hash": bench.backbone.hash,
+            "dtype": str(bench.backbone.dtype),
+            "settings": settings,
         }
+        return json.loads(json.dumps(made_by, default=str))  # type: ignore[no-any-return]  # as a record reads it
 
     def _run(self, run: Run) -> dict[str, Any]:
         """What a run found, or why it failed."""
@@ -268,7 +260,7 @@ class Grid:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             shown_NC = self.shown(task)
-            outcome = METHODS[run.method](self.bench, task)
+            outcome = METHODS[run.method].run(self.bench, task)
             figures = summarize(
                 self.test.labels,
                 outcome.probabilities,
@@ -317,19 +309,8 @@ def most_of_one_value(images: ImageSet, column: str) -> int:
     )
 
 
-def _hash(of: Callable[[], str]) -> str:
-    """Of a model's weights; the run itself will say why a model cannot be loaded."""
+def _version(package: str) -> str:
     try:
-        return of()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

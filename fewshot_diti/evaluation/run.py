@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from fewshot_diti.bank_files import MANIFEST, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.cost import announce_time
-from fewshot_diti.data import ImageSet, Shots, check_disjoint, load_images, sample_shots
+from fewshot_diti.data import ImageSet, Shots, load_images, load_shots_file, sample_shots
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
 from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
 from fewshot_diti.encoding import PreparedImage
+from fewshot_diti.evaluation.task import Task, fingerprint, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import in_flight
@@ -95,30 +96,6 @@ class FewShotRun:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """One draw of shots and the images to classify, under the same class names."""
-
-    shots: ImageSet
-    test: ImageSet
-    drawn: Shots
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """In the order of all columns."""
-        return self.test.class_names
-
-    @cached_property
-    def shot_labels(self) -> list[str]:
-        """The name of each shot's class."""
-        return [self.shots.class_names[c] for c in self.shots.labels]
-
-    @cached_property
-    def truth(self) -> list[str]:
-        """The name of each test image's class; no method sees it."""
-        return [self.class_names[c] for c in self.test.labels]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a run gives.
@@ -137,8 +114,8 @@ class Result:
     evaluations_per_image: float
 
 
-def load_task(run: FewShotRun) -> Task:
-    """The run's shots and test images.
+def load_task(run: FewShotRun) -> tuple[Task, Shots]:
+    """The run's shots and test images, and how the shots were drawn.
 
     Raises:
         FileNotFoundError, ValueError: the data cannot be read, a class has too few images, or a test image is a shot.
@@ -146,14 +123,11 @@ def load_task(run: FewShotRun) -> Task:
     pool, test = (load_images(run.dataset, split) for split in ("train", "test"))
     if run.max_test_images is not None:
         test = test.first_of_each_class(run.max_test_images)
-    return make_task(pool, test, sample_shots(pool, run.num_shots, run.seed))
-
-
-def make_task(pool: ImageSet, test: ImageSet, drawn: Shots) -> Task:
-    """The task of drawn shots; raises ValueError where a test image is a shot."""
-    shots = pool.subset(drawn.rows(pool))
-    check_disjoint(shots, test)
-    return Task(shots=shots, test=test, drawn=drawn)
+    if run.shots_file is None:
+        drawn = sample_shots(pool, run.num_shots, run.seed)
+    else:
+        drawn = load_shots_file(run.shots_file, pool)
+    return make_task(pool, test, drawn, run.num_shots, run.seed), drawn
 
 
 def execute(run: FewShotRun) -> Result:
@@ -167,15 +141,15 @@ def execute(run: FewShotRun) -> Result:
         ValueError: the data do not fit the run, or `output_dir` holds another run.
         TrainingError: a class token could not be trained.
     """
-    task = load_task(run)
+    task, drawn = load_task(run)
     backbone = load_backbone(run.backbone, run.dtype)  # a wrong name claims no folder
-    claim(run.output_dir, describe(run, task, backbone), task.drawn)
+    claim(run.output_dir, describe(run, task, backbone), drawn)
     classifier = learn(run.classifier(backbone), task, run.output_dir / BANK)
     records = classify(classifier, task.test, run.output_dir)
     predicted = [record["label"] for record in records]
     result = Result(
-        accuracy=float(accuracy_score(task.truth, predicted)),
-        macro_f1=float(f1_score(task.truth, predicted, average="macro", zero_division=0)),
+        accuracy=float(accuracy_score(task.truth(), predicted)),
+        macro_f1=float(f1_score(task.truth(), predicted, average="macro", zero_division=0)),
         images=len(task.test),
         classes=len(classifier.classes_),
         evaluations_per_image=sum(record["evaluations"] for record in records) / len(records),
@@ -222,6 +196,16 @@ def claim(folder: Path, description: dict[str, Any], drawn: Shots) -> None:
     state.wait_for_everyone()
 
 
+def settle(folder: Path, made_by: Mapping[str, str]) -> None:
+    """Empties a folder that something else made, and marks it."""
+    path, state = folder / RUN, process_state()
+    state.wait_for_everyone()
+    if state.is_main_process and not (path.is_file() and _read_json(path) == dict(made_by)):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomically(path, _json(dict(made_by)))
+    state.wait_for_everyone()
+
+
 def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifier:
     """Fits the classifier on the shots and saves it, or loads the one that a complete run saved in the folder.
 
@@ -235,7 +219,7 @@ def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifie
         saved = DiTiClassifier.from_pretrained(folder, classifier.backbone)
         saved.prediction = classifier.prediction  # may share batches in another way
         return saved
-    fit_and_save(classifier, task.shots, task.shot_labels, folder)
+    fit_and_save(classifier, task.shots, task.shot_labels(), folder)
     process_state().wait_for_everyone()  # all read it
     return classifier
 
@@ -292,12 +276,6 @@ def made_by(classifier: DiTiClassifier, bank: Path) -> str:
     prediction = replace(classifier.current_prediction(), batch_size=1)
     decides = f"{bank_fingerprint(bank)} in {classifier.backbone_.dtype}, {prediction}"
     return f"{metadata.version('fewshot-diti')} {hashlib.sha256(decides.encode()).hexdigest()[:16]}"
-
-
-def fingerprint(images: ImageSet) -> str:
-    """32 hex characters that change with any picture, label or class name."""
-    labelled = repr((images.class_names, images.labels.tolist(), images.ids))
-    return hashlib.sha256(labelled.encode()).hexdigest()[:32]
 
 
 def _effective(values: Mapping[str, Any]) -> dict[str, Any]:

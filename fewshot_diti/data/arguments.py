@@ -1,0 +1,107 @@
+"""What a user passes to the classifier: one image or many, and labels that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from fewshot_diti.config import Label
+from fewshot_diti.data.images import DecodedImage, ImageSource, raise_bad_images
+
+
+class _Shot(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+Prepared = TypeVar("Prepared", bound=_Shot)
+
+
+def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
+    """Whether one image was passed, and the images.
+
+    One image is a path, encoded bytes, a PIL image, a DecodedImage, or an array of pixels [H, W] or [H, W, channels].
+    Many are a list, tuple, generator, pandas Series, array of paths, or array of pixels [N, H, W, 3].
+
+    Raises:
+        ValueError: there are no images, or they are in a set or dictionary.
+        TypeError: it is none of these.
+    """
+    if isinstance(images, np.ndarray) and images.ndim == 0:
+        images = images.item()
+    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OUT" and 1 < images.ndim < 4
+    if pixels or isinstance(images, str | Path | bytes | Image.Image | DecodedImage):
+        return True, [images]  # type: ignore[list-item]
+    if isinstance(images, Set | Mapping):
+        raise ValueError(f"The images are in a {type(images).__name__}; pass a list, which has an order.")
+    if not isinstance(images, Iterable):
+        raise TypeError(f"Images cannot be a {type(images).__name__}; pass an image, or a list of images.")
+    many = images if isinstance(images, Sequence) else list(images)  # a sequence may decode when asked
+    if not len(many):
+        raise ValueError("No images were passed.")
+    return False, many
+
+
+def as_images(images: Iterable[Any]) -> Sequence[Any]:
+    """A sequence of images, from what `as_list` takes; for functions that give one result per image.
+
+    Raises:
+        ValueError, TypeError: as `as_list`; ValueError for one image that is not in a list.
+    """
+    one, many = as_list(images)
+    if one:
+        what = repr(many[0]) if isinstance(many[0], str) else type(many[0]).__name__
+        raise ValueError(f"One image was passed where a list is needed ({what}); pass [image].")
+    return many
+
+
+def plain_labels(labels: Iterable[Any]) -> list[Label]:
+    """Labels as Python has them, whatever numpy made of them; ValueError for one label that is not in a list."""
+    if isinstance(labels, str | bytes):
+        raise ValueError(f"labels={labels!r} is one text; pass a list of labels, [{labels!r}].")
+    return [x.item() if isinstance(x, np.generic) else x for x in labels]
+
+
+def group_shots(
+    images: Iterable[ImageSource], labels: Sequence[Label], prepare: Callable[[ImageSource], Prepared]
+) -> dict[Label, list[Prepared]]:
+    """Shots by label, each decoded once by `prepare`; a picture given twice under one label counts once.
+
+    Raises:
+        ValueError: not one label per image, labels of mixed type, or one picture under two labels.
+        FileNotFoundError, ValueError: images cannot be decoded; the text names each with the reason (the first 20).
+    """
+    many, values = as_images(images), plain_labels(labels)
+    if len(many) != len(values):
+        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
+    types = {type(x) for x in values}
+    if len(types) > 1 or not types <= {str, int, bool}:
+        strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
+        which = "" if strange is None else f", label {strange} being {values[strange]!r}"
+        raise ValueError(
+            f"Labels must be all str, all int or all bool, got {sorted(t.__name__ for t in types)}{which}."
+        )
+    first: dict[str, tuple[Label, Prepared]] = {}
+    groups: dict[Label, list[Prepared]] = {}
+    bad: dict[int, Exception] = {}
+    for row, label in enumerate(values):
+        try:
+            shot = prepare(many[row])
+        except (OSError, ValueError) as error:
+            bad[row] = error
+            continue
+        if shot.id not in first:
+            first[shot.id] = label, shot
+            groups.setdefault(label, []).append(shot)
+        earlier_label, earlier = first[shot.id]
+        if earlier_label != label:
+            both = f"{earlier.name} and {shot.name}"
+            raise ValueError(f"One picture ({both}) is given as {earlier_label!r} and as {label!r}; keep one.")
+    raise_bad_images(bad, len(many))
+    return groups
