@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -24,14 +23,16 @@ from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, Target, union_layout
 from fewshot_diti.training import Label
 
-_WEIGHTS, _CLASSES, _CONFIG, _CARD, _MANIFEST = (
+if TYPE_CHECKING:
+    from fewshot_diti.lora_files import LoraFormat
+
+_WEIGHTS, _CLASSES, _CONFIG, _CARD, MANIFEST = (
     "class_tokens.safetensors",
     "bank.json",
     "config.json",
     "README.md",
     "manifest.json",
 )
-_LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 _FORMAT = 1
 _FILE = ("sha256", "size")  # what the manifest says of each file
 _HEX = 12
@@ -186,7 +187,7 @@ class Bank:
         files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
         for name, content in contents.items():
             write_atomically(_pending(folder, name, files[name]), content)
-        write_atomically(folder / _MANIFEST, _json({"format": _FORMAT, "files": files}))
+        write_atomically(folder / MANIFEST, _json({"format": _FORMAT, "files": files}))
         for name in contents:
             _pending(folder, name, files[name]).replace(folder / name)
         for left_over in folder.glob("." + "[0-9a-f]" * _HEX + ".*"):
@@ -212,37 +213,11 @@ class Bank:
                 geometry=ImageGeometry.from_dict(config["geometry"]),
             )
 
-    def export(self, label: Label, folder: str | Path) -> Path:
-        """Writes one class token as a diffusers LoRA, `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`.
+    def export(self, label: Label, folder: str | Path, format: LoraFormat = "diffusers") -> Path:
+        """`lora_files.export_lora` of one class token."""
+        from fewshot_diti.lora_files import export_lora  # which imports this module
 
-        B is multiplied by the scoring scale, so that the loaded LoRA gives the bank's errors at weight 1.
-
-        Raises:
-            ValueError: the class is not in the bank, or the folder holds a bank or another class token.
-        """
-        one = self.select([label])
-        for name in (_MANIFEST, _LORA):
-            if (Path(folder) / name).exists():
-                raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
-        pieces = one.layout.split(one.scaled_rows())
-        tensors: dict[str, Tensor] = {}
-        adapter_config: dict[str, Any] = {}
-        for target, (a, b) in pieces.items():
-            # every reader of the format knows the text encoder under its old prefix
-            prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
-            tensors[f"{prefix}.{target.name}.lora_A.weight"] = a[0].contiguous()
-            tensors[f"{prefix}.{target.name}.lora_B.weight"] = b[0].contiguous()
-        for network in ("unet", "text_encoder"):
-            names = [t.name for t in one.layout.targets if t.network == network]
-            config = LoraConfig(r=one.layout.rank, lora_alpha=one.layout.rank, target_modules=names).to_dict()
-            config["target_modules"] = names
-            adapter_config |= {f"{network}.{k}": v for k, v in config.items()}
-        encoded = json.dumps(adapter_config, default=sorted, sort_keys=True)
-        path = Path(folder) / _LORA
-        write_atomically(path, save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded}))
-        card = f"# Class token {label!r}\n\nPrompt: `{one.tokens[0].prompt}`\n\nBackbone: `{self.backbone_name}`\n"
-        write_atomically(Path(folder) / _CARD, card.encode())
-        return path
+        return export_lora(self, label, folder, format)
 
     def _model_card(self) -> str:
         lines = [
@@ -291,7 +266,7 @@ def written_here(folder: str | Path) -> Iterator[None]:
 
 def bank_fingerprint(folder: str | Path) -> str:
     """16 hex characters that change when any file of a saved bank does."""
-    return hashlib.sha256((Path(folder) / _MANIFEST).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -302,9 +277,9 @@ def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
         ValueError: a file, or the manifest itself, is not what was saved.
     """
     folder = Path(folder)
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {_MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
     try:
         manifest = json.loads(path.read_bytes())
         version = manifest["format"]
@@ -323,7 +298,7 @@ def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
         if not whole:
             raise ValueError(
                 f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
-                f"bytes that {_MANIFEST} names; it was changed or cut short. Save or copy the bank again."
+                f"bytes that {MANIFEST} names; it was changed or cut short. Save or copy the bank again."
             )
         contents[name] = whole[0]
     return contents

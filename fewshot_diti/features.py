@@ -59,18 +59,19 @@ def block_features(
         kept[name] = F.adaptive_avg_pool2d(maps.float(), (height, width)).flatten(1).cpu()
 
     blocks = dict([telling_block(backbone)]) if blocks is None else blocks
-    handles = [
-        block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-        for name, block in blocks.items()
-    ]
     text = text_1LD.expand(len(latents_Bchw), -1, -1)
     times = torch.full((len(latents_Bchw),), round(timestep * backbone.num_train_timesteps), device=backbone.device)
-    try:
-        latents = latents_Bchw.to(backbone.device)
-        backbone.errors(latents, torch.zeros_like(latents), times, text)
-    finally:
-        for handle in handles:
-            handle.remove()
+    latents = latents_Bchw.to(backbone.device)
+    with backbone.lock:  # the hooks see the forwards of every thread
+        handles = [
+            block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+            for name, block in blocks.items()
+        ]
+        try:
+            backbone.errors(latents, torch.zeros_like(latents), times, text)
+        finally:
+            for handle in handles:
+                handle.remove()
     return [kept[name] for name in blocks]
 
 

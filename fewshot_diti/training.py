@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets
+from fewshot_diti.lora import BLOCK_FILTERS, Layout, adapted, find_targets, gradients_on
 from fewshot_diti.memory import halved
 from fewshot_diti.processes import process_state
 from fewshot_diti.trials import torch_generator
@@ -237,6 +237,7 @@ def check_can_train(backbone: Backbone, config: TrainingConfig) -> None:
         raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
 
 
+@gradients_on()
 def train_class_tokens(
     backbone: Backbone,
     classes: Sequence[ClassShots],
@@ -292,7 +293,7 @@ def train_class_tokens(
             try:
                 # backward stays inside: with gradient checkpointing it runs the adapted forward again
                 with (
-                    adapted(backbone.networks, layout, active),
+                    adapted(backbone, layout, active),
                     attention_for_training(latents),
                     _checkpointing(backbone, config.gradient_checkpointing),
                 ):

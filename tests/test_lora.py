@@ -101,7 +101,7 @@ def test_the_networks_are_left_as_they_were(backbone: Backbone) -> None:
     ids = backbone.tokenize(["a photo of an aircraft"])
     with torch.no_grad():
         before = backbone.encode_text(ids)
-        with adapted(backbone.networks, bank.layout, bank.rows):
+        with adapted(backbone, bank.layout, bank.rows):
             inside = backbone.encode_text(ids)
         after = backbone.encode_text(ids)
     assert not torch.allclose(before, inside)
