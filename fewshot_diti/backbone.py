@@ -40,9 +40,7 @@ Kind = Literal["pocket", "stable-diffusion"]
 
 
 class Backbone:
-    """A frozen Stable Diffusion with one method for each thing the rest of the package asks of it.
-
-    It may be used from several threads. It can be pickled; a deep copy is the same object, since nothing changes it.
+    """A frozen Stable Diffusion. It may be used from several threads and pickled; a deep copy is the same object.
 
     Attributes:
         name: what `from_pretrained` was given; of a folder the absolute path.

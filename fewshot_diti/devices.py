@@ -45,7 +45,8 @@ def as_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """
     if dtype == "auto":
         return default_dtype(device)
-    found = getattr(torch, dtype, None) if dtype in _DTYPES else dtype
-    if found not in {getattr(torch, name) for name in _DTYPES}:
-        raise ValueError(f"dtype={dtype!r}; pass 'auto', a name of {_DTYPES}, or the torch.dtype of that name.")
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}; pass 'auto', one of {_DTYPES}, or the torch.dtype of that name.")
+    found: torch.dtype = getattr(torch, name)
     return found

@@ -58,10 +58,9 @@ def find_targets(
         raise ValueError(f"blocks={blocks!r} is not one of {sorted(BLOCK_FILTERS)}.")
     anywhere = blocks == "all" and target_modules is not None
     starts = ("",) if anywhere else _block_names(unet, BLOCK_FILTERS[blocks])
-    in_unet = _matching("unet", unet, starts, _UNET_LINEARS if target_modules is None else target_modules)
-    in_text = _matching(
-        "text_encoder", text_encoder, ("",), _TEXT_LINEARS if target_modules is None else target_modules
-    )
+    ends = (_UNET_LINEARS, _TEXT_LINEARS) if target_modules is None else (target_modules, target_modules)
+    in_unet = _matching("unet", unet, starts, ends[0])
+    in_text = _matching("text_encoder", text_encoder, ("",), ends[1])
     if target_modules is None and not (in_unet and in_text):
         raise ValueError(
             f"blocks={blocks!r} matches {len(in_unet)} linears of the U-Net and {len(in_text)} of the text encoder; "
@@ -69,10 +68,10 @@ def find_targets(
         )
     if not in_unet and not in_text:
         linears = [n for net in (unet, text_encoder) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-        ends = sorted({n.rsplit(".", 1)[-1] for n in linears if not n.endswith(".0")})
+        last = sorted({n.rsplit(".", 1)[-1] for n in linears if not n.endswith(".0")})
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear with blocks={blocks!r}; pass ends of names, such as "
-            f"{ends}, or a regular expression that matches whole names, such as {linears[0]!r}."
+            f"{last}, or a regular expression that matches whole names, such as {linears[0]!r}."
         )
     return in_unet + in_text
 

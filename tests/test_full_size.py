@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
