@@ -19,8 +19,8 @@ from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
-from fewshot_diti.learning import TrainingError
 from fewshot_diti.reports import printable
+from fewshot_diti.training import TrainingError
 
 Command = (
     Annotated[DemoConfig, subcommand("demo")]
