@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_SHORT = 1024  # latent positions; beyond, the matrix of attention weights costs more memory than the kernel time
+_SHORT = 1024  # latent positions; the matrix of attention weights of longer sequences needs too much memory
 
 
 @contextmanager
 def attention_for_training(latents: Tensor) -> Iterator[None]:
-    """A context for forwards on latents [B, c, h, w] that will be differentiated.
+    """A context for forwards on latents [B, c, h, w] that are differentiated. It changes settings of the whole process.
 
-    On a CPU and for short sequences, plain matrix products: the backward of torch's fused kernel took a quarter of a
-    step of the pocket's pre-training, and without it a step takes 0.8 of the time. In bfloat16 these stay in bfloat16,
-    which torch by itself would not do: the rest of the network rounds as much, and the gradient of the pocket's class
-    tokens has a cosine of 0.91 with that of float32 then, and of 0.90 otherwise (36 of them). Elsewhere torch chooses.
+    On a CPU and for short sequences, attention is computed by plain matrix products. The backward pass of torch's fused
+    kernel is slower there: a step of the pocket's pre-training takes 0.8 of the time without it. In bfloat16 the
+    products stay in bfloat16, where torch by default would compute them in float32. The rest of the network rounds as
+    much: the gradient of 36 of the pocket's class tokens has a cosine of 0.91 with that in float32, and of 0.90 with
+    torch's default. On other devices and for long sequences, torch chooses the kernel.
     """
     if latents.device.type != "cpu" or latents.shape[-2] * latents.shape[-1] > _SHORT:
         yield
         return
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, whatever its name says
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on the CPU too
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield

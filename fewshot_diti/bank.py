@@ -7,21 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank_files import (
-    CARD,
     CLASSES,
     CONFIG,
     FORMAT,
-    MANIFEST,
     WEIGHTS,
     read_files,
     to_json,
@@ -31,10 +28,10 @@ from fewshot_diti.bank_files import (
 from fewshot_diti.config import Label
 from fewshot_diti.data.arguments import plain_labels
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Layout, Target, union_layout
 
-_LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+if TYPE_CHECKING:
+    from fewshot_diti.lora_files import LoraFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +176,7 @@ class Bank:
             "backbone_hash": self.backbone_hash,
             "geometry": self.geometry.to_dict(),
             "rank": self.layout.rank,
+            "alpha": self.layout.alpha,
             "targets": [asdict(t) for t in self.layout.targets],
             "versions": {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")},
         }
@@ -202,44 +200,18 @@ class Bank:
         with written_here(folder):
             return cls(
                 tokens=tuple(ClassToken(**t) for t in json.loads(contents[CLASSES])),
-                layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"]),
+                layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"], config["alpha"]),
                 rows=load_tensors(contents[WEIGHTS])["rows"],
                 backbone_name=config["backbone_name"],
                 backbone_hash=config["backbone_hash"],
                 geometry=ImageGeometry.from_dict(config["geometry"]),
             )
 
-    def export(self, label: Label, folder: str | Path) -> Path:
-        """Writes one class token as a diffusers LoRA, `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights`.
+    def export(self, label: Label, folder: str | Path, format: LoraFormat = "diffusers") -> Path:
+        """`lora_files.export_lora` of one class token."""
+        from fewshot_diti.lora_files import export_lora  # which imports this module
 
-        B is multiplied by the scoring scale, so that the loaded LoRA gives the bank's errors at weight 1.
-
-        Raises:
-            ValueError: the class is not in the bank, or the folder holds a bank or another class token.
-        """
-        one = self.select([label])
-        for name in (MANIFEST, _LORA):
-            if (Path(folder) / name).exists():
-                raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
-        pieces = one.layout.split(one.scaled_rows())
-        tensors: dict[str, Tensor] = {}
-        adapter_config: dict[str, Any] = {}
-        for target, (a, b) in pieces.items():
-            # every reader of the format knows the text encoder under its old prefix
-            prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
-            tensors[f"{prefix}.{target.name}.lora_A.weight"] = a[0].contiguous()
-            tensors[f"{prefix}.{target.name}.lora_B.weight"] = b[0].contiguous()
-        for network in ("unet", "text_encoder"):
-            names = [t.name for t in one.layout.targets if t.network == network]
-            config = LoraConfig(r=one.layout.rank, lora_alpha=one.layout.rank, target_modules=names).to_dict()
-            config["target_modules"] = names
-            adapter_config |= {f"{network}.{k}": v for k, v in config.items()}
-        encoded = json.dumps(adapter_config, default=sorted, sort_keys=True)
-        path = Path(folder) / _LORA
-        write_atomically(path, save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded}))
-        card = f"# Class token {label!r}\n\nPrompt: `{one.tokens[0].prompt}`\n\nBackbone: `{self.backbone_name}`\n"
-        write_atomically(Path(folder) / CARD, card.encode())
-        return path
+        return export_lora(self, label, folder, format)
 
     def _model_card(self) -> str:
         lines = [

@@ -15,7 +15,9 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, Backbone, load_backbone
+from fewshot_diti.backbone import Backbone
+from fewshot_diti.backbone_files import POCKET
+from fewshot_diti.backbone_search import find_backbone, remember_folder
 from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
 from fewshot_diti.classifier_files import Saved, load_classifier, save_classifier
@@ -240,6 +242,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
         if process_state().is_main_process:
             save_classifier(bank, saved, self._shot_features, folder)
+            remember_folder(self.backbone_)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> Self:
@@ -253,12 +256,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         bank, saved, shot_features = load_classifier(folder)
-        try:
-            found = load_backbone(bank.backbone_name) if backbone is None else backbone
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"The backbone of the bank in {folder} is not there; pass backbone= with its folder or hub id. {error}"
-            ) from error
+        found = find_backbone(bank.backbone_name, bank.backbone_hash) if backbone is None else backbone
         classifier = cls(found, geometry=bank.geometry)
         if saved is None:
             classifier.prediction = PredictionConfig(use_features=False)

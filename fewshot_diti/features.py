@@ -52,13 +52,13 @@ def block_features(
     blocks = dict([chosen_block(backbone)]) if blocks is None else blocks
     text = text_1LD.expand(len(latents_Bchw), -1, -1)
     times = torch.full((len(latents_Bchw),), round(timestep * backbone.num_train_timesteps), device=backbone.device)
+    latents = latents_Bchw.to(backbone.device)
     with backbone.lock:  # the hooks see every pass, those of other threads too
         handles = [
             block.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
             for name, block in blocks.items()
         ]
         try:
-            latents = latents_Bchw.to(backbone.device)
             backbone.errors(latents, torch.zeros_like(latents), times, text)
         finally:
             for handle in handles:

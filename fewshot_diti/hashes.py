@@ -69,5 +69,17 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def check_finite(backbone: str, **networks: nn.Module) -> None:
+    """Raises a ValueError that names backbone, network and tensor where a weight is infinite or no number."""
+    for network, module in networks.items():
+        for name, tensor in module.state_dict().items():
+            # the sum is cheap, but large weights may overflow it
+            if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+                raise ValueError(
+                    f"Backbone {backbone!r}: weight {name!r} of its {network} holds numbers that are not finite; get "
+                    "the weights again, or load the pipeline in float32."
+                )
+
+
 def _settings(config: Any, names: Sequence[str]) -> str:
     return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)

@@ -6,22 +6,24 @@ one class; C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-BLOCK_FILTERS: dict[str, tuple[str, ...]] = {
-    "narrow": ("down_blocks.2.", "mid_block.", "up_blocks.1."),
-    "medium": ("down_blocks.1.", "down_blocks.2.", "mid_block.", "up_blocks.1.", "up_blocks.2."),
-    "all": ("down_blocks.", "mid_block.", "up_blocks."),
-}
+if TYPE_CHECKING:
+    from fewshot_diti.backbone import Backbone
+
+
+# the middle block, and so many of the down and of the up blocks with attention, counted from the middle
+BLOCK_FILTERS: dict[str, int | None] = {"narrow": 1, "medium": 2, "all": None}
 _UNET_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj")
 _TEXT_LINEARS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
@@ -36,40 +38,95 @@ class Target:
     out_features: int
 
 
-def find_targets(unet: nn.Module, text_encoder: nn.Module, blocks: str = "all") -> tuple[Target, ...]:
-    """The linears that class tokens adapt: attention and GEGLU projection in the U-Net, attention in the text encoder.
+def find_targets(
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    blocks: str = "all",
+    target_modules: Sequence[str] | str | None = None,
+) -> tuple[Target, ...]:
+    """The linears that class tokens adapt.
 
     Args:
-        blocks: a key of `BLOCK_FILTERS`.
+        blocks: of the U-Net, a key of `BLOCK_FILTERS`: "narrow" is the middle block and on each side of it the next
+            block with attention, "medium" the next two, "all" every block. A U-Net need not have a middle block.
+        target_modules: linears of both networks, as in peft: ends of their names, or one regular expression for whole
+            names. By default attention and GEGLU projection in the U-Net, and attention in the text encoder. With
+            `blocks="all"` these may lie anywhere in the U-Net; one of the networks may have none.
 
     Raises:
-        ValueError: the filter is unknown or matches no linear of this U-Net.
+        ValueError: the filter is unknown, or matches no linear of these networks.
     """
     if blocks not in BLOCK_FILTERS:
         raise ValueError(f"blocks={blocks!r} is not one of {sorted(BLOCK_FILTERS)}.")
-    prefixes = BLOCK_FILTERS[blocks]
-
-    def matching(network: str, module: nn.Module, starts: tuple[str, ...], ends: tuple[str, ...]) -> Iterator[Target]:
-        for name, m in module.named_modules():
-            if isinstance(m, nn.Linear) and name.startswith(starts) and name.endswith(ends):
-                yield Target(network, name, m.in_features, m.out_features)
-
-    in_unet = tuple(matching("unet", unet, prefixes, _UNET_LINEARS))
-    in_text = tuple(matching("text_encoder", text_encoder, ("",), _TEXT_LINEARS))
-    if not in_unet or not in_text:
+    anywhere = blocks == "all" and target_modules is not None
+    starts = ("",) if anywhere else _block_names(unet, BLOCK_FILTERS[blocks])
+    ends = (_UNET_LINEARS, _TEXT_LINEARS) if target_modules is None else (target_modules, target_modules)
+    in_unet = _matching("unet", unet, starts, ends[0])
+    in_text = _matching("text_encoder", text_encoder, ("",), ends[1])
+    if target_modules is None and not (in_unet and in_text):
         raise ValueError(
             f"blocks={blocks!r} matches {len(in_unet)} linears of the U-Net and {len(in_text)} of the text encoder; "
             "the backbone must be a Stable Diffusion 1.x or 2.x with attention in these blocks."
         )
+    if not in_unet and not in_text:
+        linears = [n for net in (unet, text_encoder) for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+        last = sorted({n.rsplit(".", 1)[-1] for n in linears if not n.endswith(".0")})
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no linear with blocks={blocks!r}; pass ends of names, such as "
+            f"{last}, or a regular expression that matches whole names, such as {linears[0]!r}."
+        )
     return in_unet + in_text
+
+
+def _block_names(unet: nn.Module, count: int | None) -> tuple[str, ...]:
+    """How names of modules start in the middle block and the `count` nearest blocks with attention on each side."""
+
+    def with_attention(side: str) -> list[str]:
+        blocks = unet.get_submodule(side).named_children()
+        return [
+            f"{side}.{number}."
+            for number, block in blocks
+            if any(name.endswith(_UNET_LINEARS) for name, _ in block.named_modules())
+        ]
+
+    down, up = with_attention("down_blocks"), with_attention("up_blocks")
+    return (*(down if count is None else down[-count:]), "mid_block.", *up[:count])
+
+
+def _matching(
+    network: str, module: nn.Module, starts: tuple[str, ...], target_modules: Sequence[str] | str
+) -> tuple[Target, ...]:
+    def is_target(name: str) -> bool:
+        if isinstance(target_modules, str):
+            return re.fullmatch(target_modules, name) is not None
+        return f".{name}".endswith(tuple(f".{end.removeprefix('.')}" for end in target_modules))
+
+    return tuple(
+        Target(network, name, m.in_features, m.out_features)
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) and name.startswith(starts) and is_target(name)
+    )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each adapter lies in a class's row: for every target A [rank, in], then B [out, rank]."""
+    """Where each adapter lies in a class's row: for every target A [rank, in], then B [out, rank].
+
+    `alpha`: adapters are multiplied by alpha / rank where they are applied; by default alpha = rank.
+    """
 
     targets: tuple[Target, ...]
     rank: int
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", self.rank)
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
     def sizes(self) -> list[int]:
@@ -96,7 +153,8 @@ class Layout:
     def of_network(self, network: str, rows_CP: Tensor) -> tuple[Layout, Tensor]:
         """The layout and the rows [C, P'], copied, of one network alone."""
         kept = {t: adapters for t, adapters in self.split(rows_CP).items() if t.network == network}
-        return Layout(tuple(kept), self.rank), torch.cat([x.flatten(1) for pair in kept.values() for x in pair], 1)
+        pieces = [rows_CP[:, :0], *(x.flatten(1) for pair in kept.values() for x in pair)]
+        return Layout(tuple(kept), self.rank, self.alpha), torch.cat(pieces, 1)
 
     def initial_row(self, generator: torch.Generator) -> Tensor:
         """A ~ N(0, 1 / rank^2), B = 0 (Hu et al., LoRA, section 4.1; the spread is peft's "gaussian")."""
@@ -108,6 +166,8 @@ class Layout:
 
     def repack(self, rows_CP: Tensor, other: Layout) -> Tensor:
         """The same adapters under another layout: absent targets become zero, a larger rank is zero-padded.
+
+        B is multiplied by what the scales differ in.
 
         Raises:
             ValueError: the other layout has a smaller rank, or lacks a target of this one.
@@ -122,17 +182,23 @@ class Layout:
             b = rows_CP.new_zeros(count, t.out_features, other.rank)
             if t in mine:
                 a[:, : self.rank], b[:, :, : self.rank] = mine[t]
+                if self.scale != other.scale:
+                    b *= self.scale / other.scale
             pieces += [a.flatten(1), b.flatten(1)]
         return torch.cat(pieces, 1)
 
 
 def union_layout(layouts: Iterable[Layout]) -> Layout:
-    """The smallest layout that holds all: the largest rank, the targets of the widest in their order."""
+    """The smallest layout that holds all: the largest rank, the targets of the widest in their order.
+
+    Its scale is that of all of them, or 1 where they differ.
+    """
     layouts = list(layouts)
     targets: dict[Target, None] = {}
     for layout in sorted(layouts, key=lambda x: -len(x.targets)):
         targets.update(dict.fromkeys(layout.targets))
-    return Layout(tuple(targets), max(x.rank for x in layouts))
+    largest = max(layouts, key=lambda x: x.rank)
+    return Layout(tuple(targets), largest.rank, largest.alpha if len({x.scale for x in layouts}) == 1 else None)
 
 
 def adapted_linear(linear: nn.Module, a_GRI: Tensor, b_GOR: Tensor, x: Tensor) -> Tensor:
@@ -186,23 +252,37 @@ def _adapted_forward(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def adapted(networks: dict[str, nn.Module], layout: Layout, rows_GP: Tensor) -> Iterator[None]:
-    """Inside the context the frozen networks run with the adapters of `rows_GP`, one row a group of the batch.
+def adapted(backbone: Backbone, layout: Layout, rows_GP: Tensor) -> Iterator[None]:
+    """Inside the context the backbone's networks run with the adapters of `rows_GP`, one row per group of the batch.
 
-    The networks are left as they were found. Rows are cast by the caller to the networks' dtype. The adapters hang on
-    the linears as attributes, so that `torch.compile` takes them for inputs and not for constants.
+    Other threads wait for the networks until the context ends; the networks are left as they were found. Rows are cast
+    by the caller to the networks' dtype. The adapters are attributes of the linears, so that `torch.compile` takes them
+    for inputs and not for constants.
     """
     before: dict[nn.Module, dict[str, Any]] = {}
-    try:
-        for target, adapters in layout.split(rows_GP).items():
-            module = networks[target.network].get_submodule(target.name)
-            before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
-            module.__dict__.update(adapters=adapters, forward=MethodType(_adapted_forward, module))
+    with backbone.lock:
+        networks = backbone.networks
+        try:
+            for target, (a_GRI, b_GOR) in layout.split(rows_GP).items():
+                module = networks[target.network].get_submodule(target.name)
+                before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
+                adapters = a_GRI, b_GOR if layout.scale == 1 else b_GOR * layout.scale
+                module.__dict__.update(adapters=adapters, forward=MethodType(_adapted_forward, module))
+            yield
+        finally:
+            for module, attributes in before.items():
+                for name, value in attributes.items():
+                    if value is None:
+                        del module.__dict__[name]  # the class's own forward is seen again
+                    else:
+                        module.__dict__[name] = value
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients are recorded inside the context, also under `torch.no_grad` and `torch.inference_mode`.
+
+    Tensors that were made under inference mode cannot be differentiated through even here; copies of them can.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
         yield
-    finally:
-        for module, attributes in before.items():
-            for name, value in attributes.items():
-                if value is None:
-                    del module.__dict__[name]  # the class's own forward is seen again
-                else:
-                    module.__dict__[name] = value

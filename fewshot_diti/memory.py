@@ -1,4 +1,4 @@
-"""Batches that memory is too small for, what has been used, and pages that are kept."""
+"""Memory: smaller batches where it runs out, the peak in use, and freed pages that are kept for the next tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 
 def halved(size: int, error: RuntimeError) -> int:
-    """What to try after a batch of `size` ended in `error`: half of it.
+    """The batch size to try after a batch of `size` ended in `error`: half of it.
 
     Raises:
         RuntimeError: `error`, where it is not about memory or the batch cannot be halved.
@@ -24,9 +24,13 @@ def halved(size: int, error: RuntimeError) -> int:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of this process so far, or on a GPU of its tensors since the last reset; None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Peak memory in bytes: on CUDA and XPU of the tensors since the last reset, elsewhere of the process so far.
+
+    None on Windows.
+    """
+    if device.type in ("cuda", "xpu"):
+        peak: int = getattr(torch, device.type).max_memory_allocated(device)
+        return peak
     try:
         import resource
     except ImportError:
@@ -38,14 +42,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # man 3 mallopt
 
 
 def keep_freed_pages() -> None:
-    """Tells glibc to keep freed memory for the next tensor.
+    """Makes glibc keep freed blocks of up to 256 MB for the next tensor.
 
-    That is blocks of up to 256 MB: of these 1 GB at the end of the heap and, without a bound, all below memory in use.
-    Other threads than the main one keep smaller blocks.
-
-    By itself it hands back blocks of 32 MB at once, and the system clears each page anew: half of the time of a wide
-    linear on a batch of 96. Nothing is done with another C library, with an old glibc that refuses blocks of this size,
-    or where the environment says what to do.
+    By default it returns blocks of 32 MB and more to the system at once, which then clears every page of the next
+    block: half of the time of a wide linear on a batch of 96. Kept are 1 GB at the end of the heap, and everything
+    below memory that is in use; threads other than the main one keep smaller blocks. Nothing is changed with another C
+    library, with an old glibc that refuses such blocks, or where the environment sets these thresholds.
     """
     if any(x in os.environ for x in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
@@ -54,11 +56,11 @@ def keep_freed_pages() -> None:
 
 
 def return_freed_pages() -> None:
-    """The opposite, once: what is free goes back to the system, so that what is in use can be told."""
+    """Returns freed memory to the system once, so that the memory of the process is the memory in use."""
     _glibc("malloc_trim", 0)
 
 
 def _glibc(function: str, *arguments: int) -> int:
-    """What a function of glibc's own returns; 0, its word for failure, where there is none."""
+    """The result of a function that only glibc has; 0, which means failure, with another C library."""
     found: Any = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
     return found(*arguments) if found is not None else 0

@@ -60,7 +60,7 @@ class Scorer:
             few = replace(bank, tokens=bank.tokens[some], rows=bank.rows[some])
             rows = few.scaled_rows().to(backbone.device, backbone.dtype)
             _, rows_CP[some] = bank.layout.of_network("unet", rows)
-            with adapted(backbone.networks, *bank.layout.of_network("text_encoder", rows)):
+            with adapted(backbone, *bank.layout.of_network("text_encoder", rows)):
                 texts.append(backbone.encode_text(backbone.tokenize([token.prompt for token in few.tokens])))
         return layout, rows_CP, torch.cat(texts)
 
@@ -132,17 +132,19 @@ class Scorer:
         index, each = classes.to(device), noise_GE.shape[1]
         full_batch = each == _COMPILED_TRIALS and len(index) == self._at_once // each
         compiled = self.backbone.compiled_unet if full_batch else None
-        rows_GP = self.rows_CP[index] if compiled is None else self._at_one_address(index)
-        with adapted(self.backbone.networks, self.layout, rows_GP):
-            errors = self.backbone.errors(
-                latents_Nchw[images].to(device).repeat_interleave(each, 0),
-                noise_GE.flatten(0, 1).to(device),
-                timesteps_GE.flatten().to(device),
-                self.text_CLD[index].repeat_interleave(each, 0),
-                unet=compiled,
-            )
+        with self.backbone.lock:  # other threads use the memory at that address too
+            rows_GP = self.rows_CP[index] if compiled is None else self._at_one_address(index)
+            with adapted(self.backbone, self.layout, rows_GP):
+                errors = self.backbone.errors(
+                    latents_Nchw[images].to(device).repeat_interleave(each, 0),
+                    noise_GE.flatten(0, 1).to(device),
+                    timesteps_GE.flatten().to(device),
+                    self.text_CLD[index].repeat_interleave(each, 0),
+                    unet=compiled,
+                )
         return errors.view(-1, each).float().cpu()
 
+    @torch.inference_mode(False)  # memory that is made under inference mode cannot be written to outside
     def _at_one_address(self, index_G: Tensor) -> Tensor:
         """The adapters of a full batch's classes, where CUDA graphs were recorded to look for them."""
         if self._full_GP is None or len(self._full_GP) != len(index_G):

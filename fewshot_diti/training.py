@@ -23,7 +23,7 @@ from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.config import Label, Settings, TrainingConfig
 from fewshot_diti.distributed import gather, my_share
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.lora import Layout, adapted, find_targets
+from fewshot_diti.lora import Layout, adapted, find_targets, gradients_on
 from fewshot_diti.memory import halved
 from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.progress import Progress
@@ -198,6 +198,7 @@ def check_can_train(backbone: Backbone, config: TrainingConfig) -> None:
         raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
 
 
+@gradients_on()
 def train_class_tokens(
     backbone: Backbone,
     classes: Sequence[ClassShots],
@@ -250,7 +251,7 @@ def train_class_tokens(
             try:
                 # backward stays inside: with gradient checkpointing it runs the adapted forward again
                 with (
-                    adapted(backbone.networks, layout, active),
+                    adapted(backbone, layout, active),
                     attention_for_training(latents),
                     _checkpointing(backbone, config.gradient_checkpointing),
                 ):
@@ -320,7 +321,7 @@ def train_bank(
         ),
         layout=layout,
         rows=torch.stack([rows[label] for label in kept]) if kept else torch.empty(0, layout.num_parameters),
-        backbone_name=backbone.name,
+        backbone_name=backbone.public_name,
         backbone_hash=backbone.hash,
         geometry=encoder.geometry,
     )
@@ -338,4 +339,5 @@ def class_shots(
 
 def layout_of(backbone: Backbone, training: TrainingConfig) -> Layout:
     """Where the adapters of class tokens trained in this way lie in a row."""
-    return Layout(find_targets(backbone.unet, backbone.text_encoder, training.blocks), training.rank)
+    targets = find_targets(backbone.unet, backbone.text_encoder, training.blocks, training.target_modules)
+    return Layout(targets, training.rank, training.alpha)

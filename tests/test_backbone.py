@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,16 @@ import pytest
 import torch
 from conftest import save_tiny_backbone
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from test_lora import latents_of, random_bank
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTokenizer
 
-from fewshot_diti.backbone import Backbone
+from fewshot_diti import devices
+from fewshot_diti.backbone import Backbone, load_backbone
+from fewshot_diti.devices import as_dtype, default_device
+from fewshot_diti.features import block_features
+from fewshot_diti.scoring import Scorer
 
 # as Stable Diffusion 2.1 on the hub has it
 PNDM_V_PREDICTION = {
@@ -245,3 +256,129 @@ def test_a_compiled_network_is_made_on_request_alone(backbone_folder: Path) -> N
     assert Backbone.from_pretrained(backbone_folder, compile="default").compiled_unet is not None
     with pytest.raises(ValueError, match="compile='fast'; pass one of"):
         Backbone.from_pretrained(backbone_folder, compile="fast")  # type: ignore[arg-type]
+
+
+# ---- threads
+
+
+def frozen_error(backbone: Backbone, prompt: str = "a photo of an aircraft") -> Tensor:
+    """An error of the network without adapters."""
+    x0 = latents_of(backbone, 0)[None]
+    noise = latents_of(backbone, 1)[None]
+    with torch.no_grad():
+        text = backbone.encode_text(backbone.tokenize([prompt]))
+        return backbone.errors(x0, noise, torch.tensor([400]), text)
+
+
+def test_four_threads_get_the_answers_of_one_at_a_time(backbone: Backbone) -> None:
+    banks = [random_bank(backbone, 3, 4, seed) for seed in range(2)]
+    text = backbone.encode_text(backbone.tokenize(["a photo of an aircraft"])).detach()
+    jobs: list[Callable[[], Tensor]] = []
+    for i in range(6):
+        x0 = latents_of(backbone, i)
+        for bank in banks:
+            jobs.append(
+                lambda bank=bank, x0=x0: Scorer(backbone, bank).errors(
+                    x0, "an image", range(3), range(4), [9, 99, 400, 700]
+                )
+            )
+        jobs.append(lambda x0=x0: block_features(backbone, x0[None], text)[0])
+        jobs.append(lambda i=i: frozen_error(backbone, "a" * (5 * i + 1)))
+        jobs.append(lambda i=i: backbone.generate_latents("a", [i], size=(16, 32), steps=2 + i % 2, guidance_scale=2.0))
+    alone = [job() for job in jobs]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda job: job(), jobs))
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not [m for network in backbone.networks.values() for m in network.modules() if "adapters" in m.__dict__]
+    assert torch.equal(jobs[3](), alone[3])
+
+
+def test_a_backbone_can_be_pickled_and_a_deep_copy_is_the_same_object(backbone_folder: Path) -> None:
+    backbone = Backbone.from_pretrained(backbone_folder, dtype=torch.float32, device="cpu", compile="default")
+    other = pickle.loads(pickle.dumps(backbone))
+    assert (other.hash, other.name, other.dtype, other.device) == (
+        backbone.hash,
+        backbone.name,
+        backbone.dtype,
+        backbone.device,
+    )
+    assert other.lock is not backbone.lock
+    assert other.compiled_unet is not None and other.compiled_unet._orig_mod is other.unet
+    assert torch.equal(frozen_error(other), frozen_error(backbone))
+    assert copy.deepcopy(backbone) is backbone
+    twin = copy.copy(backbone)
+    assert twin is not backbone and twin.lock is backbone.lock and twin.unet is backbone.unet
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_backbone_that_is_loaded_without_gradients_can_be_trained_through(
+    backbone: Backbone, backbone_folder: Path, mode: Callable[[], Any]
+) -> None:
+    with mode():
+        loaded = Backbone.from_pretrained(backbone_folder, dtype=torch.float64, device="cpu")
+        pipe = StableDiffusionPipeline.from_pretrained(backbone_folder)
+        piped = Backbone.from_pipe(pipe)
+    for other in (loaded, piped):
+        assert not any(p.is_inference() for network in other.networks.values() for p in network.parameters())
+        latents = latents_of(other, 0)[None].to(other.dtype).requires_grad_()
+        text = other.encode_text(other.tokenize(["a"]))
+        other.errors(latents, torch.zeros_like(latents), torch.tensor([400]), text).sum().backward()
+        assert latents.grad is not None and latents.grad.any()
+
+
+# ---- devices and dtypes
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses tensors in float64 on the meta device, as MPS does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and tensor.dtype == torch.float64:
+                raise TypeError(f"{func} makes a tensor in float64")
+        return out
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_no_tensor_in_float64_comes_onto_the_device(tmp_path: Path, prediction_type: str) -> None:
+    folder = save_tiny_backbone(tmp_path, prediction_type=prediction_type)
+    with NoFloat64():
+        backbone = Backbone.from_pretrained(folder, dtype=torch.float32, device="meta")
+        latents = torch.empty(2, 4, 8, 16, device="meta")
+        text = torch.empty(2, 64, 16, device="meta")
+        times = torch.zeros(2, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            assert backbone.errors(latents, latents, times, text).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("mps", "mps"), ("xpu", "xpu"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_the_accelerator_of_the_process_is_used(monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
+    monkeypatch.setattr(devices, "process_state", lambda: type("State", (), {"device": torch.device(kind)}))
+    assert default_device() == torch.device(expected)
+
+
+def test_another_accelerator_is_not_used_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "process_state", lambda: type("State", (), {"device": torch.device("hpu")}))
+    with pytest.warns(UserWarning, match="'hpu' is not supported; the networks run on the CPU"):
+        assert default_device() == torch.device("cpu")
+
+
+def test_a_dtype_may_be_given_by_name(backbone_folder: Path) -> None:
+    cpu = torch.device("cpu")
+    assert as_dtype("float16", cpu) == as_dtype(torch.float16, cpu) == torch.float16
+    assert as_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    assert as_dtype("auto", torch.device("mps")) == torch.float32
+    assert Backbone.from_pretrained(backbone_folder, dtype="bfloat16", device="cpu").unet.dtype == torch.bfloat16
+    assert load_backbone(str(backbone_folder), "float32").dtype == torch.float32
+    for wrong in ("int8", "half", torch.int8, None):
+        with pytest.raises(ValueError, match="; pass 'auto', one of"):
+            as_dtype(wrong, cpu)  # type: ignore[arg-type]
+
+
+def test_the_kind_of_a_backbone_names_its_presets(backbone: Backbone) -> None:
+    assert (backbone.kind, backbone.small) == ("pocket", True)

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny_backbone
-from diffusers import StableDiffusionPipeline
-from safetensors import safe_open
 from test_lora import latents_of, random_bank
 
 from fewshot_diti import bank as bank_module
@@ -226,31 +224,6 @@ def test_a_bank_refuses_classes_it_has_not_or_has_already(bank: Bank) -> None:
         replace(bank, tokens=(bank.tokens[0],) * 3)
     with pytest.raises(ValueError, match=r"needs weights \[3, "):
         replace(bank, rows=bank.rows[:2])
-
-
-def test_export_multiplies_b_by_the_scale_and_saves_the_adapter_config(
-    bank: Bank, backbone_folder: Path, tmp_path: Path
-) -> None:
-    path = bank.export(bank.labels[1], tmp_path)
-    assert path.name == "pytorch_lora_weights.safetensors"
-    with safe_open(path, "pt") as file:
-        keys, metadata = list(file.keys()), file.metadata()
-        scaled = {k: file.get_tensor(k) for k in keys}
-    config = json.loads(metadata["lora_adapter_metadata"])
-    assert (config["unet.r"], config["unet.lora_alpha"], config["text_encoder.r"]) == (4, 4, 4)
-    for target, (a, b) in bank.select([bank.labels[1]]).layout.split(bank.rows[1:2]).items():
-        prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
-        scale = 0.6 if target.network == "unet" else 0.7
-        assert torch.equal(scaled.pop(f"{prefix}.{target.name}.lora_A.weight"), a[0])
-        torch.testing.assert_close(scaled.pop(f"{prefix}.{target.name}.lora_B.weight"), scale * b[0])
-    assert not scaled
-    pipe = StableDiffusionPipeline.from_pretrained(backbone_folder)
-    pipe.load_lora_weights(tmp_path)
-    assert pipe.get_list_adapters().keys() == {"unet", "text_encoder"}
-    with pytest.raises(ValueError, match="not in the bank"):
-        bank.export("tu-154", tmp_path)
-    with pytest.raises(ValueError, match="is there already; export each class into a folder of its own"):
-        bank.export(bank.labels[0], tmp_path)
 
 
 def test_the_model_card(bank: Bank, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,8 +98,9 @@ def test_the_full_unet_runs_forward_and_backward_with_adapters_of_two_classes(
             p.fill_(1.0 if name.endswith("weight") else 0.0)
     g = torch.Generator().manual_seed(0)
     rows = torch.stack([layout.initial_row(g) for _ in range(2)]).requires_grad_()
+    networks = SimpleNamespace(networks={"unet": unet, "text_encoder": text_encoder}, lock=RLock())
     latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 1024, generator=g)
-    with adapted({"unet": unet, "text_encoder": text_encoder}, layout, rows):
+    with adapted(networks, layout, rows):
         out = unet(latents, torch.tensor([10, 500]), text).sample
     out[0].square().mean().backward()
     assert out.isfinite().all()

@@ -158,13 +158,13 @@ def test_the_loss_is_the_class_error_plus_the_weighted_error_of_the_generic_prom
     prompts = ["a photo of a hta A320", "a photo of a hta DC-9"]
     ids = torch.stack([backbone.tokenize([p, GENERIC]) for p in prompts])
     with torch.no_grad():
-        with adapted(backbone.networks, layout, rows):
+        with adapted(backbone, layout, rows):
             losses = class_losses(backbone, ids, latents, noise, timesteps, 0.3)
         for c in range(2):
             errors = []
             for i in range(6 * c, 6 * c + 6):
                 one = slice(i, i + 1)
-                with adapted(backbone.networks, layout, rows[c : c + 1]):
+                with adapted(backbone, layout, rows[c : c + 1]):
                     text = backbone.encode_text(backbone.tokenize([prompts[c] if i - 6 * c < 3 else GENERIC]))
                     errors.append(backbone.errors(latents[one], noise[one], timesteps[one], text))
             expected = torch.cat(errors[:3]).mean() + 0.3 * torch.cat(errors[3:]).mean()
@@ -181,7 +181,7 @@ def test_prior_images_keep_the_generic_prompt_where_it_was(backbone64: Backbone)
         latents = prior.repeat(8, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=g, dtype=latents.dtype)
         timesteps = torch.randint(1000, (len(latents),), generator=g)
-        with torch.no_grad(), adapted(backbone64.networks, layout, rows):
+        with torch.no_grad(), adapted(backbone64, layout, rows):
             text = backbone64.encode_text(backbone64.tokenize([GENERIC])).repeat(len(latents), 1, 1)
             return float(backbone64.errors(latents, noise, timesteps, text).mean())
 

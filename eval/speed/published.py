@@ -45,7 +45,8 @@ class PublishedProcedure:
         self.backbone.unet, self.backbone.text_encoder = map(copy.deepcopy, (backbone.unet, backbone.text_encoder))
         for network, module in self.backbone.networks.items():
             names = [t.name for t in layout.targets if t.network == network]
-            inject_adapter_in_model(LoraConfig(r=layout.rank, lora_alpha=layout.rank, target_modules=names), module)
+            alpha: Any = layout.alpha  # peft says int, and takes any number
+            inject_adapter_in_model(LoraConfig(r=layout.rank, lora_alpha=alpha, target_modules=names), module)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

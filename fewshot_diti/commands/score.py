@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName, load_backbone
+from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.cost import announce_time
@@ -81,7 +82,11 @@ def score(config: ScoreConfig, console: Console) -> int:
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
     bank = Bank.from_pretrained(config.bank)
-    backbone = load_backbone(config.backbone or bank.backbone_name, config.dtype, config.compile)
+    if config.backbone is None:
+        how: dict[str, Any] = {"dtype": config.dtype, "compile": config.compile}
+        backbone = find_backbone(bank.backbone_name, bank.backbone_hash, **how)
+    else:
+        backbone = load_backbone(config.backbone, config.dtype, config.compile)
     classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
     if config.batch_size is not None:
         classifier.prediction = replace(classifier.current_prediction(), batch_size=config.batch_size)

@@ -1,0 +1,122 @@
+"""Class tokens as the LoRA files of other tools: diffusers, ComfyUI and A1111 (kohya's names), and peft."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+from safetensors.torch import save as save_tensors
+from torch import Tensor, tensor
+
+from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import MANIFEST
+from fewshot_diti.config import Label
+from fewshot_diti.files import write_atomically
+from fewshot_diti.lora import Target
+
+LoraFormat = Literal["diffusers", "kohya", "peft"]
+_Adapters = dict[Target, tuple[Tensor, Tensor]]
+_Files = dict[str, bytes]
+
+
+def export_lora(bank: Bank, label: Label, folder: str | Path, format: LoraFormat = "diffusers") -> Path:
+    """Writes one class token as a LoRA that gives the bank's errors at weight 1; returns what the other tool loads.
+
+    B is multiplied by the scoring scale and by alpha / rank, and alpha is the rank in all formats, so that tools which
+    do not read it give the same.
+
+    Args:
+        folder: made where it is missing; with "kohya" it may hold several class tokens.
+        format: "diffusers" is `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`; "kohya" a file
+            with the name of the class for ComfyUI and A1111; "peft" the folders `unet` and `text_encoder` for
+            `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: the format is unknown, the class is not in the bank, or the folder holds a bank or that file.
+    """
+    if format not in _FORMATS:
+        raise ValueError(f"format={format!r}; pass one of {sorted(_FORMATS)}.")
+    one = bank.select([label])
+    scaled = one.layout.split(one.scaled_rows())
+    adapters = {t: (a[0].contiguous(), (b[0] * one.layout.scale).contiguous()) for t, (a, b) in scaled.items()}
+    loaded, files = _FORMATS[format](one, adapters)
+    for name in (MANIFEST, *files):
+        if (Path(folder) / name).exists():
+            raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
+    for name, content in files.items():
+        write_atomically(Path(folder) / name, content)
+    if format != "kohya":  # whose folder holds LoRAs of any kind
+        write_atomically(Path(folder) / "README.md", _card(one).encode())
+    return Path(folder) / loaded
+
+
+def _diffusers(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+    tensors: dict[str, Tensor] = {}
+    for target, (a, b) in adapters.items():
+        # every reader of the format knows the text encoder under its old prefix
+        prefix = "unet" if target.network == "unet" else "text_encoder.text_model"
+        tensors[f"{prefix}.{target.name}.lora_A.weight"] = a
+        tensors[f"{prefix}.{target.name}.lora_B.weight"] = b
+    configs = {f"{network}.{k}": v for network, c in _peft_configs(bank).items() for k, v in c.items()}
+    encoded = json.dumps(configs, default=sorted, sort_keys=True)
+    name = "pytorch_lora_weights.safetensors"  # that diffusers looks for
+    return name, {name: save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded})}
+
+
+def _kohya(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+    tensors: dict[str, Tensor] = {}
+    rank = bank.layout.rank
+    for target, (a, b) in adapters.items():
+        prefix = "lora_unet" if target.network == "unet" else "lora_te_text_model"
+        name = f"{prefix}_{target.name.replace('.', '_')}"
+        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": tensor(float(rank))}
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_training_comment": f"fewshot-diti class token {bank.labels[0]!r}, prompt: {bank.tokens[0].prompt}",
+    }
+    name = re.sub(r"[^\w.-]+", "_", str(bank.labels[0])) + ".safetensors"
+    return name, {name: save_tensors(tensors, metadata=metadata)}
+
+
+def _peft(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+    files: _Files = {}
+    for network, config in _peft_configs(bank).items():
+        tensors = {
+            f"base_model.model.{target.name}.lora_{part}.weight": weight
+            for target, pair in adapters.items()
+            if target.network == network
+            for part, weight in zip("AB", pair, strict=True)
+        }
+        encoded = json.dumps(config, default=sorted, sort_keys=True, indent=2)
+        files[f"{network}/adapter_config.json"] = encoded.encode()
+        files[f"{network}/adapter_model.safetensors"] = save_tensors(tensors, metadata={"format": "pt"})
+    return "", files
+
+
+_FORMATS: dict[str, Callable[[Bank, _Adapters], tuple[str, _Files]]] = {
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+    "peft": _peft,
+}
+
+
+def _peft_configs(bank: Bank) -> dict[str, dict[str, Any]]:
+    """What peft has to know of the adapters of each network that has some."""
+    configs = {}
+    for network in ("unet", "text_encoder"):
+        names = [t.name for t in bank.layout.targets if t.network == network]
+        if names:
+            config = LoraConfig(r=bank.layout.rank, lora_alpha=bank.layout.rank, target_modules=names).to_dict()
+            configs[network] = config | {"target_modules": names}
+    return configs
+
+
+def _card(bank: Bank) -> str:
+    token = bank.tokens[0]
+    return f"# Class token {token.label!r}\n\nPrompt: `{token.prompt}`\n\nBackbone: `{bank.backbone_name}`\n"
