@@ -133,7 +133,7 @@ class ScoringConfig(_Config):
             the decision to the class tokens alone.
         temperature: of the softmax over -score; "fit" fits it on held-out scores of the shots.
         calibration_images: shots whose errors `spread`, `relative` and the importance density read, spread over the
-            classes; at least one per class.
+            classes; where there are more classes than that, of as many classes, drawn by the seed.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
         unet_scale, text_encoder_scale: LoRA scale at scoring.
         seed: of the noise.
