@@ -10,18 +10,18 @@ tell at the same number of trials.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fewshot_diti import plots
 from fewshot_diti.data import shown_attribute
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid
@@ -133,34 +133,41 @@ def plot(gaps: Gaps, title: str) -> bytes:
 
     Bands are 95 % intervals, bootstrap over liveries.
     """
-    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     misleading, every = gaps.misleading, np.ones(len(gaps.misleading), dtype=bool)
+    left_ends, right_ends = [], []
     if misleading.any():
-        _curve(left, gaps, gaps.sharing, misleading, "C3", "classes whose shots show the image's livery")
-        _curve(left, gaps, gaps.other, misleading, "C0", "other wrong classes")
-        _curve(left, gaps, gaps.strongest, misleading, "C7", "the strongest of these")
-        _curve(right, gaps, 100.0 * gaps.right, misleading, "C1", f"{misleading.sum()} misleading images")
-    left.axhline(0, color="black", lw=0.8)
+        left_ends = [
+            _curve(left, gaps, gaps.sharing, misleading, plots.VERMILION, "classes whose shots\nshow the livery"),
+            _curve(left, gaps, gaps.other, misleading, plots.BLUE, "other wrong classes,\nmean"),
+            _curve(left, gaps, gaps.strongest, misleading, plots.GREY, "other wrong classes,\nthe strongest"),
+        ]
+        label = f"{misleading.sum()} misleading\nimages"
+        right_ends = [_curve(right, gaps, 100.0 * gaps.right, misleading, plots.VERMILION, label)]
+    left.axhline(0, color=plots.BLACK, lw=0.8)
     left.set_title(f"{misleading.sum()} misleading images", fontsize=10)
     left.set_ylabel("error of wrong classes minus the true class's\n(standard deviations over classes)")
-    _curve(right, gaps, 100.0 * gaps.right, every, "C2", f"all {len(every)} images")
-    right.set_ylabel("accuracy of the time-step alone (%)")
+    right_ends.append(_curve(right, gaps, 100.0 * gaps.right, every, plots.BLACK, f"all {len(every)} images"))
+    right.set_title("accuracy by trials at one timestep alone", fontsize=10)
+    right.set_ylabel("accuracy (%)")
     for axes in (left, right):
-        axes.set_xlabel("time-step t")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.set_xlabel("timestep t")
+        plots.tidy(axes)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    plots.label_ends(left, left_ends, lines=2)
+    plots.label_ends(right, right_ends, lines=2)
+    return plots.png(figure)
 
 
-def _curve(axes: object, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> None:
+def _curve(axes: Axes, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> plots.End:
+    """Draws a mean over images with its band; the end of the line, for its label."""
     groups = [g for g, m in zip(gaps.groups, mask, strict=True) if m]
-    ends = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
-    axes.plot(gaps.timesteps, values_NS[mask].mean(0), color=colour, label=label)  # type: ignore[attr-defined]
-    axes.fill_between(gaps.timesteps, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, lw=0)  # type: ignore[attr-defined]
+    intervals = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
+    means = values_NS[mask].mean(0)
+    axes.plot(gaps.timesteps, means, color=colour, lw=2)
+    axes.fill_between(gaps.timesteps, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.12, lw=0)
+    return plots.End(float(gaps.timesteps[-1]), float(means[-1]), label, colour)
 
 
 def main(config: GridConfig) -> None:

@@ -217,7 +217,6 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         scheduler = build_scheduler(config.prediction_type)
     else:
         unet, text_encoder, tokenizer, scheduler = load_start(config, vae)
-    abar = scheduler.alphas_cumprod
     num_t = scheduler.config.num_train_timesteps
     module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
@@ -231,9 +230,8 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         return encoded.input_ids.to(accelerator.device)
 
     def errors(module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        a = abar[timesteps][:, None, None, None]
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        target = noise if config.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
         predicted = module(
             noisy.to(accelerator.device, memory_format=torch.channels_last),
             timesteps.to(accelerator.device),
@@ -258,7 +256,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             with torch.no_grad(), accelerator.autocast():
                 e = errors(module, held_out_latents, held_out_noise, timesteps, captions)
             # in eps whatever the network predicts (Salimans and Ho, appendix D), so that runs compare
-            factor = 1.0 if config.prediction_type == "epsilon" else float(abar[t])
+            factor = 1.0 if config.prediction_type == "epsilon" else float(scheduler.alphas_cumprod[t])
             figures[f"held_out_error_{t}"] = factor * float(e.mean())
         if accelerator.is_main_process:
             _save(pipeline(), config.output_dir / "pipeline")
