@@ -228,8 +228,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: no class tokens.
             ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
-        prediction = self.current_prediction()
-        return self._decider().decide(as_images(images), prediction)
+        decider = self._decider()
+        return decider.decide(as_images(images), self.current_prediction())
 
     def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""

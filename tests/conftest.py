@@ -16,7 +16,7 @@ from small_grid import config, data, small_settings  # noqa: F401, fixtures
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti import Backbone, DiTiClassifier, cli
-from fewshot_diti.commands import train as train_module
+from fewshot_diti.presets import PRESETS
 
 torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
 
@@ -146,10 +146,9 @@ def tests(pictures: dict[str, list[Path]]) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def quick_train() -> Iterator[None]:
-    """Settings of the command `train` that take a second."""
+    """Settings of the commands that take a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "recommended_training", lambda num_shots, small: small_commands.TRAINING)
-        patch.setattr(train_module, "recommended_scoring", lambda small: small_commands.SCORING)
+        patch.setitem(PRESETS, "pocket", small_commands.PRESET)
         yield
 
 

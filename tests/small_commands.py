@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fewshot_diti.recommended import ScoringConfig
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti import PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti.presets import PRESETS
 
 CLASSES = ("bolt", "gear", "nut")
-TRAINING = TrainingConfig(steps=4, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
-SCORING = ScoringConfig(trials=3, weighting="uniform", calibration_images=3, features_weight=0.001)
+TRAINING = TrainingConfig(
+    steps=4,
+    rank=2,
+    blocks="all",
+    lr_unet=0.05,
+    lr_text_encoder=0.05,
+    lr_schedule="constant",
+    shots_per_step=1,
+    prior_weight=0.0,
+    colour_variants=2,
+    brightness=0.2,
+    hue=0.1,
+    permute_channels=False,
+    samples_per_batch=48,
+)
+SCORING = ScoringConfig(
+    trials=3,
+    timesteps=(0, 1000),
+    density="even",
+    weighting="uniform",
+    features_weight=0.001,
+    temperature=0.001,
+    calibration_images=3,
+    unet_scale=0.6,
+    text_encoder_scale=0.7,
+)
+PREDICTION = PredictionConfig(schedule="exhaustive", batch_size=96)
+PRESET = replace(
+    PRESETS["pocket"],
+    steps=(TRAINING.steps,) * 5,
+    training=asdict(TRAINING),
+    scoring=asdict(SCORING),
+    prediction=asdict(PREDICTION),
+)
 
 
 def save_image(path: Path, seed: int) -> Path:

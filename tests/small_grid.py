@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_commands
 import timm
 import torch
 from PIL import Image
@@ -15,12 +17,15 @@ from rich.console import Console
 from small_clip import save_tiny_clip
 
 from fewshot_diti.commands.evaluate import EvalConfig
-from fewshot_diti.evaluation import bench as bench_module
-from fewshot_diti.recommended import ScoringConfig
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti.presets import PRESETS
 
-TRAINING = TrainingConfig(steps=3, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)
-SCORING = ScoringConfig(weighting="relative")
+TRAINING = replace(small_commands.TRAINING, steps=3)
+SCORING = replace(
+    small_commands.SCORING, trials=24, weighting="relative", features_weight=0.0, calibration_images=24
+)
+PRESET = replace(
+    small_commands.PRESET, steps=(TRAINING.steps,) * 5, training=asdict(TRAINING), scoring=asdict(SCORING)
+)
 COLOURS = {"nut": (200, 80, 80), "bolt": (80, 200, 80), "gear": (80, 80, 200)}
 QUIET = Console(quiet=True)
 
@@ -28,8 +33,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def small_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Settings that take a second, and no downloads."""
-    monkeypatch.setattr(bench_module, "recommended_training", lambda num_shots, small: TRAINING)
-    monkeypatch.setattr(bench_module, "recommended_scoring", lambda small: SCORING)
+    monkeypatch.setitem(PRESETS, "pocket", PRESET)
     create = timm.create_model
 
     def same_weights_each_time(name: str, pretrained: bool, **k: Any) -> Any:

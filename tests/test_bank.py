@@ -12,13 +12,14 @@ import torch
 from conftest import save_tiny_backbone
 from test_lora import latents_of, random_bank
 
-from fewshot_diti import bank as bank_module
+from fewshot_diti import bank_files
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.bank import Bank, read_files
+from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import CLASSES, CONFIG, FORMAT, WEIGHTS, read_files
 from fewshot_diti.lora import BLOCK_FILTERS, union_layout
 from fewshot_diti.scoring import Scorer
 
-FILES = ("class_tokens.safetensors", "bank.json", "config.json")
+FILES = (WEIGHTS, CLASSES, CONFIG)
 
 
 @pytest.fixture
@@ -27,14 +28,8 @@ def bank(backbone: Backbone) -> Bank:
 
 
 def assert_same(a: Bank, b: Bank) -> None:
-    assert (a.tokens, a.layout, a.backbone_name, a.backbone_hash, a.geometry) == (
-        b.tokens,
-        b.layout,
-        b.backbone_name,
-        b.backbone_hash,
-        b.geometry,
-    )
-    assert torch.equal(a.rows, b.rows)
+    assert a == b
+    assert a.backbone_name == b.backbone_name
 
 
 def errors_of(backbone: Backbone, bank: Bank) -> torch.Tensor:
@@ -45,16 +40,16 @@ def errors_of(backbone: Backbone, bank: Bank) -> torch.Tensor:
 def test_a_bank_comes_back_bit_for_bit(backbone: Backbone, tmp_path: Path, labels: tuple) -> None:
     bank = random_bank(backbone, len(labels), 4, 0)
     bank = replace(bank, tokens=tuple(replace(t, label=x) for t, x in zip(bank.tokens, labels, strict=True)))
-    bank.save(tmp_path)
-    assert_same(Bank.load(tmp_path), bank)
-    assert [type(x) for x in Bank.load(tmp_path).labels] == [type(x) for x in labels]
+    bank.save_pretrained(tmp_path)
+    assert_same(Bank.from_pretrained(tmp_path), bank)
+    assert [type(x) for x in Bank.from_pretrained(tmp_path).labels] == [type(x) for x in labels]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*FILES, "README.md", "manifest.json"))
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "edited", "deleted"])
 def test_a_damaged_file_is_named(bank: Bank, tmp_path: Path, name: str, damage: str) -> None:
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     content = (tmp_path / name).read_bytes()
     if damage == "truncated":
         (tmp_path / name).write_bytes(content[:-10])
@@ -63,32 +58,32 @@ def test_a_damaged_file_is_named(bank: Bank, tmp_path: Path, name: str, damage: 
     else:
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}.* is not the file of {len(content)} bytes"):
-        Bank.load(tmp_path)
+        Bank.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"format": 1}', "\x00"])
+@pytest.mark.parametrize("manifest", ["", "{", "[]", f'{{"format": {FORMAT}}}', "\x00"])
 def test_a_damaged_manifest_is_named(bank: Bank, tmp_path: Path, manifest: str) -> None:
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match=r"manifest\.json is no bank's manifest"):
-        Bank.load(tmp_path)
+        Bank.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_manifest_holds_no_bank(bank: Bank, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
-        Bank.load(tmp_path / "nowhere")
-    bank.save(tmp_path)
+        Bank.from_pretrained(tmp_path / "nowhere")
+    bank.save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
-        Bank.load(tmp_path)
+        Bank.from_pretrained(tmp_path)
 
 
 def test_a_bank_of_a_later_format_asks_for_an_upgrade(bank: Bank, tmp_path: Path) -> None:
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match=r"bank format 2; .* reads 1"):
-        Bank.load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": FORMAT + 1}))
+    with pytest.raises(ValueError, match=rf"bank format {FORMAT + 1}; .* reads {FORMAT}"):
+        Bank.from_pretrained(tmp_path)
 
 
 class Killed(BaseException):
@@ -108,7 +103,7 @@ def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
         if steps > budget:
             raise Killed
 
-    write, rename = bank_module.write_atomically, Path.replace
+    write, rename = bank_files.write_atomically, Path.replace
 
     def counted_write(path: Path, content: bytes) -> None:
         count()
@@ -121,24 +116,24 @@ def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
     outcomes = []
     for budget in range(20):
         folder = tmp_path / str(budget)
-        bank.save(folder, extra={"classifier.json": b"old"})
+        bank.save_pretrained(folder, extra={"classifier.json": b"old"})
         steps = 0
         with monkeypatch.context() as patch:
-            patch.setattr(bank_module, "write_atomically", counted_write)
+            patch.setattr(bank_files, "write_atomically", counted_write)
             patch.setattr(Path, "replace", counted_rename)
             try:
-                new.save(folder, extra={"classifier.json": b"new"})
+                new.save_pretrained(folder, extra={"classifier.json": b"new"})
                 finished = True
             except Killed:
                 finished = False
-        found = Bank.load(folder)
+        found = Bank.from_pretrained(folder)
         is_new = len(found) == 5
         assert_same(found, new if is_new else bank)
         assert read_files(folder, ["classifier.json"])["classifier.json"] == (b"new" if is_new else b"old")
         outcomes.append(is_new)
         # the next save clears up
-        bank.save(folder)
-        assert_same(Bank.load(folder), bank)
+        bank.save_pretrained(folder)
+        assert_same(Bank.from_pretrained(folder), bank)
         assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
         if finished:
             break
@@ -148,19 +143,19 @@ def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
 
 
 def test_the_model_card_is_for_people_and_may_be_edited(bank: Bank, tmp_path: Path) -> None:
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("mine")
-    assert_same(Bank.load(tmp_path), bank)
+    assert_same(Bank.from_pretrained(tmp_path), bank)
 
 
 def test_extra_files_are_covered_by_the_manifest(bank: Bank, tmp_path: Path) -> None:
-    bank.save(tmp_path, extra={"classifier.json": b"{}"})
-    assert_same(Bank.load(tmp_path), bank)
+    bank.save_pretrained(tmp_path, extra={"classifier.json": b"{}"})
+    assert_same(Bank.from_pretrained(tmp_path), bank)
     assert read_files(tmp_path, ["classifier.json"]) == {"classifier.json": b"{}"}
     (tmp_path / "classifier.json").write_text("{ }")
     with pytest.raises(ValueError, match=r"classifier\.json.* is not the file of 2 bytes"):
         read_files(tmp_path, ["classifier.json"])
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"names no classifier\.json; it names bank\.json, class_tokens"):
         read_files(tmp_path, ["classifier.json"])
 
@@ -229,7 +224,7 @@ def test_a_bank_refuses_classes_it_has_not_or_has_already(bank: Bank) -> None:
 def test_the_model_card(bank: Bank, tmp_path: Path) -> None:
     bank = replace(bank.select(bank.labels[:2]), backbone_name="tiny", backbone_hash="abc")
     bank = replace(bank, tokens=(bank.tokens[0], replace(bank.tokens[1], label="a|b", prompt="a photo of a hta a|b")))
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == (
         "---\n"
         "library_name: fewshot-diti\n"
@@ -255,6 +250,6 @@ def test_the_model_card(bank: Bank, tmp_path: Path) -> None:
 
 
 def test_a_saved_bank_can_be_copied(bank: Bank, tmp_path: Path) -> None:
-    bank.save(tmp_path / "a")
+    bank.save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert_same(Bank.load(tmp_path / "b"), bank)
+    assert_same(Bank.from_pretrained(tmp_path / "b"), bank)
