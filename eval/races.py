@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor
 
 from eval.speed.timing import on_kept_errors
-from fewshot_diti.elimination import racing
+from fewshot_diti.racing import racing
 
 FAMILY_SHARE = 0.9  # of the noise's variance that classes of one family have in common
 
@@ -101,7 +101,7 @@ def missed(means_NC: Tensor, noise_NCS: Tensor, confidence: float) -> tuple[floa
     errors_NCS = means_NC[:, :, None] + noise_NCS
     N, C, S = errors_NCS.shape
     found = on_kept_errors(errors_NCS, torch.ones(S), racing(S, confidence=confidence))
-    labels = torch.tensor([race.label for race in found])
+    labels = torch.tensor([race.position for race in found])
     evaluations = sum(race.evaluations for race in found)
     return float((labels != errors_NCS.mean(2).argmin(1)).double().mean()), evaluations / (N * C * S)
 

@@ -8,7 +8,7 @@ windows alone, the same number in each. Weights: `relative`, from the errors of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fewshot_diti import Backbone, DiTiClassifier
-from fewshot_diti.backbone import POCKET
-from fewshot_diti.baselines.base import LazyImages
+from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
+from fewshot_diti.backbone_files import POCKET
+from fewshot_diti.calibration import Fit, shared_errors
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
-from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
@@ -59,18 +58,10 @@ def main(config: WindowsConfig) -> None:
     for trained_on in windows:
         classifier = DiTiClassifier(
             backbone,
-            training=replace(
-                recommended_training(config.shots, small=backbone.small), seed=config.seed, timesteps=trained_on
-            ),
+            training=TrainingConfig(seed=config.seed, timesteps=trained_on),
             # nothing to calibrate: the errors are weighted below
-            scoring=replace(
-                recommended_scoring(small=backbone.small),
-                weighting="uniform",
-                density="even",
-                features_weight=0.0,
-                seed=config.seed,
-            ),
-        ).fit(LazyImages(shots), labels)
+            scoring=ScoringConfig(weighting="uniform", density="even", features_weight=0.0, seed=config.seed),
+        ).fit(shots.decoded(), labels)
         assert classifier.bank_ is not None, "fit raises where no class was learned"
         truth = torch.tensor([classifier.bank_.labels.index(judged.class_names[label]) for label in judged.labels])
         cells = []
@@ -79,8 +70,14 @@ def main(config: WindowsConfig) -> None:
                 cells.append("")  # what a class token was not trained for
                 continue
             grid = even_grid(config.trials, lo, hi)
-            errors = classifier.learner.shared_errors(classifier.bank_, LazyImages(judged), grid).double()
-            correct = (score(errors, 1 / errors.mean((0, 1))).argmin(1) == truth).numpy()
+            fit = Fit(
+                encoder=classifier.encoder_,
+                prompts=classifier.prompts_,
+                settings=classifier.settings_,
+                groups={},
+            )
+            errors = shared_errors(fit, classifier.bank_, judged.decoded(), grid).double()
+            correct = (weighted_mean(errors, 1 / errors.mean((0, 1))).argmin(1) == truth).numpy()
             low, high = wilson_interval(int(correct.sum()), len(correct))
             cells.append(f"{100 * np.mean(correct):.1f} [{100 * low:.0f}, {100 * high:.0f}]")
             print(f"trained on {trained_on}, judged on {(lo, hi)}: {cells[-1]}", flush=True)

@@ -94,7 +94,7 @@ def test_a_schedule_that_cannot_be_run_is_refused():
 @settings(max_examples=30, deadline=None)
 def test_the_exhaustive_stage_gives_the_smallest_score_and_the_scores_of_all_classes(seed, C, S):
     errors_CS, weights_S, _ = random_image(seed, C, S)
-    scores = score(errors_CS[None], weights_S)[0]
+    scores = weighted_mean(errors_CS[None], weights_S)[0]
     result = classify(errors_CS, exhaustive(S), weights_S)
     assert result.label == scores.argmin().item() and result.evaluations == C * S
     torch.testing.assert_close(result.scores, scores, rtol=1e-13, atol=0)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fewshot_diti.held_out import split_folds
+from fewshot_diti.recommended import ScoringConfig
 from scipy.special import softmax
 from small_grid import QUIET, TRAINING
 
@@ -15,8 +17,6 @@ from fewshot_diti.baselines import ClipLora, TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import class_tokens
 from fewshot_diti.evaluation.grid import Grid
-from fewshot_diti.held_out import split_folds
-from fewshot_diti.recommended import ScoringConfig
 
 pytestmark = pytest.mark.usefixtures("small_settings")
 

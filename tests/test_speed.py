@@ -94,7 +94,7 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
     weights = torch.ones(32)
     same = timing.against_exhaustive(errors, labels, weights, exhaustive(32))
     assert same["agreement"] == 1 and same["points_lost"] == 0 and same["evaluations"] == 160
-    best = score(errors, weights).argmin(1).numpy()
+    best = weighted_mean(errors, weights).argmin(1).numpy()
     assert same["accuracy"] == same["accuracy_exhaustive"] == pytest.approx(100 * (best == labels).mean())
     raced = timing.against_exhaustive(errors, labels, weights, racing(32, confidence=0.9))
     assert raced["evaluations"] < 160 and 0 < raced["clear_images"] < 40

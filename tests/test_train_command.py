@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fewshot_diti.learning import Learner
 from small_commands import CLASSES, SCORING, TRAINING, save_classes, save_image, train_command
 
 from fewshot_diti import Bank, DiTiClassifier, backbone, cli
 from fewshot_diti.cost import training_evaluations
-from fewshot_diti.learning import Learner
 
 pytestmark = pytest.mark.usefixtures("quick_train")
 

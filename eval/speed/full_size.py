@@ -14,9 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.elimination import racing
 from fewshot_diti.lora import Layout, find_targets
 from fewshot_diti.memory import peak_memory
+from fewshot_diti.racing import racing
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 

@@ -23,6 +23,7 @@ from fewshot_diti.elimination import Decision, Look, Stage, eliminate
 from fewshot_diti.memory import return_freed_pages
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
+from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
 
 T = TypeVar("T")
@@ -169,8 +170,8 @@ def against_exhaustive(
     N, C, S = errors_NCS.shape
     offsets_NC = torch.zeros(N, C) if offsets_NC is None else offsets_NC
     found = on_kept_errors(errors_NCS, weights_S, stages, offsets_NC)
-    chosen = np.array([f.label for f in found])
-    scores_NC = score(errors_NCS, weights_S) + offsets_NC
+    chosen = np.array([f.position for f in found])
+    scores_NC = weighted_mean(errors_NCS, weights_S) + offsets_NC
     best_N2 = scores_NC.topk(2, largest=False).indices
     weighted = errors_NCS.double() * weights_S + offsets_NC[:, :, None]
     rows = torch.arange(N)
