@@ -30,11 +30,6 @@ TINY = np.finfo(np.float64).tiny
 ENSEMBLE_WEIGHTS = tuple(np.linspace(0, 1, 21).tolist())  # of Tip-Adapter beside class tokens, to choose from
 
 
-def shipped(bench: Bench, task: Task) -> Outcome:
-    """The classifier as it ships: its own trials, race, features and temperature."""
-    return bench.shipped(task)
-
-
 def zero_shot_sd(bench: Bench, task: Task) -> Outcome:
     """The diffusion classifier: prompts without class tokens, all time-steps alike."""
     errors, seconds = bench.zero_shot(task.test)

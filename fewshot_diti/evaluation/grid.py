@@ -34,6 +34,7 @@ from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.metrics import summarize
+from fewshot_diti.evaluation.shipped import prepare_shipped
 from fewshot_diti.evaluation.task import Task, fingerprint, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.memory import peak_memory
@@ -158,7 +159,7 @@ class Grid:
         self.bench.prepare(self.task(num_shots, seed))
 
     def _prepare_shipped(self, num_shots: int, seed: int) -> None:
-        self.bench.prepare_shipped(self.task(num_shots, seed))
+        prepare_shipped(self.bench, self.task(num_shots, seed))
 
     def _failure(self, prepare: Callable[[], None], runs: list[Run], errors: str) -> dict[str, Any] | None:
         """Prepares the errors that some of the runs read; the record of its failure, if it fails."""

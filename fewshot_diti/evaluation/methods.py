@@ -22,10 +22,10 @@ from fewshot_diti.evaluation.class_tokens import (
     in_task_order,
     lda_sd,
     recolours_keys,
-    shipped,
     tip_adapter,
     zero_shot_sd,
 )
+from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
 
 SHIPPED = "fewshot-diti"  # the classifier as it ships
@@ -168,7 +168,7 @@ def _window(lo: float, hi: float) -> Callable[[Bench], str]:
 
 
 METHODS: dict[str, Method] = {
-    SHIPPED: Method(run=shipped, settings=lambda bench, k, seed: bench.shipped_settings(k, seed), reads="classifier"),
+    SHIPPED: Method(run=shipped, settings=shipped_settings, reads="classifier"),
     "zeroshot-sd": Method(
         run=zero_shot_sd,
         settings=lambda bench, _, __: {
