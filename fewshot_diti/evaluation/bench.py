@@ -44,7 +44,7 @@ class Bench:
         backbone, clip, network, siblings: names, as `Backbone`, `OpenClip` and, twice, `ImageNetwork` take them.
         dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
-        trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
+        trials: S of the diffusion methods, over all timesteps; None: 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens and networks are trained for.
         folder: where errors are kept.
     """
@@ -178,7 +178,7 @@ class Bench:
         return max(1, round(self._training_share * whole))
 
     def scoring(self, seed: int) -> ScoringConfig:
-        """How images are scored: all time-steps; rows weigh them each in its own way."""
+        """How images are scored: all timesteps; rows weigh them each in its own way."""
         everything = (0, self.backbone.num_train_timesteps)
         scoring = self.recommended
         trials = self.trials or (POCKET_TRIALS if self.backbone.small else scoring.trials)
