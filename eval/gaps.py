@@ -1,4 +1,4 @@
-"""Which time-steps tell the true class from its rivals? Curves from the errors that `eval.fewshot` left.
+"""Which timesteps tell the true class from its rivals? Curves from the errors that `eval.fewshot` left.
 
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
@@ -90,7 +90,7 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
 
 
 def join(parts: Sequence[Gaps]) -> Gaps:
-    """Several draws at the same time-steps as one."""
+    """Several draws at the same timesteps as one."""
     names = ("right", "sharing", "other", "strongest", "misleading")
     return Gaps(
         timesteps=parts[0].timesteps,
@@ -129,7 +129,7 @@ def equal_trials(
 
 
 def plot(gaps: Gaps, title: str) -> bytes:
-    """PNG: of misleading images, the gaps; and accuracy of each time-step alone, of these and of all images.
+    """PNG: of misleading images, the gaps; and accuracy of each timestep alone, of these and of all images.
 
     Bands are 95 % intervals, bootstrap over liveries.
     """

@@ -1,8 +1,8 @@
-"""Does a class token that is trained on a window of time-steps know more inside it? Accuracy by window, equal trials.
+"""Does a class token that is trained on a window of timesteps know more inside it? Accuracy by window, equal trials.
 
     python -m eval.training_windows --dataset fgvc:DIR --split val --shots 16 --seed 1
 
-Trains the class tokens once on all time-steps and once on each window, and judges the images by trials inside the
+Trains the class tokens once on all timesteps and once on each window, and judges the images by trials inside the
 windows alone, the same number in each. Weights: `relative`, from the errors of all images, which need no labels.
 """
 
@@ -32,7 +32,7 @@ class WindowsConfig:
     Attributes:
         dataset: as `load_images` reads it; the shots come from its split train.
         split: whose images are judged.
-        bounds: between them lie the windows, in time-steps of the schedule.
+        bounds: between them lie the windows, in timesteps of the schedule.
         trials: in each window.
     """
 

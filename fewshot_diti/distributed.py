@@ -76,7 +76,7 @@ def predict_shared(
 ) -> list[Record]:
     """What `predict` says of every item, in their order; the processes share the items.
 
-    An item that cannot be read gets the record {"error": reason}. Of items with one id the first that a process meets
+    An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items with one id the first that a process meets
     is predicted.
 
     Args:
@@ -114,7 +114,7 @@ def predict_shared(
         try:
             item = read(items[position])
         except (ValueError, OSError) as error:
-            found.append((position, {"error": str(error)}))
+            found.append((position, {"error": str(error), "missing": isinstance(error, FileNotFoundError)}))
         else:
             image_id = identify(item)
             if image_id in known:

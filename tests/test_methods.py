@@ -17,6 +17,7 @@ from fewshot_diti.baselines import ClipLora, TipAdapter
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import class_tokens
 from fewshot_diti.evaluation.grid import Grid
+from fewshot_diti.evaluation.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("small_settings")
 
@@ -28,6 +29,23 @@ def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.Monke
     record = json.loads((few.folder / "clip-lora" / "2-1.json").read_text())
     assert record["chosen"] == {"steps_": 2}
     assert len(Grid(replace(few, training_share=0.02)).missing()) == 2
+
+
+def test_test_labels_take_no_part_in_any_row(config: EvalConfig) -> None:
+    names = tuple(name for name, method in METHODS.items() if not method.trains_a_network)
+    said: list[dict[str, np.ndarray]] = []
+    for permuted in (False, True):
+        grid = Grid(replace(config, methods=names, shots=(2,), output_dir=config.output_dir / str(permuted)))
+        task = grid.task(2, 1)
+        if permuted:
+            labels = np.roll(task.test.labels, 1)
+            assert (labels != task.test.labels).any()
+            task = replace(task, test=replace(task.test, labels=labels))
+        grid.bench.prepare(task)
+        grid.bench.prepare_zero_shot(task.test)
+        said.append({name: METHODS[name].run(grid.bench, task).probabilities for name in names})
+    for name in names:
+        np.testing.assert_array_equal(said[0][name], said[1][name], err_msg=name)
 
 
 def test_rows_of_class_tokens_are_what_the_classifier_says(config: EvalConfig) -> None:

@@ -15,7 +15,7 @@ from small_grid import SCORING, TRAINING
 from test_lora import random_bank
 
 from eval.speed import __main__ as script
-from eval.speed import measurement, sections, timing
+from eval.speed import measurement, timing, training
 from eval.speed.measurement import SpeedConfig
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.elimination import exhaustive, racing
@@ -32,7 +32,7 @@ def test_every_section_leaves_its_figures_and_is_run_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scoring = replace(SCORING, trials=8, decide="racing", density="importance", batch_size=24)
-    for module in (measurement, sections):
+    for module in (measurement, training):
         monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
     monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
     torch._dynamo.utils.counters.clear()
@@ -83,7 +83,10 @@ def test_memory_is_measured_above_what_is_in_use() -> None:
 
     written, memory = timing.memory_beyond(fresh_pages)
     assert written == size
-    assert 0.9 * size < memory < 3 * size or memory != memory
+    if torch.cuda.is_available() or Path("/proc/self/clear_refs").exists():
+        assert 0.9 * size < memory < 3 * size
+    else:
+        assert np.isnan(memory)
 
 
 def test_a_schedule_is_measured_against_every_trial() -> None:

@@ -6,8 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from eval.speed import timing
 from eval.speed.full_size import full_size_round, gflop_of_an_evaluation
 from eval.speed.measurement import Measurement
 from eval.speed.published import PublishedProcedure
+from eval.speed.training import training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
 from fewshot_diti.elimination import (
     Decision,
@@ -30,16 +29,11 @@ from fewshot_diti.elimination import (
     proportional_stages,
     published_stages,
 )
-from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.racing import Look
 from fewshot_diti.scoring import Scorer, decide
-from fewshot_diti.training import class_shots, train_bank
 from fewshot_diti.trials import even_grid
 
-T = TypeVar("T")
-
 PARTS_IMAGES = 16  # that the parts' sum is set against
-VALIDATION_IMAGES = 6  # per class
 
 
 def machine(m: Measurement) -> dict[str, Any]:
@@ -132,7 +126,7 @@ def compiled(m: Measurement) -> dict[str, Any]:
     stacked = {name: timing.stacked_evaluations(x, latents_Nchw[0], trials) for name, x in scorers.items()}
     forwards = {name: forward for name, (_, forward) in stacked.items()}
     races = {name: partial(_race, m, x, latents_Nchw) for name, x in scorers.items()}
-    _, first_seconds, _ = _timed(forwards["compiled"])
+    _, first_seconds, _ = timing.timed(forwards["compiled"])
     labels = [[decision.position for decision in race()] for race in races.values()]
     return {
         "mode": m.config.compile,
@@ -156,11 +150,11 @@ def pipeline(m: Measurement) -> dict[str, Any]:
     seconds, memory = {"race": 0.0, "published": 0.0}, {"race": 0.0, "published": 0.0}
     labels, evaluations = [], []
     for turn in turns:
-        race, race_seconds, beyond = _timed(partial(fresh.decide, [paths[row] for row in turn]))
+        race, race_seconds, beyond = timing.timed(partial(fresh.decide, [paths[row] for row in turn]))
         seconds["race"] += race_seconds
         memory["race"] = max(memory["race"], beyond)
         classify = partial(procedure.classify, paths[turn[0]], m.bank, seed=m.config.seed)
-        published, published_seconds, beyond = _timed(classify)
+        published, published_seconds, beyond = timing.timed(classify)
         seconds["published"] += published_seconds
         memory["published"] = max(memory["published"], beyond)
         evaluations += [d.evaluations for d in race]
@@ -176,83 +170,6 @@ def pipeline(m: Measurement) -> dict[str, Any]:
         "memory_beyond_mb": memory,
         "labels_race_published_true": labels,
     }
-
-
-def training(m: Measurement) -> dict[str, Any]:
-    """Seconds a class, jointly and as published, over the same number of samples, and validation loss of both."""
-    config, encoder, prompts = m.config, m.encoder, m.classifier.prompts_
-    names = list(m.bank.labels)
-    groups = m.groups
-    settings = replace(
-        m.settings.training,
-        steps=config.training_steps,
-        shots_per_step=1,
-        prior_weight=1.0,
-        prior_images=8,
-        lr_schedule="constant",
-    )
-    prior = prior_latents(m.backbone, prompts.generic, settings.prior_images, encoder.geometry.size)
-    pictures = m.backbone.decode_latents(prior)
-    procedure = PublishedProcedure(m.backbone, m.bank.layout, encoder.geometry)
-    few = names[: config.training_classes]
-    encoder.forget()
-
-    def published(some: Sequence[Any]) -> list[Tensor]:
-        priors = prompts.generic, pictures
-        return [procedure.train(m.shots_of(x), prompts.of_class(x), priors, settings) for x in some]
-
-    # the joint training stands between two parts of the other
-    one, one_seconds, published_memory = _timed(lambda: published(few[:1]))
-    _, encoding_seconds, _ = _timed(lambda: [class_shots(encoder, x, groups[x], prompts, settings) for x in names])
-    (joint, _), steps_seconds, joint_memory = _timed(
-        lambda: train_bank(encoder, groups, prompts, m.settings._replace(training=settings))
-    )
-    others, other_seconds, _ = _timed(lambda: published(few[1:]))
-    joint_seconds = (encoding_seconds + steps_seconds) / len(names)
-    published_seconds = (one_seconds + other_seconds) / len(few)
-    separate = replace(joint.select(few), rows=torch.stack(one + others))
-    held_back = m.pool.subset([i for i, key in enumerate(m.pool.ids) if key not in set(m.shots.ids)])
-    val = held_back if len(held_back) else m.test
-    banks = {
-        "joint": joint.select(few),
-        "published": separate,
-        "without class tokens": replace(separate, rows=torch.zeros_like(separate.rows)),
-    }
-    losses = {name: _losses(m, bank, val, few) for name, bank in banks.items()}
-    apart = torch.cat(losses["joint"]) - torch.cat(losses["published"])
-    return {
-        "steps": settings.steps,
-        "samples_per_class": 2 * settings.steps,
-        "classes_jointly": len(names),
-        "seconds_per_class": joint_seconds,
-        "of_these_encoding": encoding_seconds / len(names),
-        "seconds_per_class_published": published_seconds,
-        "ratio": joint_seconds / published_seconds,
-        "memory_beyond_mb": {"joint": joint_memory, "published": published_memory},
-        "validation_loss": {name: [float(x.mean()) for x in found] for name, found in losses.items()},
-        "validation_loss_joint_minus_published": float(apart.mean()),
-        "its_standard_error_over_images": float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else None,
-    }
-
-
-def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
-    """What it gives, its seconds, and the megabytes by which memory rose."""
-    start = perf_counter()
-    found, memory = timing.memory_beyond(run)
-    return found, perf_counter() - start, memory / 2**20
-
-
-def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list[Tensor]:
-    """Error of each class token on each image of its class that was no shot, mean over fixed trials."""
-    scorer, grid, found = m.scorer_of(bank), even_grid(16, 0, m.backbone.num_train_timesteps).tolist(), []
-    for c, name in enumerate(names):
-        rows = [i for i, label in enumerate(val.labels) if val.class_names[label] == name][:VALIDATION_IMAGES]
-        if not rows:
-            raise ValueError(f"No image of class {name!r} is left to measure the validation loss on.")
-        latents = m.latents(rows, val)
-        errors = [scorer.errors(x, val.ids[i], [c], range(16), grid).mean() for x, i in zip(latents, rows, strict=True)]
-        found.append(torch.stack(errors))
-    return found
 
 
 def growth(m: Measurement) -> dict[str, Any]:
@@ -313,8 +230,8 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     one = {name: float(np.median(values)) for name, values in seconds.items()}
     first, *some = [m.test_file(i) for i in range(min(1 + PARTS_IMAGES, len(m.test)))]
     fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
-    _, first_seconds, _ = _timed(lambda: fresh.decide([first]))  # and texts encoded, the discriminant fitted
-    decisions, whole_seconds, _ = _timed(lambda: fresh.decide(some))
+    _, first_seconds, _ = timing.timed(lambda: fresh.decide([first]))  # and texts encoded, the discriminant fitted
+    decisions, whole_seconds, _ = timing.timed(lambda: fresh.decide(some))
     whole = whole_seconds / len(some)
     trials = float(np.mean([d.evaluations for d in decisions])) - m.reads_features
     parts = {

@@ -100,6 +100,13 @@ def stacked_evaluations(scorer: Scorer, latents: Tensor, trials: int) -> tuple[i
     return len(pairs) * trials, lambda: scorer.pair_errors(latents_Nchw, ids, pairs, range(trials), grid)
 
 
+def timed(run: Callable[[], T]) -> tuple[T, float, float]:
+    """What it gives, its seconds, and the megabytes by which memory rose."""
+    start = time.perf_counter()
+    found, memory = memory_beyond(run)
+    return found, time.perf_counter() - start, memory / 2**20
+
+
 def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
     """What `run` gives, and by how many bytes memory rose at its peak above its level before; NaN where none tells."""
     if torch.cuda.is_available():

@@ -48,7 +48,7 @@ class Bench:
         backbone, clip, network, siblings: names, as `Backbone`, `OpenClip` and, twice, `ImageNetwork` take them.
         dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
-        trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
+        trials: S of the diffusion methods, over all timesteps; None: 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens and networks are trained for.
         folder: where errors are kept.
     """

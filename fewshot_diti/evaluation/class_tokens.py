@@ -1,6 +1,6 @@
 """Rows of a few-shot table that ask class tokens or the backbone itself.
 
-Shapes in names: N test images, C classes, S trials, T time-steps of the schedule.
+Shapes in names: N test images, C classes, S trials, T timesteps of the schedule.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENSEMBLE_WEIGHTS = tuple(np.linspace(0, 1, 21).tolist())  # of Tip-Adapter besid
 
 
 def zero_shot_sd(bench: Bench, task: Task) -> Outcome:
-    """The diffusion classifier: prompts without class tokens, all time-steps alike."""
+    """The diffusion classifier: prompts without class tokens, all timesteps alike."""
     errors, seconds = bench.zero_shot(task.test)
     scores = errors.double().mean(2).numpy()
     return Outcome(
@@ -83,7 +83,7 @@ def recolours_keys(num_shots: int, fine_tune: bool) -> bool:
 
 def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     """Log-probabilities of class tokens and of Tip-Adapter, mixed with the weight under which held-out shots are most
-    likely; half and half with one shot a class.
+    likely; half and half with one shot per class.
 
     Both are made as sure as held-out shots allow before they are mixed: Tip-Adapter's logits grow with its alpha.
     """

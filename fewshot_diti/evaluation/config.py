@@ -32,7 +32,7 @@ class GridConfig:
         methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
         shots, seeds: columns, and draws of each.
         concept: what all classes are, such as "bird"; by default "aircraft" for bundled and fgvc; other data name it.
-        trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
+        trials: of the diffusion methods, over all timesteps; by default 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".

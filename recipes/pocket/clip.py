@@ -11,8 +11,8 @@ use the model that ships; `--clip local-dir:runs/pocket-clip/clip` takes this on
 Hardware: two CPU cores; on GPUs leave out --cpu.
 Time: 67 minutes in float32 on two cores with AVX2 alone (0.65 steps/s where nothing else runs).
 Expected: held_out_accuracy 0.387 / 0.584 / 0.616 / 0.627 / 0.703 after 500 / 1,000 / 1,500 / 2,000 / 2,600 steps,
-features of variants left out of training, 16 images a variant (docs/logs/pocket-clip.jsonl; its first 600 steps had the
-learning rate of a run of 4,000). Measured 2026-11-26.
+features of variants left out of training, 16 images per variant (docs/logs/pocket-clip.jsonl; its first 600 steps had
+the learning rate of a run of 4,000). Measured 2026-11-26.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Genera
 
 
 def few_shot_accuracy(features_ND: np.ndarray, variants: tuple[str, ...]) -> float:
-    """Accuracy of logistic regression on 16 images a variant (half of them where there are fewer), on the rest."""
+    """Accuracy of logistic regression on 16 images per variant (half of them where there are fewer), on the rest."""
     rng, labels = np.random.default_rng(0), np.array(variants)
     of_variant = [rng.permutation(np.flatnonzero(labels == v)) for v in sorted(set(variants))]
     shots = np.concatenate([rows[: min(16, len(rows) // 2)] for rows in of_variant])

@@ -52,7 +52,7 @@ class UnetConfig(LoopConfig):
         false_copies: versions of each image in shuffled colours, to draw these samples from.
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
-        small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
+        small_t: share of samples drawn from the lower 40 % of the timesteps, where fine attributes go.
 
     Raises:
         ValueError: no false copies.

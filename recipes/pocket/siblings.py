@@ -11,8 +11,8 @@ uses features of the network that ships; `--siblings local-dir:runs/pocket-sibli
 Hardware: two CPU cores; on GPUs leave out --cpu.
 Time: 28 minutes in float32 on two cores with AVX2 alone (1.8 steps/s).
 Expected: held_out_accuracy 0.989 after 3,000 steps (0.940 after 500), features of variants left out of training, 16
-images a variant; as the row `siblings` 77.6 / 86.9 / 89.3 / 95.0 / 95.6 % at 1 / 2 / 4 / 8 / 16 shots of the 12 bundled
-variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` stood at 0.702 after 1,500 steps.
+images per variant; as the row `siblings` 77.6 / 86.9 / 89.3 / 95.0 / 95.6 % at 1 / 2 / 4 / 8 / 16 shots of the 12
+bundled variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` stood at 0.702 after 1,500 steps.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def standardize_latents(vae: AutoencoderKL, images_NCHW: Tensor) -> None:
     """Gives every latent channel mean 0 and variance 1 over the images, without changing what the autoencoder restores.
 
     Encoder means become (z - mean) / std, absorbed by the two 1x1 convolutions around the latent. Channels of very
-    different spread would otherwise drown in noise at very different time-steps.
+    different spread would otherwise drown in noise at very different timesteps.
     """
     latents = torch.cat([vae.encode(b).latent_dist.mean for b in images_NCHW.split(64)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
