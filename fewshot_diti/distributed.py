@@ -76,8 +76,8 @@ def predict_shared(
 ) -> list[Record]:
     """What `predict` says of every item, in their order; the processes share the items.
 
-    An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items with one id the first that a process meets
-    is predicted.
+    An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items
+    with one id the first that a process meets is predicted.
 
     Args:
         read: an item to what `predict` takes; raises ValueError or OSError where it cannot.
