@@ -110,7 +110,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
                 cross-validation; the classifier holds all classes, uncalibrated.
 
         Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to those of the
-        preset, with a warning. With a large backbone on a CPU it first says how long it will take.
+        preset, with a warning. With a large backbone on a CPU it first prints how long it will take.
         """
         self._load()
         groups = group_shots(images, labels, self.encoder_.prepare)

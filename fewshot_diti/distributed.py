@@ -74,7 +74,7 @@ def predict_shared(
     at_once: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """What `predict` says of every item, in their order; the processes share the items.
+    """What `predict` gives for every item, in their order; the processes share the items.
 
     An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items
     with one id the first that a process meets is predicted.

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.isotonic import isotonic_regression
 
-# Okabe and Ito, 2008: told apart by people with any kind of colour vision
+# Okabe and Ito, 2008: distinguished by people with any kind of colour vision
 BLUE, SKY, GREEN, ORANGE, VERMILION = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00"
 BLACK, GREY, PALE = "#222222", "#777777", "#C4C4C4"
 

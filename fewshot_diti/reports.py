@@ -144,7 +144,7 @@ def predictions_picture(
 ) -> bytes:
     """PNG grid of images, each under its class and the predicted class with its probability (0..1).
 
-    What is right has a blue frame and a tick, what is wrong an orange one and a cross: no colour alone says it.
+    What is right has a blue frame and a tick, what is wrong an orange one and a cross: colour is never the only sign.
     """
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.9 * columns, 2.1 * rows), dpi=110, layout="constrained")

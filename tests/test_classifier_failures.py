@@ -129,7 +129,7 @@ def test_errors_say_what_is_wrong(
         fitted.predict([])
     with pytest.raises(ValueError, match="multiples of 16 pixels"):
         make(backbone, geometry=ImageGeometry(size=(20, 20)))
-    with pytest.raises(ValueError, match=r"timesteps=\(0, 2000\) exceeds the 1000 time-steps"):
+    with pytest.raises(ValueError, match=r"timesteps=\(0, 2000\) exceeds the 1000 timesteps"):
         make(backbone, scoring=replace(SCORING, timesteps=(0, 2000)))
     with pytest.raises(ValueError, match=r"window\(0, 1200\) is empty or outside the schedule"):
         make(backbone, scoring=replace(SCORING, weighting="window(0, 1200)"))

@@ -18,7 +18,7 @@ def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apar
         *published_rows((1, 16))[-1:],
         Row(name="diti", accuracy={1: (40.0, 44.0), 16: (80.0, 82.0)}, seeds=2),
         Row(name="tip_adapter", accuracy={1: (45.0, 45.0)}, seeds=2),
-        Row(name="siblings", accuracy={1: (85.0, 85.0), 16: (97.0, 97.0)}, seeds=2, told="told more"),
+        Row(name="siblings", accuracy={1: (85.0, 85.0), 16: (97.0, 97.0)}, seeds=2, supervision="with more labels"),
         Row(name="finetune", accuracy={1: (60.0,)}, seeds=2),
     ]
     assert markdown(rows, (1, 16)).splitlines() == [
@@ -27,18 +27,18 @@ def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apar
         "| DiTi, SD 2.0 (published, Yue et al., CVPR 2024) | 48.5 | 79.9 | 64.2 |",
         "| diti | 42.0 ± 2.8 | **81.0 ± 1.4** | **61.5** |",
         "| tip_adapter | **45.0 ± 0.0** |  |  |",
-        "| siblings (told more) | 85.0 ± 0.0 | 97.0 ± 0.0 | 91.0 |",
+        "| siblings (with more labels) | 85.0 ± 0.0 | 97.0 ± 0.0 | 91.0 |",
         "| finetune | 60.0 (1 of 2 seeds) |  |  |",
     ]
     assert r"tip\_adapter & \textbf{45.0 $\pm$ 0.0} &  &  \\" in latex(rows, (1, 16))
     lines = comma_separated(rows, (1, 16)).splitlines()
-    assert "diti,1,42.000,2.828,2,," in lines and "siblings,1,85.000,0.000,2,,told more" in lines
+    assert "diti,1,42.000,2.828,2,," in lines and "siblings,1,85.000,0.000,2,,with more labels" in lines
 
 
 def test_a_plot_highlights_the_classifier_class_tokens_and_the_best_baselines_in_colours_of_their_own() -> None:
     accuracy = {"diti": 60.0, "diti+sd": 70.0, "diti+clip": 90.0, "finetune": 80.0, "linear": 75.0, "neighbour": 20.0}
     rows = [Row(name=name, accuracy={1: (value,), 2: (value,)}) for name, value in accuracy.items()]
-    rows += [Row(name="siblings", accuracy={1: (99.0,), 2: (99.0,)}, told="told more"), *published_rows((1, 2))]
+    rows += [Row(name="siblings", accuracy={1: (99.0,), 2: (99.0,)}, supervision="with more labels"), *published_rows((1, 2))]
     colours = highlighted(rows, (1, 2))
     assert list(colours) == ["diti+sd", "diti", "finetune", "linear"]
     assert len(set(colours.values())) == 4 and plots.PALE not in colours.values()

@@ -25,7 +25,7 @@ from fewshot_diti.files import write_atomically
 
 
 def ratios(done: dict[str, Any]) -> dict[str, float]:
-    """The figures that a reader compares: below 1 (or above, for images a second) this package is the faster."""
+    """The figures that a reader compares: below 1 (or above, for images per second) this package is the faster."""
     found: dict[str, float] = {}
     if "elimination" in done:
         e = done["elimination"]

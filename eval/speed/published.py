@@ -70,7 +70,7 @@ class PublishedProcedure:
         prior: tuple[str, Sequence[ImageSource]],
         config: TrainingConfig,
     ) -> Tensor:
-        """The row [P] of one class: one shot and one prior image a step, encoded at every step.
+        """The row [P] of one class: one shot and one prior image per step, encoded at every step.
 
         In mixed precision, the trained weights in float32, where the backbone is in bfloat16.
         """

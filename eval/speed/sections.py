@@ -253,7 +253,7 @@ def breakdown(m: Measurement) -> dict[str, Any]:
 def full_size(m: Measurement) -> dict[str, Any]:
     """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and what an H100 would make of its schedules.
 
-    At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
+    At 100 classes and 512 px; a race is taken to cost the same evaluations per class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
     raced = _decided(m, m.stages, range(len(m.bank)))

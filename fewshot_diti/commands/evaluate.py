@@ -15,7 +15,7 @@ from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import METHODS, SHIPPED, TOLD
+from fewshot_diti.evaluation.methods import METHODS, SHIPPED, SUPERVISION
 from fewshot_diti.files import write_atomically
 
 # half of the bundled test images
@@ -27,9 +27,9 @@ class EvalConfig(GridConfig):
     """Few-shot accuracy of class tokens and of baselines, over shots and seeds; runs that are there are not run again.
 
     Attributes:
-        quick: 1 and 2 shots, one seed, ten test images a class, 3 trials and a quarter of the training steps,
+        quick: 1 and 2 shots, one seed, ten test images per class, 3 trials and a quarter of the training steps,
             whatever the flags say.
-        dry_run: says what would run, and how long it would take, and runs nothing.
+        dry_run: prints what would run, and how long it would take, and runs nothing.
         against: the method that all others are compared with, image by image; by default `fewshot-diti` where it is
             one of the methods, else the first.
 
@@ -108,7 +108,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
             name=m,
             accuracy=_accuracy(records, m, config.shots),
             seeds=len(config.seeds),
-            told=TOLD.get(m, ""),
+            supervision=SUPERVISION.get(m, ""),
         )
         for m in config.methods
     ]
@@ -129,7 +129,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
         write_atomically(folder / "shift.md", shift.markdown(parts).encode())
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), TOLD)
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), SUPERVISION)
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
@@ -172,12 +172,12 @@ def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -
 
 
 def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str, int], str]:
-    """What the table of comparisons says of each method and number of shots."""
+    """The cells of the table of comparisons for each method and number of shots."""
     cells = {}
     for method, by_shots in comparisons.items():
         for k, comparison in by_shots.items():
             difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
             p = max(comparison["p_values"])
-            said = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
-            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {said}"
+            shown = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
+            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {shown}"
     return cells

@@ -126,7 +126,7 @@ class Bench:
 
     @cached_property
     def siblings(self) -> ImageNetwork:
-        """The network that was told the labels of sibling classes."""
+        """The network that was trained with labels of sibling classes."""
         return ImageNetwork(self._names["siblings"])
 
     @cached_property
@@ -211,7 +211,7 @@ class Bench:
         return training + num_test * num_classes * scoring.trials
 
     def error_settings(self, seed: int) -> str:
-        """All of the scoring that an error depends on; how rows weigh and judge errors is their own."""
+        """All of the scoring that an error depends on; how rows weight errors is their own."""
         scoring = self.scoring(seed)
         return str({name: getattr(scoring, name) for name in DECIDES_ERRORS})
 

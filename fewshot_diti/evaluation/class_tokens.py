@@ -1,4 +1,4 @@
-"""Rows of a few-shot table that ask class tokens or the backbone itself.
+"""Rows of a few-shot table that use class tokens or the backbone itself.
 
 Shapes in names: N test images, C classes, S trials, T timesteps of the schedule.
 """
@@ -64,7 +64,7 @@ def in_task_order(baseline: Baseline, task: Task, probabilities_NC: np.ndarray) 
 def tip_adapter(bench: Bench, task: Task, *, fine_tune: bool = False) -> TipAdapter:
     """Tip-Adapter on the bench's CLIP.
 
-    Its keys are recoloured where the shots choose how much a key says: a mean over colours is like no image.
+    Its keys are recoloured where the shots choose the weight of a key: a mean over colours looks like no image.
     """
     return TipAdapter(
         bench.clip,
@@ -85,7 +85,7 @@ def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     """Log-probabilities of class tokens and of Tip-Adapter, mixed with the weight under which held-out shots are most
     likely; half and half with one shot per class.
 
-    Both are made as sure as held-out shots allow before they are mixed: Tip-Adapter's logits grow with its alpha.
+    Each gets a temperature fitted on held-out shots before they are mixed: Tip-Adapter's logits grow with its alpha.
     """
     start = perf_counter()
     errors, weighting = bench.diti(task), bench.recommended.weighting

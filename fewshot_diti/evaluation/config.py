@@ -39,8 +39,8 @@ class GridConfig:
         group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
             images; test images of the class with a value that its shots show are matched, the others shifted. Which
             value that is depends on labels and values of the test images, so that some of them are matched and some
-            misled; nothing else is chosen on test images.
-        output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
+            misleading; nothing else is chosen on test images.
+        output_dir: gets one JSON per run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
         ValueError: an unknown method, a number below 1, nothing to run or something twice, the row `siblings` without a

@@ -1,4 +1,4 @@
-"""The grid of a few-shot table: methods, shots and seeds; one JSON a run, and only what is missing or stale is run."""
+"""The grid of a few-shot table: methods, shots and seeds. Each run leaves a JSON; what is missing or stale is run."""
 
 from __future__ import annotations
 
@@ -291,8 +291,8 @@ def _load(dataset: str, split: str) -> ImageSet:
         return load_images(dataset, split)
     except SplitError as error:
         raise SplitError(
-            f"{error} A few-shot table draws shots from the split train and judges images of the split test: folders "
-            "train/CLASS and test/CLASS, or a manifest with a column split."
+            f"{error} A few-shot table draws shots from the split train and classifies images of the split test: "
+            "folders train/CLASS and test/CLASS, or a manifest with a column split."
         ) from error
 
 

@@ -34,28 +34,28 @@ class Row:
 
     Attributes:
         name: of the method.
-        accuracy: by shots, one number a seed.
+        accuracy: by shots, one number per seed.
         seeds: how many there should be.
         source: of published numbers, "" for measured ones.
-        told: what the method knows beyond the shots of the others, "" where they compete on equal terms.
+        supervision: what the method has beyond the shots of the others, "" where they compete on equal terms.
     """
 
     name: str
     accuracy: Mapping[int, Sequence[float]]
     seeds: int = 1
     source: str = ""
-    told: str = ""
+    supervision: str = ""
 
     @property
     def title(self) -> str:
         """The name, with what sets the row apart."""
-        apart = f"published, {self.source}" if self.source else self.told
+        apart = f"published, {self.source}" if self.source else self.supervision
         return f"{self.name} ({apart})" if apart else self.name
 
     @property
     def competes(self) -> bool:
         """Whether it is measured, on equal terms with the others."""
-        return not self.source and not self.told
+        return not self.source and not self.supervision
 
     def mean(self, num_shots: int) -> float:
         """Over seeds; NaN where there is no run."""
@@ -125,10 +125,10 @@ def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def lines_by_shots(
-    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], told: Mapping[str, str]
+    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], supervision: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of cells by (name, shots); one that is not there stays empty. `told`: as of `Row`."""
-    titles = {name: Row(name=name, accuracy={}, told=told.get(name, "")).title for name in names}
+    """Head and lines of a table of cells by (name, shots); one that is not there stays empty. `supervision`: as of `Row`."""
+    titles = {name: Row(name=name, accuracy={}, supervision=supervision.get(name, "")).title for name in names}
     return _head(shots), [[titles[name], *(cells.get((name, k), "") for k in shots)] for name in names]
 
 
@@ -161,16 +161,18 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
-    """One line a method and number of shots: mean, standard deviation, seeds, source if published, what is told."""
+    """One line per method and number of shots: mean, standard deviation, seeds, source if published, extra supervision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "told"])
+    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "supervision"])
     for row in rows:
         for k in shots:
             values = row.accuracy.get(k, ())
             if len(values):
                 deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-                writer.writerow([row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source, row.told])
+                writer.writerow(
+                    [row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source, row.supervision]
+                )
     return buffer.getvalue()
 
 

@@ -27,7 +27,7 @@ class LoopConfig:
 
     Attributes:
         output_dir: gets the checkpoint, the log and the trained model.
-        batch_size: images a step and process.
+        batch_size: images per step and process.
         lr: peak of the learning rate, after a linear warm-up of `warmup` steps; then a cosine to zero.
         ema_decay: of the averaged weights, which are what is validated and saved.
         mixed_precision: "bf16" or "no".

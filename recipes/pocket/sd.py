@@ -196,7 +196,7 @@ class _CaptionedLatents:
 
 
 def draw_timesteps(size: int, num_train_timesteps: int, small_t: float, g: torch.Generator) -> Tensor:
-    """Time-steps [size], a share `small_t` of them from the lower 40 %."""
+    """Timesteps [size], a share `small_t` of them from the lower 40 %."""
     u = torch.rand(size, generator=g)
     u = torch.where(torch.rand(size, generator=g) < small_t, 0.4 * u, u)
     return (u * num_train_timesteps).long()
