@@ -38,12 +38,12 @@ from fewshot_diti.trials import even_grid
 
 T = TypeVar("T")
 
-PARTS_IMAGES = 16  # that the parts' sum is set against
+PARTS_IMAGES = 16  # whose time the parts' sum is compared with
 VALIDATION_IMAGES = 6  # per class
 
 
 def machine(m: Measurement) -> dict[str, Any]:
-    """Processor or GPU, its measured peak, and what of it an evaluation gets."""
+    """Processor or GPU, its measured peak, and the share of it that an evaluation reaches."""
     backbone = m.backbone
     size = tuple(n // backbone.vae_scale_factor for n in backbone.image_size)
     channels = int(backbone.unet.config.block_out_channels[0])
@@ -108,8 +108,8 @@ def schedule(m: Measurement) -> dict[str, Any]:
 
 
 def overhead(m: Measurement) -> dict[str, Any]:
-    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16, with as many trials of a
-    class as a round of a race has."""
+    """A stacked mixed-class forward against the plain one, at 12 and at 100 classes of rank 16, with as many trials of
+    a class as a round of a race has."""
     batch, latents = m.settings.prediction.batch_size, m.latents([0])[0]
     layout = replace(m.bank.layout, rank=16)
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
@@ -146,7 +146,7 @@ def compiled(m: Measurement) -> dict[str, Any]:
 
 
 def pipeline(m: Measurement) -> dict[str, Any]:
-    """Images a second from files to labels, interleaved; the labels that both give."""
+    """Images per second from files to labels, interleaved; the labels that both give."""
     paths = [m.test_file(row) for row in range(min(m.config.pipeline_images, len(m.test)))]
     procedure = PublishedProcedure(
         m.backbone, m.bank.layout, m.encoder.geometry, batch_size=m.settings.prediction.batch_size
@@ -179,7 +179,7 @@ def pipeline(m: Measurement) -> dict[str, Any]:
 
 
 def training(m: Measurement) -> dict[str, Any]:
-    """Seconds a class, jointly and as published, over the same number of samples, and validation loss of both."""
+    """Seconds per class, jointly and as published, over the same number of samples, and validation loss of both."""
     config, encoder, prompts = m.config, m.encoder, m.classifier.prompts_
     names = list(m.bank.labels)
     groups = m.groups
@@ -201,7 +201,7 @@ def training(m: Measurement) -> dict[str, Any]:
         priors = prompts.generic, pictures
         return [procedure.train(m.shots_of(x), prompts.of_class(x), priors, settings) for x in some]
 
-    # the joint training stands between two parts of the other
+    # joint training is timed between two parts of the other
     one, one_seconds, published_memory = _timed(lambda: published(few[:1]))
     _, encoding_seconds, _ = _timed(lambda: [class_shots(encoder, x, groups[x], prompts, settings) for x in names])
     (joint, _), steps_seconds, joint_memory = _timed(
@@ -236,7 +236,7 @@ def training(m: Measurement) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
-    """What it gives, its seconds, and the megabytes by which memory rose."""
+    """Its result, its seconds, and the megabytes by which memory rose."""
     start = perf_counter()
     found, memory = timing.memory_beyond(run)
     return found, perf_counter() - start, memory / 2**20
@@ -256,7 +256,7 @@ def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list
 
 
 def growth(m: Measurement) -> dict[str, Any]:
-    """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
+    """Evaluations per image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
     perturbation; by class tokens alone, without the U-Net's features."""
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
@@ -291,7 +291,7 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
 
 
 def breakdown(m: Measurement) -> dict[str, Any]:
-    """Milliseconds an image of a race's parts, and what the first image costs beyond the others.
+    """Milliseconds per image of a race's parts, and what the first image costs beyond the others.
 
     LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
     """
@@ -334,9 +334,9 @@ def breakdown(m: Measurement) -> dict[str, Any]:
 
 
 def full_size(m: Measurement) -> dict[str, Any]:
-    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and what an H100 would make of its schedules.
+    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and estimates of its schedules on an H100.
 
-    At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
+    At 100 classes and 512 px; a race is taken to cost the same evaluations per class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
     raced = _decided(m, m.stages, range(len(m.bank)))
