@@ -5,8 +5,8 @@
 
 `first` is the autoencoder that ships. `second` begins with it, sees whole images, gives the aircraft more weight, and
 adds a perceptual loss, which needs the extra `imagenet`. `DIR` holds Parquet shards with columns image, variant,
-manufacturer, airline. Started again, a run continues at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the last
-validation. A processor without bfloat16 needs --mixed_precision no.
+manufacturer, airline. Started again, a run continues at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the
+last validation. A processor without bfloat16 needs --mixed_precision no.
 
 Hardware: two CPU cores with bfloat16; or a GPU, without `--cpu`.
 Time: 17 minutes for the 4,500 steps of `first`; `second` is not measured to the end yet.
