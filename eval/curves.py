@@ -21,7 +21,7 @@ from fewshot_diti.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Logs to draw, one JSON object a line.
+    """Logs to draw, one JSON object per line.
 
     Attributes:
         unet: of runs that started from one another, in their order.
@@ -33,7 +33,7 @@ class Curves:
 
 
 def read(*logs: Path) -> list[dict[str, float]]:
-    """All records; the steps of a log count on from the last of the log before."""
+    """All records; the steps of a log continue from the last step of the log before."""
     records: list[dict[str, float]] = []
     for log in logs:
         done = max((r["step"] for r in records), default=0)

@@ -1,10 +1,10 @@
-"""What is left of the detail that tells classes apart: at the backbone's size, and after its autoencoder.
+"""How much of the detail that separates the classes is left at the backbone's size, and after its autoencoder.
 
     python -m eval.detail --shots 1 4 16 --seeds 1
 
-An ImageNet network's features with logistic regression, fitted on the shots and on copies in other colours, judge the
-test images three times: as they are, shrunk to the backbone's size, and restored from its latents. What the network
-loses at the last step is lost to class tokens before the U-Net sees it. Needs the extra `imagenet`.
+Logistic regression on an ImageNet network's features, fitted on the shots and on copies in other colours, classifies
+the test images three times: as they are, shrunk to the backbone's size, and restored from its latents. The accuracy
+lost at the last step is detail that class tokens never see. Needs the extra `imagenet`.
 """
 
 from __future__ import annotations

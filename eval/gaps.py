@@ -1,11 +1,12 @@
-"""Which timesteps tell the true class from its rivals? Curves from the errors that `eval.fewshot` left.
+"""Which timesteps separate the true class from the other classes? Curves from the errors that `eval.fewshot` left.
 
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
-Of test images whose airline the shots of another class show and those of their own do not: how far such rivals are, and
-how far the others. Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been
-scored yet are left out. Writes one plot a number of shots beside the tables, and prints what small, all and large t
-tell at the same number of trials.
+Misleading test images are those whose airline the shots of another class show and the shots of their own class do not.
+For these the plot shows how far such classes are from the true class, and how far the others. Takes the flags of
+`python -m eval.fewshot` that choose runs; draws whose class tokens have not been scored yet are left out. Writes one
+plot per number of shots beside the tables, and prints the accuracy at small, all and large t with the same number of
+trials.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Gaps:
         other: [N, S], mean gap to the classes whose shots do not.
         strongest: [N, S], gap to the one of these with the smallest mean error relative to what is usual at each t.
         misleading: bool [N], images that have a value which the shots of another class show and those of their own do
-            not, and both kinds of rivals; elsewhere the gaps say nothing.
+            not, and both kinds of wrong classes; for other images the gaps mean nothing.
         groups: the image's value of the attribute.
     """
 
@@ -104,8 +105,8 @@ def equal_trials(
 ) -> dict[str, float]:
     """Accuracy, 0 to 1, of each window (lo, hi) with as many trials as the one with the fewest has.
 
-    A mean over `draws` random choices of trials inside the window, so that a window is judged by what its trials tell
-    and not by how many it holds. Weights: `relative`, from the shots.
+    A mean over `draws` random choices of trials inside the window, so that windows compare by the quality of their
+    trials and not by their number. Weights: `relative`, from the shots.
 
     Raises:
         ValueError: a window holds no trial.

@@ -1,10 +1,10 @@
-"""How often a race misses the label of all trials: simulated races, where its model holds and where it does not.
+"""How often a race ends with another label than all trials give: simulated, where its model holds and where not.
 
     python -m eval.races
 
-Scores of classes and noise of trials are drawn, not measured; the label of all trials is known, and counted is how
-often a race at the given confidence ends with another, and how many evaluations of all it takes. Prints a Markdown
-table: rows are what the noise is like, columns what the classes are like, in units of the noise of a trial.
+Scores of classes and noise of trials are drawn, not measured, so the label of all trials is known. Counts how often a
+race at the given confidence ends with another label, and which share of all evaluations it takes. Prints a Markdown
+table with a row per kind of noise and a column per kind of classes, in units of the noise of a trial.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _spread(deviation: float) -> Means:
 
 
 def _ahead(by: float, *, share: float = 0.0) -> Means:
-    """The first class, or a share of all, in front of the others, which are equal, as those in front are."""
+    """The first class, or a share of all, is ahead of the others; classes ahead are equal, and so are the others."""
 
     def means(races: int, classes: int, g: torch.Generator) -> Tensor:
         front_C = torch.arange(classes) < max(1, share * classes)

@@ -1,8 +1,8 @@
-"""Does a class token that is trained on a window of timesteps know more inside it? Accuracy by window, equal trials.
+"""Is a class token trained on a window of timesteps more accurate there? Accuracy by window, with equal trials.
 
     python -m eval.training_windows --dataset fgvc:DIR --split val --shots 16 --seed 1
 
-Trains the class tokens once on all timesteps and once on each window, and judges the images by trials inside the
+Trains the class tokens once on all timesteps and once on each window, and classifies the images by trials inside the
 windows alone, the same number in each. Weights: `relative`, from the errors of all images, which need no labels.
 """
 
@@ -31,8 +31,8 @@ class WindowsConfig:
 
     Attributes:
         dataset: as `load_images` reads it; the shots come from its split train.
-        split: whose images are judged.
-        bounds: between them lie the windows, in timesteps of the schedule.
+        split: whose images are classified.
+        bounds: of the windows, in timesteps of the schedule.
         trials: in each window.
     """
 
@@ -67,7 +67,7 @@ def main(config: WindowsConfig) -> None:
         cells = []
         for lo, hi in windows:
             if trained_on not in (everything, (lo, hi)):
-                cells.append("")  # what a class token was not trained for
+                cells.append("")  # class tokens were not trained there
                 continue
             grid = even_grid(config.trials, lo, hi)
             fit = Fit(

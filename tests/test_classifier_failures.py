@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fewshot_diti.learning import Learner
 from PIL import Image
 from small_classifier import SCORING, TRAINING, bank_of, make, shots_of
 
 from fewshot_diti import Backbone, Bank, DiTiClassifier, ScoringConfig, TrainingConfig, TrainingError
 from fewshot_diti.data.images import ImageGeometry, ImageSource
-from fewshot_diti.learning import Learner
 from fewshot_diti.training import ClassShots, Label
 
 

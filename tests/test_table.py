@@ -38,7 +38,10 @@ def test_tables_mark_the_best_of_what_competes_and_say_what_sets_the_others_apar
 def test_a_plot_highlights_the_classifier_class_tokens_and_the_best_baselines_in_colours_of_their_own() -> None:
     accuracy = {"diti": 60.0, "diti+sd": 70.0, "diti+clip": 90.0, "finetune": 80.0, "linear": 75.0, "neighbour": 20.0}
     rows = [Row(name=name, accuracy={1: (value,), 2: (value,)}) for name, value in accuracy.items()]
-    rows += [Row(name="siblings", accuracy={1: (99.0,), 2: (99.0,)}, supervision="with more labels"), *published_rows((1, 2))]
+    rows += [
+        Row(name="siblings", accuracy={1: (99.0,), 2: (99.0,)}, supervision="with more labels"),
+        *published_rows((1, 2)),
+    ]
     colours = highlighted(rows, (1, 2))
     assert list(colours) == ["diti+sd", "diti", "finetune", "linear"]
     assert len(set(colours.values())) == 4 and plots.PALE not in colours.values()

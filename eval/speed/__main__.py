@@ -1,12 +1,12 @@
-"""What scoring and training cost, beside the published procedure, in one run on one machine.
+"""What scoring and training cost, compared with the published procedure, in one run on one machine.
 
     python -m eval.speed --backbone pocket --dataset bundled --output_dir results/speed
 
 Trains class tokens, scores every test image under every class on every trial once (`errors.safetensors`), and decides
-on these errors as a race would; asks the published schedule about some of the images; then times whole pipelines from
-files to labels, the stacked U-Net beside the plain one, and training beside one class after another. Sections that are
-in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's
-U-Net with random weights, `--compile default` a U-Net that torch compiled.
+on these errors as a race would; decides some of the images by the published schedule; then times whole pipelines from
+files to labels, the stacked U-Net against the plain one, and joint training against one class after another. Sections
+that are in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion
+2.0's U-Net with random weights, `--compile default` a U-Net that torch compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fewshot_diti.files import write_atomically
 
 
 def ratios(done: dict[str, Any]) -> dict[str, float]:
-    """The figures that a reader compares: below 1 (or above, for images per second) this package is the faster."""
+    """Ratios to the published procedure or the plain U-Net; below 1 (above, for images per second) is faster."""
     found: dict[str, float] = {}
     if "elimination" in done:
         e = done["elimination"]

@@ -47,7 +47,7 @@ def random_backbone() -> Backbone:
         unet = UNet2DConditionModel(**SD2_UNET)
     unet = unet.to_empty(device="cpu")
     for name, p in unet.named_parameters():
-        if p.ndim > 1:  # matrices keep the scale of what passes through them
+        if p.ndim > 1:  # matrices keep the scale of the activations
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
         else:
             nn.init.constant_(p, float(name.endswith("weight")))

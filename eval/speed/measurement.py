@@ -43,14 +43,14 @@ class SpeedConfig:
         num_shots, seed: of the class tokens.
         max_images: test images that are scored exhaustively, drawn at random; all where it is None.
         pipeline_images: of these, how many this package's pipeline is timed on, from files to labels, and the published
-            schedule is asked about.
+            schedule decides.
         published_images: of these, how many the published procedure is timed on.
         training_steps: of both ways of training; `training_classes` are trained one after another.
         growth: numbers of classes, perturbed copies of the real class tokens beyond those; `growth_images` are scored.
         growth_strengths: of the perturbation. On the pocket a copy by 0.3 nearly ties with its original, and one by 0.8
             differs from it in score about as much as real classes differ from each other.
         full_size: whether a race runs on Stable Diffusion 2.0's U-Net at 256 px, on random weights.
-        compile: mode of `torch.compile` in which a stacked evaluation is timed as well; None times none.
+        compile: mode of `torch.compile` for an additional timing of a stacked evaluation; None leaves it out.
 
     Raises:
         ValueError: more published images than images.
@@ -103,14 +103,14 @@ class Measurement:
 
     @cached_property
     def made_by(self) -> dict[str, str]:
-        """What must be the same for kept sections to be taken."""
+        """What must be unchanged for finished sections to be reused."""
         config = {k: str(v) for k, v in asdict(self.config).items() if k not in ("full_size", "compile", "output_dir")}
         backbone = {"hash": self.backbone.hash, "dtype": str(self.backbone.dtype)}
         return config | backbone | {k: str(v) for k, v in self.settings._asdict().items()}
 
     @cached_property
     def bank_folder(self) -> Path:
-        """Named after all that decides the class tokens: others are never taken for them."""
+        """Named after all that decides the class tokens, so that no others are loaded in their place."""
         decides = [self.shots.ids, self.config.concept, self.backbone.hash, *map(str, self.settings)]
         return self.config.output_dir / f"bank-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}"
 
@@ -214,7 +214,7 @@ class Measurement:
         if path.is_file() and beside.is_file() and json.loads(beside.read_text()) == made_by:
             kept = load_file(path)["errors"]
         if not len(kept):
-            path.unlink(missing_ok=True)  # what something else made must not pass for this
+            path.unlink(missing_ok=True)  # errors of other settings must not be mistaken for these
         write_atomically(beside, (json.dumps(made_by) + "\n").encode())
         while len(kept) < len(self.test):
             rows = range(len(kept), min(len(kept) + CHUNK, len(self.test)))

@@ -33,11 +33,11 @@ from fewshot_diti.racing import Look
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 
-PARTS_IMAGES = 16  # that the parts' sum is set against
+PARTS_IMAGES = 16  # whose time the parts' sum is compared with
 
 
 def machine(m: Measurement) -> dict[str, Any]:
-    """Processor or GPU, its measured peak, and what of it an evaluation gets."""
+    """Processor or GPU, its measured peak, and the share of it that an evaluation reaches."""
     backbone = m.backbone
     size = tuple(n // backbone.vae_scale_factor for n in backbone.image_size)
     channels = int(backbone.unet.config.block_out_channels[0])
@@ -102,8 +102,8 @@ def schedule(m: Measurement) -> dict[str, Any]:
 
 
 def overhead(m: Measurement) -> dict[str, Any]:
-    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16, with as many trials of a
-    class as a round of a race has."""
+    """A stacked mixed-class forward against the plain one, at 12 and at 100 classes of rank 16, with as many trials of
+    a class as a round of a race has."""
     batch, latents = m.settings.prediction.batch_size, m.latents([0])[0]
     layout = replace(m.bank.layout, rank=16)
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
@@ -140,7 +140,7 @@ def compiled(m: Measurement) -> dict[str, Any]:
 
 
 def pipeline(m: Measurement) -> dict[str, Any]:
-    """Images a second from files to labels, interleaved; the labels that both give."""
+    """Images per second from files to labels, interleaved; the labels that both give."""
     paths = [m.test_file(row) for row in range(min(m.config.pipeline_images, len(m.test)))]
     procedure = PublishedProcedure(
         m.backbone, m.bank.layout, m.encoder.geometry, batch_size=m.settings.prediction.batch_size
@@ -173,7 +173,7 @@ def pipeline(m: Measurement) -> dict[str, Any]:
 
 
 def growth(m: Measurement) -> dict[str, Any]:
-    """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
+    """Evaluations per image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
     perturbation; by class tokens alone, without the U-Net's features."""
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
@@ -208,7 +208,7 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
 
 
 def breakdown(m: Measurement) -> dict[str, Any]:
-    """Milliseconds an image of a race's parts, and what the first image costs beyond the others.
+    """Milliseconds per image of a race's parts, and what the first image costs beyond the others.
 
     LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
     """
@@ -251,7 +251,7 @@ def breakdown(m: Measurement) -> dict[str, Any]:
 
 
 def full_size(m: Measurement) -> dict[str, Any]:
-    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and what an H100 would make of its schedules.
+    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and estimates of its schedules on an H100.
 
     At 100 classes and 512 px; a race is taken to cost the same evaluations per class as the pocket's did.
     """

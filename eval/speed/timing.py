@@ -35,7 +35,7 @@ H100_FLOPS = 989e12 * 0.4  # dense bf16, at 40 % of the data sheet's peak
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each function, once a round in turn, so that a busy machine slows all alike; one round is dropped."""
+    """Seconds of each function, one call per round in turn, so that a busy machine slows all alike; drops one round."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -108,7 +108,7 @@ def timed(run: Callable[[], T]) -> tuple[T, float, float]:
 
 
 def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
-    """What `run` gives, and by how many bytes memory rose at its peak above its level before; NaN where none tells."""
+    """The result of `run`, and by how many bytes memory peaked above its level before; NaN where that is unknown."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -143,7 +143,7 @@ def perturbed_bank(bank: Bank, num_classes: int, *, strength: float, seed: int =
 def on_kept_errors(
     errors_NCS: Tensor, weights_S: Tensor, stages: Sequence[Stage | Look], offsets_NC: Tensor | None = None
 ) -> list[Decision]:
-    """What a schedule decides on errors that are there already."""
+    """What a schedule decides on errors that were computed before."""
     N, C, _ = errors_NCS.shape
     return eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S, offsets_NC)
 
@@ -168,7 +168,7 @@ def against_exhaustive(
     stages: Sequence[Stage | Look],
     offsets_NC: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a schedule decides on kept errors, beside scoring every class on every trial; both with the same offsets.
+    """What a schedule decides on kept errors, compared with every class on every trial; both with the same offsets.
 
     Accuracy and differences in points. The interval of the difference is put together from those of the images lost
     and won (`paired_interval`); a label is clear where the exhaustive margin over the second class exceeds two standard

@@ -127,7 +127,7 @@ def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
 def lines_by_shots(
     names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], supervision: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of cells by (name, shots); one that is not there stays empty. `supervision`: as of `Row`."""
+    """Head and lines of a table of cells by (name, shots); a missing one stays empty. `supervision`: as of `Row`."""
     titles = {name: Row(name=name, accuracy={}, supervision=supervision.get(name, "")).title for name in names}
     return _head(shots), [[titles[name], *(cells.get((name, k), "") for k in shots)] for name in names]
 
@@ -161,7 +161,7 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
-    """One line per method and number of shots: mean, standard deviation, seeds, source if published, extra supervision."""
+    """One line per method and number of shots: mean, standard deviation, seeds, source, extra supervision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "supervision"])

@@ -1,4 +1,4 @@
-"""What every pre-training run shares: schedule, one checkpoint file, one log."""
+"""The training loop of every pre-training run: schedule, one checkpoint file, one log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewshot_diti.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What every pre-training run sets.
+    """Settings of every pre-training run.
 
     Attributes:
         output_dir: gets the checkpoint, the log and the trained model.
@@ -54,7 +54,7 @@ def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """What a module keeps beside its parameters, running statistics of batch normalisation for one."""
+    """The persistent buffers of a module, such as running statistics of batch normalisation."""
     parameters = dict(module.named_parameters())
     return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
@@ -78,7 +78,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, made_from: str
 ) -> int:
-    """Restores what `save_checkpoint` wrote; returns the step to go on from, 0 without a file.
+    """Restores what `save_checkpoint` wrote; returns the step to continue from, 0 without a file.
 
     Raises:
         ValueError: the checkpoint was made from other data or another model.
@@ -117,10 +117,10 @@ def run_loop(
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
     validate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """Trains `module`, going on from `output_dir/checkpoint.safetensors` where it exists.
+    """Trains `module`, continuing from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
-        made_from: what identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
+        made_from: identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
         loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
         validate: figures of the averaged weights, logged as they are.
 
@@ -133,7 +133,7 @@ def run_loop(
     checkpoint = config.output_dir / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, bare, optimizer, ema, made_from)
     for group in optimizer.param_groups:
-        group["initial_lr"] = config.lr  # which a schedule that goes on asks for
+        group["initial_lr"] = config.lr  # needed by a schedule that continues
     schedule = get_scheduler(
         "cosine",
         optimizer,
