@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_diti import presets
-from fewshot_diti.backbone import SD2_BASE
+from fewshot_diti.backbone_files import SD2_BASE
 from fewshot_diti.evaluation.recipe import main
 from fewshot_diti.evaluation.run import FewShotRun
 

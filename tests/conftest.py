@@ -88,6 +88,14 @@ def save_tiny_backbone(folder: Path, *, prediction_type: str = "epsilon", seed: 
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prior images, and notes of where backbones lie, are not left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny backbone that predicts eps."""

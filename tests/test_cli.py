@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("quick_train")
 
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
-        "demo": "--output_dir --shots --test_images --trials --zero_shot_trials --backbone --dtype --seed",
-        "train": "--output_dir --concept --backbone --shots --folds --resize --banner_rows --split --val_split --dtype"
+        "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed",
+        "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split --val_split --dtype"
         " --shortlist --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size --compile",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
@@ -37,8 +37,8 @@ def test_errors_of_the_user_are_one_line_and_status_2(
     other = save_tiny_backbone(tmp_path / "other", seed=1)
     picture = str(shots / "bolt" / "0.png")
     classifier = DiTiClassifier.from_pretrained(bank)
-    classifier.remove(CLASSES[1:]).save_pretrained(tmp_path / "one")
-    classifier.remove(CLASSES[:1]).save_pretrained(tmp_path / "none")
+    classifier.remove_classes(CLASSES[1:]).save_pretrained(tmp_path / "one")
+    classifier.remove_classes(CLASSES[:1]).save_pretrained(tmp_path / "none")
     capsys.readouterr()
     expected = {
         "holds no class sub-folder with images": train_command(tmp_path / "empty", backbone_folder, tmp_path / "bank"),

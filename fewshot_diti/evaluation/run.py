@@ -78,9 +78,9 @@ class FewShotRun:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}; pass a whole number of at least 1.")
         for name in ("training", "scoring"):
-            if getattr(self, name).seed not in (0, self.seed):
-                raise ValueError(f"{name}.seed={getattr(self, name).seed}; pass seed, which all parts of a run follow.")
-            object.__setattr__(self, name, replace(getattr(self, name), seed=self.seed))
+            if (own := getattr(self, name).seed) not in (0, self.seed):
+                raise ValueError(f"{name}.seed={own}; pass seed, which all parts of a run follow.")
+            object.__setattr__(self, name, replace(getattr(self, name), seed=0))  # so that `seed` alone can be changed
 
     def classifier(self, backbone: Backbone) -> DiTiClassifier:
         """The classifier that the run trains."""
@@ -89,8 +89,8 @@ class FewShotRun:
             concept=self.concept,
             prompt_template=self.prompt_template,
             generic_prompt=self.generic_prompt,
-            training=self.training,
-            scoring=self.scoring,
+            training=replace(self.training, seed=self.seed),
+            scoring=replace(self.scoring, seed=self.seed),
             prediction=self.prediction,
             geometry=ImageGeometry(size=backbone.image_size, resize=self.resize, banner_rows=self.banner_rows),
         )
