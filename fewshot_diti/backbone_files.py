@@ -105,8 +105,11 @@ def load_parts(name_or_path: str | Path, variant: str | None = None, **hub: Any)
             # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
             "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False, **hub),
         }
-    except SafetensorError as error:
-        raise OSError(f"A weights file of {where} is damaged or cut short ({error}); get the folder again.") from error
+    except (SafetensorError, RuntimeError) as error:  # a RuntimeError for shapes that differ
+        raise OSError(
+            f"A weights file of {where} is damaged, cut short, or of another network than its config.json describes "
+            f"({error}); get the folder again."
+        ) from error
     except (OSError, HFValidationError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
