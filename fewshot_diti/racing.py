@@ -79,8 +79,8 @@ def final_means(mean_A: Tensor, variance: float, freedom: float, done: int, tria
     between the class's own mean and the middle of all classes, the nearer to the latter the less the classes differ
     beyond their noise: the normal prior of an empirical Bayes estimate (Efron and Morris, 1973). The prior's variance
     is that of the better half about the median, since a class far behind is no evidence about those in front (of 3
-    classes or fewer it is that of all), and the lower end of its one-sided 90 % interval: the point estimate is too large so
-    often that a look would drop the best of 12 equal classes up to twice as often as it may.
+    classes or fewer it is that of all), and the lower end of its one-sided 90 % interval: the point estimate is too
+    large so often that a look would drop the best of 12 equal classes up to twice as often as it may.
     """
     classes, noise = len(mean_A), variance / done
     if classes < 4:
