@@ -1,4 +1,4 @@
-"""The few-shot table at tiny size: what is there is not run again, failures are told, processes share the work."""
+"""The few-shot table at tiny size: what is there is not run again, failures are reported, processes share the work."""
 
 from __future__ import annotations
 
@@ -201,12 +201,11 @@ def test_data_that_no_table_can_be_made_of_are_refused(config: EvalConfig, data:
 def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -> None:
     # bfloat16 rounds differently with the classes that share a batch
     exact = replace(config, dtype="float32")
-    few = replace(exact, methods=("diti-all-t", "ncm-sd", "nn-latents"), against="ncm-sd", shots=(2,))
+    few = replace(exact, methods=("fewshot-diti", "diti-all-t", "ncm-sd"), against="ncm-sd", shots=(2,))
     script = tmp_path / "two.py"
     script.write_text(
         "import sys\nfrom small_grid import *\nfrom fewshot_diti.commands.evaluate import evaluate\n"
-        "bench_module.recommended_training = lambda num_shots, small: TRAINING\n"
-        "bench_module.recommended_scoring = lambda small: SCORING\n"
+        "from fewshot_diti.presets import PRESETS\nPRESETS['pocket'] = PRESET\n"
         f"from pathlib import PosixPath\nsys.exit(evaluate({replace(few, output_dir=tmp_path / 'two')!r}, QUIET))\n"
     )
     root = Path(__file__).parents[1]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import mmap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_grid import SCORING, TRAINING
+from small_grid import PRESET, SCORING
 from test_lora import random_bank
 
 from eval.speed import __main__ as script
-from eval.speed import measurement, timing, training
+from eval.speed import timing
 from eval.speed.measurement import SpeedConfig
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.elimination import exhaustive, racing
+from fewshot_diti.elimination import exhaustive
+from fewshot_diti.presets import PRESETS
+from fewshot_diti.racing import racing
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 
@@ -31,10 +33,9 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    scoring = replace(SCORING, trials=8, decide="racing", density="importance", batch_size=24)
-    for module in (measurement, training):
-        monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
-    monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
+    scoring = asdict(replace(SCORING, trials=8, density="importance"))
+    quick = replace(PRESET, scoring=scoring, prediction={"schedule": "racing", "batch_size": 24})
+    monkeypatch.setitem(PRESETS, "pocket", quick)
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which needs no C++ compiler
     config = SpeedConfig(
