@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import Decision, Look, Stage, eliminate
+from fewshot_diti.elimination import Decision, Stage, eliminate
 from fewshot_diti.memory import return_freed_pages
+from fewshot_diti.racing import Look
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.timesteps import weighted_mean
