@@ -30,8 +30,8 @@ class EvalConfig(GridConfig):
         quick: 1 and 2 shots, one seed, ten test images per class, 3 trials and a quarter of the training steps,
             whatever the flags say.
         dry_run: prints what would run, and how long it would take, and runs nothing.
-        against: the method that all others are compared with, image by image; by default `fewshot-diti` where it is
-            one of the methods, else the first.
+        against: the method that all others are compared with, image by image; by default `fewshot-diti`, else
+            `diti`, else the first of the methods.
 
     Raises:
         ValueError: as `GridConfig`, or `against` is none of the methods.
@@ -46,10 +46,14 @@ class EvalConfig(GridConfig):
         given = [name for name in QUICK if self.quick and getattr(self, name) != getattr(EvalConfig, name)]
         if given:
             raise ValueError(f"--quick sets {', '.join(QUICK)} itself; leave out {', '.join(given)}, or --quick.")
-        if not self.against:
-            object.__setattr__(self, "against", SHIPPED if SHIPPED in self.methods else self.methods[0])
-        if self.against not in self.methods:
+        if self.against and self.against not in self.methods:
             raise ValueError(f"against={self.against!r}; pass one of the methods {', '.join(self.methods)}.")
+
+    @property
+    def reference(self) -> str:
+        """The method that all others are compared with."""
+        ours = next((name for name in (SHIPPED, "diti") if name in self.methods), self.methods[0])
+        return self.against or ours
 
 
 def evaluate(config: EvalConfig, console: Console) -> int:
@@ -66,7 +70,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
         return 0
     failed = grid.run_missing()
     if process_state().is_main_process and any(grid.record(run) for run in grid.runs()):
-        report(grid, config.against, console)
+        report(grid, config.reference, console)
     for run in failed:
         console.out(f"failed: {run.path}: {json.loads(run.path.read_text(encoding='utf-8'))['error']}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
