@@ -89,14 +89,20 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("part", "change"), [("text_encoder", {"max_position_embeddings": 32}), ("vae", {"mid_block_add_attention": True})]
+    ("part", "change"),
+    [
+        ("text_encoder", {"max_position_embeddings": 32}),
+        ("text_encoder", {"num_hidden_layers": 3}),
+        ("vae", {"mid_block_add_attention": True}),
+        ("unet", {"block_out_channels": [8, 8, 16, 8]}),
+    ],
 )
 def test_weights_of_another_network_than_the_config_describes_are_refused(
     folder: Path, part: str, change: dict[str, Any]
 ) -> None:
     config = folder / part / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(OSError, match=r"of another network than its config\.json describes"):
+    with pytest.raises(OSError, match=rf"The {part} .* its config\.json describes"):
         load(folder)
 
 
