@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("quick_train")
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed",
-        "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split --val_split"
-        " --dtype --shortlist --batch_size --seed",
+        "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split"
+        " --val_split --dtype --shortlist --batch_size --seed",
         "score": "--bank --output --backbone --dtype --batch_size --compile",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --concept --trials"
         " --training_share --max_test_images --shift --group --output_dir --quick --dry_run --against",

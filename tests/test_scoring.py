@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fewshot_diti.learning import Learner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lora import latents_of, random_bank
@@ -20,7 +21,6 @@ from fewshot_diti import DiTiClassifier
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.elimination import eliminate, exhaustive, racing
-from fewshot_diti.learning import Learner
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.trials import trial_noise
 

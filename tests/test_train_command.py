@@ -1,17 +1,22 @@
 """`fewshot-diti train`, run in-process on a tiny backbone and a tiny folder of images."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fewshot_diti.learning import Learner
-from small_commands import CLASSES, SCORING, TRAINING, save_classes, save_image, train_command
+from small_commands import CLASSES, PRESET, SCORING, TRAINING, save_classes, save_image, train_command
 
-from fewshot_diti import Bank, DiTiClassifier, backbone, cli
+from fewshot_diti import Bank, DiTiClassifier, cli, presets
+from fewshot_diti import training as training_module
 from fewshot_diti.cost import training_evaluations
+from fewshot_diti.data import load_folder, sample_shots
+from fewshot_diti.training import ClassShots, Trained
 
 pytestmark = pytest.mark.usefixtures("quick_train")
 
@@ -26,7 +31,7 @@ def test_train_accepts_dashes_draws_shots_and_cross_validates(
     assert found and "in 2 folds" in out and "3 classes, 2 shots each: bolt, gear, nut" in out
     assert f"fewshot-diti score --bank '{tmp_path / 'my bank'}' IMAGE_OR_DIR" in out
     assert "pocket" not in out
-    trained = Bank.load(tmp_path / "my bank")
+    trained = Bank.from_pretrained(tmp_path / "my bank")
     assert trained.labels == CLASSES and {token.num_shots for token in trained.tokens} == {2}
     assert trained.tokens[0].prompt == "a photo of a hta bolt, a type of part."
 
@@ -57,7 +62,7 @@ def test_train_takes_a_manifest(shots: Path, backbone_folder: Path, tmp_path: Pa
     command = train_command(Path(), backbone_folder, tmp_path / "bank", "--folds", "0")
     command[1] = f"manifest:{tmp_path / 'table.csv'}@{shots}"
     assert cli.main(command) == 0
-    assert Bank.load(tmp_path / "bank").labels == CLASSES
+    assert Bank.from_pretrained(tmp_path / "bank").labels == CLASSES
 
 
 def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
@@ -67,7 +72,8 @@ def test_train_announces_the_time_of_a_large_backbone_on_the_cpu(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backbone, "LARGE_UNET", 0)
+    monkeypatch.setattr(presets, "LARGE_UNET", 0)
+    monkeypatch.setitem(presets.PRESETS, "stable-diffusion", PRESET)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
     # 4 steps x 3 classes, forward and backward; uniform weights need no shots
     assert "about 36 evaluations of training" in capsys.readouterr().err
@@ -89,23 +95,98 @@ def test_the_announced_cost_counts_what_calibration_scores(changes: dict[str, An
     assert training_evaluations(TRAINING, replace(SCORING, **changes), 20, 4) == training + scored
 
 
-def test_train_names_the_class_that_failed_and_saves_the_others(
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """Makes the training that is the `call`-th from now on, counted from 1, raise an error."""
+    whole, calls = training_module.train_class_tokens, 0
+
+    def train(*arguments: Any, **options: Any) -> Trained:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(training_module, "train_class_tokens", train)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_train_leaves_the_bank_that_was_there_to_the_bit(
     shots: Path,
     backbone_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Learner.class_shots
+    folder = tmp_path / "bank"
+    assert cli.main(train_command(shots, backbone_folder, folder, "--folds", "0")) == 0
+    before = contents(folder)
+    fail_at(monkeypatch, 2, KeyboardInterrupt())  # in the first fold
+    again = train_command(shots, backbone_folder, folder, "--folds", "2", "--seed", "5")
+    assert cli.main(again) == 130
+    assert f"the bank in {folder} is as it was" in capsys.readouterr().out
+    assert contents(folder) == before
+    incomplete = tmp_path / "bank_incomplete"
+    with pytest.warns(UserWarning, match="was saved when its training was interrupted or failed"):
+        found = DiTiClassifier.from_pretrained(incomplete)
+    assert not found.complete_ and found.classes_.tolist() == list(CLASSES)
+    assert Bank.from_pretrained(incomplete) != Bank.from_pretrained(folder)  # another seed
+    monkeypatch.undo()
+    assert cli.main(again) == 0
+    assert contents(folder) != before
+    assert Bank.from_pretrained(folder) == found.bank_
+    assert DiTiClassifier.from_pretrained(folder).complete_
 
-    def poisoned(self: Learner, label: str, *rest: object) -> object:
-        made = original(self, label, *rest)  # type: ignore[arg-type]
+
+def test_a_train_that_is_interrupted_before_there_is_a_bank_leaves_none(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail_at(monkeypatch, 1, KeyboardInterrupt())
+    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 130
+    assert "there is no bank yet" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def poison_gear(monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., ClassShots] = training_module.class_shots
+
+    def poisoned(encoder: Any, label: str, *rest: Sequence[Any]) -> ClassShots:
+        made = original(encoder, label, *rest)
         return replace(made, mean=made.mean * np.nan) if label == "gear" else made
 
-    monkeypatch.setattr(Learner, "class_shots", poisoned)
+    monkeypatch.setattr(training_module, "class_shots", poisoned)
+
+
+def test_train_names_the_class_that_failed_and_saves_the_others_beside_the_output(
+    shots: Path,
+    backbone_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    poison_gear(monkeypatch)
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
-    assert capsys.readouterr().err.startswith("error: The loss of 'gear'")
-    assert Bank.load(tmp_path / "bank").labels == ("bolt", "nut")
+    assert "error: The loss of 'gear'" in capsys.readouterr().err
+    assert not (tmp_path / "bank" / "manifest.json").exists()
+    assert Bank.from_pretrained(tmp_path / "bank_incomplete").labels == ("bolt", "nut")
+    with pytest.warns(UserWarning, match="was saved when its training was interrupted or failed"):
+        assert not DiTiClassifier.from_pretrained(tmp_path / "bank_incomplete").complete_
+
+
+def test_train_takes_a_list_of_shots(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
+    drawn = sample_shots(load_folder(shots), 2, 7)
+    drawn.save(tmp_path / "shots.json")
+    listed = train_command(shots, backbone_folder, tmp_path / "listed", "--folds", "0")
+    assert cli.main([*listed, "--shots_file", str(tmp_path / "shots.json")]) == 0
+    assert cli.main([*listed[:3], str(tmp_path / "all"), *listed[4:]]) == 0
+    banks = [Bank.from_pretrained(tmp_path / name) for name in ("listed", "all")]
+    assert [{token.num_shots for token in bank.tokens} for bank in banks] == [{2}, {3}]
 
 
 def test_train_keeps_what_is_not_its_own_and_says_what_it_replaces(

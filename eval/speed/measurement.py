@@ -194,7 +194,7 @@ class Measurement:
 
     def offsets_of(self, latents_Nchw: Tensor) -> Tensor | None:
         """What the U-Net's own features add to the scores of images [N, C]."""
-        return self.classifier.offsets(latents_Nchw)
+        return self.classifier.decider().offsets(latents_Nchw, self.settings.prediction)
 
     @cached_property
     def errors(self) -> Tensor:

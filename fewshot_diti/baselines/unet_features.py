@@ -40,7 +40,8 @@ class UnetFeatures:
         unet = backbone.unet
         self._blocks = dict([chosen_block(backbone)])  # taken where the shots cannot choose
         self._blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
-        self._blocks |= {"mid": unet.mid_block} | {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
+        self._blocks |= {} if unet.mid_block is None else {"mid": unet.mid_block}  # distilled models have none
+        self._blocks |= {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}
 
     def candidates(self) -> dict[str, Features]:
