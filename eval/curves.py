@@ -9,16 +9,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import tyro
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from fewshot_diti import plots
+from fewshot_diti.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Logs to draw, one JSON object a line.
+    """Logs to draw, one JSON object per line.
 
     Attributes:
         unet: of runs that started from one another, in their order.
@@ -30,7 +33,7 @@ class Curves:
 
 
 def read(*logs: Path) -> list[dict[str, float]]:
-    """All records; the steps of a log count on from the last of the log before."""
+    """All records; the steps of a log continue from the last step of the log before."""
     records: list[dict[str, float]] = []
     for log in logs:
         done = max((r["step"] for r in records), default=0)
@@ -46,23 +49,30 @@ def series(records: list[dict[str, float]], key: str) -> tuple[list[float], list
 
 
 def draw(config: Curves) -> None:
-    """Autoencoder: loss and PSNR on held-out variants; U-Net: training loss, and held-out errors by time-step."""
+    """Autoencoder: loss and PSNR on held-out variants; U-Net: training loss, and held-out errors by timestep."""
     vae, unet = read(config.vae), read(*config.unet)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    left.plot(*series(vae, "loss"), color="tab:blue")
-    left.set(title="autoencoder", xlabel="step", ylabel="loss", yscale="log")
-    psnr = left.twinx()
-    psnr.plot(*series(vae, "psnr_held_out"), color="tab:orange", marker="o")
-    psnr.set_ylabel("PSNR on held-out variants (dB)", color="tab:orange")
-    middle.plot(*series(unet, "loss"))
-    middle.set(title="U-Net", xlabel="step", ylabel="training loss (half of t below 400)")
-    for key in dict.fromkeys(k for record in unet for k in record if k.startswith("held_out_error")):
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    (loss, psnr), (unet_loss, errors) = figure.subplots(2, 2)
+    loss.plot(*series(vae, "loss"), color=plots.BLUE)
+    loss.set(title="autoencoder: training loss", xlabel="step", yscale="log")
+    psnr.plot(*series(vae, "psnr_held_out"), color=plots.BLUE, marker="o", markersize=4)
+    psnr.set(title="autoencoder: PSNR on held-out variants (dB)", xlabel="step")
+    unet_loss.plot(*series(unet, "loss"), color=plots.BLUE)
+    unet_loss.set(title="U-Net: training loss", xlabel="step")
+    keys = list(dict.fromkeys(k for record in unet for k in record if k.startswith("held_out_error")))
+    ends = []
+    for i, key in enumerate(keys):
         steps, values = series(unet, key)
-        right.plot(steps, values, marker=".", label=f"t = {key.rsplit('_', 1)[1]}")
-    right.set(title="error on held-out variants", xlabel="step", yscale="log")
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.output, dpi=120)
+        colour = to_hex(colormaps["viridis"](0.9 * i / max(1, len(keys) - 1)))
+        errors.plot(steps, values, color=colour)
+        ends.append(plots.End(steps[-1], values[-1], f"t = {key.rsplit('_', 1)[1]}", colour))
+    errors.set(title="U-Net: error on held-out variants", xlabel="step", yscale="log")
+    for axes in (loss, psnr, unet_loss, errors):
+        axes.title.set_fontsize(10)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        plots.tidy(axes)
+    plots.label_ends(errors, ends)
+    write_atomically(config.output, plots.png(figure))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What is left of the detail that tells classes apart: at the backbone's size, and after its autoencoder.
+"""How much of the detail that separates the classes is left at the backbone's size, and after its autoencoder.
 
     python -m eval.detail --shots 1 4 16 --seeds 1
 
-An ImageNet network's features with logistic regression, fitted on the shots and on copies in other colours, judge the
-test images three times: as they are, shrunk to the backbone's size, and restored from its latents. What the network
-loses at the last step is lost to class tokens before the U-Net sees it. Needs the extra `imagenet`.
+Logistic regression on an ImageNet network's features, fitted on the shots and on copies in other colours, classifies
+the test images three times: as they are, shrunk to the backbone's size, and restored from its latents. The accuracy
+lost at the last step is detail that class tokens never see. Needs the extra `imagenet`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.console import Console
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.baselines import LogisticProbe
-from fewshot_diti.baselines.base import KeptFeatures, LazyImages
+from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.data import ImageGeometry, load_images, sample_shots, seen_attribute
 from fewshot_diti.evaluation.table import rich_lines
-from fewshot_diti.recommended import recommended_training
+from fewshot_diti.presets import recommended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     """Prints one table."""
     backbone, network = load_backbone(config.backbone), ImageNetwork(config.network)
     pool, test = (load_images(config.dataset, split) for split in ("train", "test"))
-    recolour = ColourJitter.of(recommended_training(1, small=backbone.small))
+    recolour = ColourJitter.of(recommended(1, backbone.kind).training)
     truth = np.array([test.class_names[c] for c in test.labels])
     lines = []
     for name, way in versions(backbone).items():
@@ -73,8 +73,8 @@ def main(config: Config) -> None:
             for seed in config.seeds:
                 shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
                 probe = LogisticProbe({name: kept}, recolour=recolour, seed=seed)
-                probe.fit(LazyImages(shots), [shots.class_names[c] for c in shots.labels])
-                right = probe.predict(LazyImages(test)) == truth
+                probe.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
+                right = probe.predict(test.decoded()) == truth
                 seen = seen_attribute(shots, test, config.column)
                 known = np.array([bool(value) for value in test.attributes[config.column]])
                 cells.append([100 * right[kind].mean() for kind in (seen | ~seen, seen & known, ~seen & known)])

@@ -1,9 +1,9 @@
-"""Do samples prompted by a variant show that variant? The share that a probe trained on renders calls so.
+"""Do samples prompted by a variant show that variant? The share that a probe trained on renders classifies as it.
 
     python -m eval.fidelity --data DIR --backbone pocket
 
 The probe is a logistic regression on latents of the pre-training renders, tested on renders it has not seen; it then
-judges samples of every variant's prompt.
+classifies samples of every variant's prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fidelity:
 
 
 def main(config: Fidelity) -> None:
-    """Prints the probe's own accuracy and the share of samples it calls by their prompt."""
+    """Prints the probe's own accuracy and the share of samples it classifies as their prompt's variant."""
     backbone = Backbone.from_pretrained(config.backbone)
     renders, _ = split_held_out(load_renders(config.data, backbone.image_size), config.held_out)
     renders = renders.subset(range(0, len(renders), 3))

@@ -1,27 +1,28 @@
-"""Which time-steps tell the true class from its rivals? Curves from the errors that `eval.fewshot` left.
+"""Which timesteps separate the true class from the other classes? Curves from the errors that `eval.fewshot` left.
 
     python -m eval.gaps --shift livery --shots 1 2 4 --output_dir results
 
-Of test images whose airline the shots of another class show and those of their own do not: how far such rivals are, and
-how far the others. Takes the flags of `python -m eval.fewshot` that choose runs; draws whose class tokens have not been
-scored yet are left out. Writes one plot a number of shots beside the tables, and prints what small, all and large t
-tell at the same number of trials.
+Misleading test images are those whose airline the shots of another class show and the shots of their own class do not.
+For these the plot shows how far such classes are from the true class, and how far the others. Takes the flags of
+`python -m eval.fewshot` that choose runs; draws whose class tokens have not been scored yet are left out. Writes one
+plot per number of shots beside the tables, and prints the accuracy at small, all and large t with the same number of
+trials.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fewshot_diti import plots
 from fewshot_diti.data import shown_attribute
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid
@@ -46,7 +47,7 @@ class Gaps:
         other: [N, S], mean gap to the classes whose shots do not.
         strongest: [N, S], gap to the one of these with the smallest mean error relative to what is usual at each t.
         misleading: bool [N], images that have a value which the shots of another class show and those of their own do
-            not, and both kinds of rivals; elsewhere the gaps say nothing.
+            not, and both kinds of wrong classes; for other images the gaps mean nothing.
         groups: the image's value of the attribute.
     """
 
@@ -90,7 +91,7 @@ def measure(errors: DitiErrors, task: Task, column: str) -> Gaps:
 
 
 def join(parts: Sequence[Gaps]) -> Gaps:
-    """Several draws at the same time-steps as one."""
+    """Several draws at the same timesteps as one."""
     names = ("right", "sharing", "other", "strongest", "misleading")
     return Gaps(
         timesteps=parts[0].timesteps,
@@ -104,8 +105,8 @@ def equal_trials(
 ) -> dict[str, float]:
     """Accuracy, 0 to 1, of each window (lo, hi) with as many trials as the one with the fewest has.
 
-    A mean over `draws` random choices of trials inside the window, so that a window is judged by what its trials tell
-    and not by how many it holds. Weights: `relative`, from the shots.
+    A mean over `draws` random choices of trials inside the window, so that windows compare by the quality of their
+    trials and not by their number. Weights: `relative`, from the shots.
 
     Raises:
         ValueError: a window holds no trial.
@@ -129,38 +130,45 @@ def equal_trials(
 
 
 def plot(gaps: Gaps, title: str) -> bytes:
-    """PNG: of misleading images, the gaps; and accuracy of each time-step alone, of these and of all images.
+    """PNG: of misleading images, the gaps; and accuracy of each timestep alone, of these and of all images.
 
     Bands are 95 % intervals, bootstrap over liveries.
     """
-    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     misleading, every = gaps.misleading, np.ones(len(gaps.misleading), dtype=bool)
+    left_ends, right_ends = [], []
     if misleading.any():
-        _curve(left, gaps, gaps.sharing, misleading, "C3", "classes whose shots show the image's livery")
-        _curve(left, gaps, gaps.other, misleading, "C0", "other wrong classes")
-        _curve(left, gaps, gaps.strongest, misleading, "C7", "the strongest of these")
-        _curve(right, gaps, 100.0 * gaps.right, misleading, "C1", f"{misleading.sum()} misleading images")
-    left.axhline(0, color="black", lw=0.8)
+        left_ends = [
+            _curve(left, gaps, gaps.sharing, misleading, plots.VERMILION, "classes whose shots\nshow the livery"),
+            _curve(left, gaps, gaps.other, misleading, plots.BLUE, "other wrong classes,\nmean"),
+            _curve(left, gaps, gaps.strongest, misleading, plots.GREY, "other wrong classes,\nthe strongest"),
+        ]
+        label = f"{misleading.sum()} misleading\nimages"
+        right_ends = [_curve(right, gaps, 100.0 * gaps.right, misleading, plots.VERMILION, label)]
+    left.axhline(0, color=plots.BLACK, lw=0.8)
     left.set_title(f"{misleading.sum()} misleading images", fontsize=10)
     left.set_ylabel("error of wrong classes minus the true class's\n(standard deviations over classes)")
-    _curve(right, gaps, 100.0 * gaps.right, every, "C2", f"all {len(every)} images")
-    right.set_ylabel("accuracy of the time-step alone (%)")
+    right_ends.append(_curve(right, gaps, 100.0 * gaps.right, every, plots.BLACK, f"all {len(every)} images"))
+    right.set_title("accuracy by trials at one timestep alone", fontsize=10)
+    right.set_ylabel("accuracy (%)")
     for axes in (left, right):
-        axes.set_xlabel("time-step t")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.set_xlabel("timestep t")
+        plots.tidy(axes)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    plots.label_ends(left, left_ends, lines=2)
+    plots.label_ends(right, right_ends, lines=2)
+    return plots.png(figure)
 
 
-def _curve(axes: object, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> None:
+def _curve(axes: Axes, gaps: Gaps, values_NS: np.ndarray, mask: np.ndarray, colour: str, label: str) -> plots.End:
+    """Draws a mean over images with its band; the end of the line, for its label."""
     groups = [g for g, m in zip(gaps.groups, mask, strict=True) if m]
-    ends = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
-    axes.plot(gaps.timesteps, values_NS[mask].mean(0), color=colour, label=label)  # type: ignore[attr-defined]
-    axes.fill_between(gaps.timesteps, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, lw=0)  # type: ignore[attr-defined]
+    intervals = np.array([bootstrap_interval(column, groups) for column in values_NS[mask].T])
+    means = values_NS[mask].mean(0)
+    axes.plot(gaps.timesteps, means, color=colour, lw=2)
+    axes.fill_between(gaps.timesteps, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.12, lw=0)
+    return plots.End(float(gaps.timesteps[-1]), float(means[-1]), label, colour)
 
 
 def main(config: GridConfig) -> None:

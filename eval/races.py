@@ -1,10 +1,10 @@
-"""How often a race misses the label of all trials: simulated races, where its model holds and where it does not.
+"""How often a race ends with another label than all trials give: simulated, where its model holds and where not.
 
     python -m eval.races
 
-Scores of classes and noise of trials are drawn, not measured; the label of all trials is known, and counted is how
-often a race at the given confidence ends with another, and how many evaluations of all it takes. Prints a Markdown
-table: rows are what the noise is like, columns what the classes are like, in units of the noise of a trial.
+Scores of classes and noise of trials are drawn, not measured, so the label of all trials is known. Counts how often a
+race at the given confidence ends with another label, and which share of all evaluations it takes. Prints a Markdown
+table with a row per kind of noise and a column per kind of classes, in units of the noise of a trial.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor
 
 from eval.speed.timing import on_kept_errors
-from fewshot_diti.elimination import racing
+from fewshot_diti.racing import racing
 
 FAMILY_SHARE = 0.9  # of the noise's variance that classes of one family have in common
 
@@ -76,7 +76,7 @@ def _spread(deviation: float) -> Means:
 
 
 def _ahead(by: float, *, share: float = 0.0) -> Means:
-    """The first class, or a share of all, in front of the others, which are equal, as those in front are."""
+    """The first class, or a share of all, is ahead of the others; classes ahead are equal, and so are the others."""
 
     def means(races: int, classes: int, g: torch.Generator) -> Tensor:
         front_C = torch.arange(classes) < max(1, share * classes)
@@ -101,7 +101,7 @@ def missed(means_NC: Tensor, noise_NCS: Tensor, confidence: float) -> tuple[floa
     errors_NCS = means_NC[:, :, None] + noise_NCS
     N, C, S = errors_NCS.shape
     found = on_kept_errors(errors_NCS, torch.ones(S), racing(S, confidence=confidence))
-    labels = torch.tensor([race.label for race in found])
+    labels = torch.tensor([race.position for race in found])
     evaluations = sum(race.evaluations for race in found)
     return float((labels != errors_NCS.mean(2).argmin(1)).double().mean()), evaluations / (N * C * S)
 

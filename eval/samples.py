@@ -1,4 +1,4 @@
-"""Sample sheets of a backbone: seeds 0 to 15, unpicked, one row a prompt.
+"""Sample sheets of a backbone: seeds 0 to 15, not selected, one row per prompt.
 
 python -m eval.samples --backbone pocket --output docs/pocket-samples.png
 """

@@ -1,14 +1,14 @@
-"""Does a class token that is trained on a window of time-steps know more inside it? Accuracy by window, equal trials.
+"""Is a class token trained on a window of timesteps more accurate there? Accuracy by window, with equal trials.
 
     python -m eval.training_windows --dataset fgvc:DIR --split val --shots 16 --seed 1
 
-Trains the class tokens once on all time-steps and once on each window, and judges the images by trials inside the
+Trains the class tokens once on all timesteps and once on each window, and classifies the images by trials inside the
 windows alone, the same number in each. Weights: `relative`, from the errors of all images, which need no labels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fewshot_diti import Backbone, DiTiClassifier
-from fewshot_diti.backbone import POCKET
-from fewshot_diti.baselines.base import LazyImages
+from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
+from fewshot_diti.backbone_files import POCKET
+from fewshot_diti.calibration import Fit, shared_errors
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
-from fewshot_diti.recommended import recommended_scoring, recommended_training
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
@@ -32,8 +31,8 @@ class WindowsConfig:
 
     Attributes:
         dataset: as `load_images` reads it; the shots come from its split train.
-        split: whose images are judged.
-        bounds: between them lie the windows, in time-steps of the schedule.
+        split: whose images are classified.
+        bounds: of the windows, in timesteps of the schedule.
         trials: in each window.
     """
 
@@ -59,28 +58,26 @@ def main(config: WindowsConfig) -> None:
     for trained_on in windows:
         classifier = DiTiClassifier(
             backbone,
-            training=replace(
-                recommended_training(config.shots, small=backbone.small), seed=config.seed, timesteps=trained_on
-            ),
+            training=TrainingConfig(seed=config.seed, timesteps=trained_on),
             # nothing to calibrate: the errors are weighted below
-            scoring=replace(
-                recommended_scoring(small=backbone.small),
-                weighting="uniform",
-                density="even",
-                features_weight=0.0,
-                seed=config.seed,
-            ),
-        ).fit(LazyImages(shots), labels)
+            scoring=ScoringConfig(weighting="uniform", density="even", features_weight=0.0, seed=config.seed),
+        ).fit(shots.decoded(), labels)
         assert classifier.bank_ is not None, "fit raises where no class was learned"
         truth = torch.tensor([classifier.bank_.labels.index(judged.class_names[label]) for label in judged.labels])
         cells = []
         for lo, hi in windows:
             if trained_on not in (everything, (lo, hi)):
-                cells.append("")  # what a class token was not trained for
+                cells.append("")  # class tokens were not trained there
                 continue
             grid = even_grid(config.trials, lo, hi)
-            errors = classifier.learner.shared_errors(classifier.bank_, LazyImages(judged), grid).double()
-            correct = (score(errors, 1 / errors.mean((0, 1))).argmin(1) == truth).numpy()
+            fit = Fit(
+                encoder=classifier.encoder_,
+                prompts=classifier.prompts_,
+                settings=classifier.settings_,
+                groups={},
+            )
+            errors = shared_errors(fit, classifier.bank_, judged.decoded(), grid).double()
+            correct = (weighted_mean(errors, 1 / errors.mean((0, 1))).argmin(1) == truth).numpy()
             low, high = wilson_interval(int(correct.sum()), len(correct))
             cells.append(f"{100 * np.mean(correct):.1f} [{100 * low:.0f}, {100 * high:.0f}]")
             print(f"trained on {trained_on}, judged on {(lo, hi)}: {cells[-1]}", flush=True)

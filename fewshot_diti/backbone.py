@@ -317,7 +317,7 @@ class Backbone:
     ) -> Tensor:
         """Scaled latents [len(seeds), c, h, w] of images that the backbone makes of a prompt, fp32 on the CPU.
 
-        One image a seed, all in one batch.
+        One image per seed, all in one batch.
         """
         pipe = StableDiffusionPipeline(
             vae=self.vae,

@@ -117,18 +117,27 @@ def load_parts(name_or_path: str | Path, variant: str | None = None, **hub: Any)
 
 
 def _load_network(where: str, part: str, variant: str | None, hub: dict[str, Any]) -> nn.Module:
+    """One network; an OSError where its weights are missing or not those that its config describes."""
     network, weights = _NETWORKS[part]
-    options = {"subfolder": part, "dtype": torch.float32, "use_safetensors": True, **hub}  # nothing is ever unpickled
-    if Path(where).is_dir():
-        return network.from_pretrained(where, variant=variant or _variant_in(Path(where) / part, weights), **options)
+    is_folder = Path(where).is_dir()
+    options = {"subfolder": part, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **hub}
+    if is_folder and variant is None:
+        variant = _variant_in(Path(where) / part, weights)
     try:
-        return network.from_pretrained(where, variant=variant, **options)
+        loaded, info = network.from_pretrained(where, variant=variant, **options)  # nothing is ever unpickled
     except OSError:
         places = {k: v for k, v in hub.items() if k in ("revision", "cache_dir")}
-        if variant is not None or not isinstance(try_to_load_from_cache(where, f"{part}/config.json", **places), str):
+        if is_folder or variant or not isinstance(try_to_load_from_cache(where, f"{part}/config.json", **places), str):
             raise
         # the network is there, its weights without a variant are not
-        return network.from_pretrained(where, variant="fp16", **options)
+        loaded, info = network.from_pretrained(where, variant="fp16", **options)
+    except HFValidationError:  # a ValueError too
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise OSError(f"The {part} does not have the shapes that its config.json describes.") from error
+    if info["missing_keys"]:
+        raise OSError(f"The {part} has no weight {min(info['missing_keys'])!r}, which its config.json describes.")
+    return loaded
 
 
 def _variant_in(folder: Path, weights: str) -> str | None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassToken:
-    """What a bank knows of one class beside its weights.
+    """What a bank holds for one class beside its weights.
 
     Attributes:
         label: the class as the user calls it.

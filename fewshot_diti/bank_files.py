@@ -21,7 +21,7 @@ WEIGHTS, CLASSES, CONFIG, SETTINGS, FEATURES, CARD, MANIFEST = (
     "manifest.json",
 )
 FORMAT = 2
-_FILE = ("sha256", "size")  # what the manifest says of each file
+_FILE = ("sha256", "size")  # what the manifest holds for each file
 _HEX = 12
 
 

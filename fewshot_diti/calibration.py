@@ -129,7 +129,7 @@ def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None
     if scoring.folds:
         log_p = held_out_log_probabilities(fit.groups, shot_features, scoring.folds) if shot_features else None
         offsets = None if log_p is None else score_offsets(log_p, scoring.features_weight)
-        if held_out is not None:  # on its own even grid: training the folds once more would cost more than it tells
+        if held_out is not None:  # on its own even grid: training the folds once more would cost too much
             even = weightings.trial_weights(weights_T, even_grid(scoring.trials, *scoring.timesteps))
             scores, truth = weighted_mean(held_out[0], even / even.mean()), held_out[1]
             scores = scores if offsets is None else scores + offsets

@@ -110,7 +110,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
                 cross-validation; the classifier holds all classes, uncalibrated.
 
         Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to those of the
-        preset, with a warning. With a large backbone on a CPU it first says how long it will take.
+        preset, with a warning. With a large backbone on a CPU it first prints how long it will take.
         """
         self._load()
         groups = group_shots(images, labels, self.encoder_.prepare)
@@ -154,7 +154,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         known = [x for x in groups if x in bank.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
-        self._decider().check_features(self.current_prediction())
+        self.decider().check_features(self.current_prediction())
         try:
             raise_failed(self._learn(groups))
         finally:
@@ -228,12 +228,12 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: no class tokens.
             ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
         """
-        decider = self._decider()
+        decider = self.decider()
         return decider.decide(as_images(images), self.current_prediction())
 
     def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        return self._decider().errors(as_images(images), self.current_prediction())
+        return self.decider().errors(as_images(images), self.current_prediction())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
@@ -342,7 +342,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         known = shot_features or {}
         self.bank_, self._shot_features = bank, {x: known[x] for x in (bank.labels if bank else ()) if x in known}
 
-    def _decider(self) -> Decider:
+    def decider(self) -> Decider:
         """The bank ready to decide, made anew where the bank or the calibration is another one."""
         bank, known = self._fitted(), self._made
         if not len(bank):

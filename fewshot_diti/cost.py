@@ -1,4 +1,4 @@
-"""What a run will cost, told before it starts."""
+"""What a run will cost, printed before it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PRIOR_EVALUATIONS = 50  # of one prior image: 25 steps with guidance
 
 
 def training_evaluations(training: TrainingConfig, scoring: ScoringConfig, num_shots: int, num_classes: int) -> int:
-    """Evaluations of training, cross-validation and time-step weights; backward passes count as two.
+    """Evaluations of training, cross-validation and timestep weights; backward passes count as two.
 
     Args:
         num_shots: of all classes together.
@@ -48,7 +48,7 @@ def seconds_of_an_evaluation(backbone: Backbone, size: tuple[int, int], batch_si
 
 
 def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, what: str) -> None:
-    """Before a large backbone starts on a CPU: measures one evaluation and says how long `what` will take.
+    """Before a large backbone starts on a CPU: measures one evaluation and prints how long `what` will take.
 
     Args:
         size: (height, width) of the images in pixels.

@@ -27,8 +27,8 @@ class Discriminant:
     """Linear discriminant analysis, the classes' common covariance shrunk towards the identity (Ledoit and Wolf, 2004).
 
     On directions: the mean of the classes' mean features is taken away, then every length; in the dimensions that the
-    shots span. All classes are equally likely beforehand, however many shots each has. With one shot a class nothing is
-    known of the scatter within a class, and the cosine to the shot decides.
+    shots span. All classes are equally likely beforehand, however many shots each has. With one shot per class nothing
+    is known of the scatter within a class, and the cosine to the shot decides.
 
     Args:
         features_nD: of the shots.

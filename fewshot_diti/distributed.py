@@ -74,10 +74,10 @@ def predict_shared(
     at_once: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """What `predict` says of every item, in their order; the processes share the items.
+    """What `predict` gives for every item, in their order; the processes share the items.
 
-    An item that cannot be read gets the record {"error": reason}. Of items with one id the first that a process meets
-    is predicted.
+    An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items
+    with one id the first that a process meets is predicted.
 
     Args:
         read: an item to what `predict` takes; raises ValueError or OSError where it cannot.
@@ -114,7 +114,7 @@ def predict_shared(
         try:
             item = read(items[position])
         except (ValueError, OSError) as error:
-            found.append((position, {"error": str(error)}))
+            found.append((position, {"error": str(error), "missing": isinstance(error, FileNotFoundError)}))
         else:
             image_id = identify(item)
             if image_id in known:

@@ -80,11 +80,11 @@ def published_stages(
     """The schedule of TiF's published code; `stages` are (n, classes kept).
 
     Stage n takes n of the `trials` positions, every (trials // n)-th from trials // n // 2 on, and skips those done:
-    20, 50, 80 and 350 new trials a class at the defaults. Position p of 500 is time-step 1 + 2 p
+    20, 50, 80 and 350 new trials per class at the defaults. Position p of 500 is timestep 1 + 2 p
     (`even_grid(500, 0, 1000)`). Where n does not divide `trials` (128 of 500, ISIC2019), the first n of those positions
-    are taken, as published: the trials with the largest time-steps then wait for a later stage.
+    are taken, as published: the trials with the largest timesteps then wait for a later stage.
 
-    5,550 evaluations an image at 100 classes. ValueError: n above `trials`, or a stage without a new trial.
+    5,550 evaluations per image at 100 classes. ValueError: n above `trials`, or a stage without a new trial.
     """
     done: set[int] = set()
     alive = num_classes
@@ -105,7 +105,7 @@ def published_stages(
 def proportional_stages(num_classes: int) -> tuple[Stage, ...]:
     """FGVC-Aircraft's published schedule, its kept classes scaled by num_classes / 100 and rounded up.
 
-    900 evaluations an image at 12 classes (keep 3, 2, 1, 1), where `published_stages` takes 3,390. With 20 classes or
+    900 evaluations per image at 12 classes (keep 3, 2, 1, 1), where `published_stages` takes 3,390. With 20 classes or
     fewer, stage 3 leaves one class and settles the label; the last 350 evaluations only refine that class's score.
     """
     stages = [(n, -(-keep * num_classes // PUBLISHED_CLASSES)) for n, keep in PUBLISHED_STAGES]
@@ -113,14 +113,14 @@ def proportional_stages(num_classes: int) -> tuple[Stage, ...]:
 
 
 def exhaustive(trials: int) -> tuple[Stage, ...]:
-    """One stage of all `trials` for every class: trials x classes evaluations an image, no class dropped early."""
+    """One stage of all `trials` for every class: trials x classes evaluations per image, no class dropped early."""
     return (Stage(trial_positions=tuple(range(trials)), keep=1),)
 
 
 def count_evaluations(stages: Sequence[Stage | Look], num_classes: int) -> int:
     """Evaluations that `stages` cost an image: samples through the U-Net, one a new trial of a class still in.
 
-    Of a race the most that it can cost: nobody knows beforehand when it ends.
+    For a race, the most that it can cost: when it ends depends on the image.
     """
     total, alive = 0, num_classes
     for stage in stages:

@@ -29,7 +29,7 @@ class Look:
     t, after the mean over classes is taken out: the estimator for systematic samples (Wolter, "Introduction to Variance
     Estimation", section 8.2), in which what changes slowly with t is no noise.
 
-    What it guarantees, and when: given the time-steps, the noise of the trials is independent. If that of the classes'
+    What it guarantees, and when: given the timesteps, the noise of the trials is independent. If that of the classes'
     errors is normal with one variance and independent from class to class, a look drops the class that all S trials
     would choose with a probability of about `error_rate` at most, and a race ends without it with about the sum of its
     looks' at most. About, since the prior is estimated, at each look anew. Where classes come in families that share
@@ -78,9 +78,9 @@ def final_means(mean_A: Tensor, variance: float, freedom: float, done: int, tria
     `mean_A`: over the trials done; `variance`: of one trial, estimated with `freedom`. The trials to come are expected
     between the class's own mean and the middle of all classes, the nearer to the latter the less the classes differ
     beyond their noise: the normal prior of an empirical Bayes estimate (Efron and Morris, 1973). The prior's variance
-    is that of the better half about the median, since a class far behind says nothing of those in front (of 3 classes
-    or fewer it is that of all), and the lower end of its one-sided 90 % interval: the point estimate is too large so
-    often that a look would drop the best of 12 equal classes up to twice as often as it may.
+    is that of the better half about the median, since a class far behind is no evidence about those in front (of 3
+    classes or fewer it is that of all), and the lower end of its one-sided 90 % interval: the point estimate is too
+    large so often that a look would drop the best of 12 equal classes up to twice as often as it may.
     """
     classes, noise = len(mean_A), variance / done
     if classes < 4:
@@ -123,7 +123,7 @@ def racing(trials: int, *, confidence: float) -> tuple[Look, ...]:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}; give a probability between 0 and 1")
-    order, ends, end = nested_order(trials), [], 2  # of one trial nobody can tell noise from difference
+    order, ends, end = nested_order(trials), [], 2  # one trial cannot tell noise from difference
     while end < trials:
         ends.append(end)
         end += max(2, end // 4 * 2)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
 
-_RIGHT, _WRONG = "#1a7f37", "#c62828"
+from fewshot_diti import plots
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,29 +142,32 @@ def predictions_picture(
     *,
     columns: int = 4,
 ) -> bytes:
-    """PNG grid of images, each under its class and, green or red, the predicted class with its probability (0..1)."""
+    """PNG grid of images, each under its class and the predicted class with its probability (0..1).
+
+    What is right has a blue frame and a tick, what is wrong an orange one and a cross: colour is never the only sign.
+    """
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2.05 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.1 * rows), dpi=110, layout="constrained")
+    figure.suptitle("true class; below it the predicted class and its probability", fontsize=11, color=plots.GREY)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(images) :]:
         axis.set_axis_off()
     for axis, image, label, guess, p in zip(axes, images, labels, predicted, probabilities, strict=False):
         right = label == guess
-        colour = _RIGHT if right else _WRONG
+        colour = plots.BLUE if right else plots.VERMILION
         axis.imshow(np.asarray(image))
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color=colour, linewidth=3)
-        axis.set_title(label, fontsize=10, pad=19)
+        axis.set_title(label, fontsize=12, pad=22)
         axis.text(
             0.5,
             1.04,
-            f"{'✓' if right else '✗'} predicted {guess}, {100 * p:.0f} %",
+            f"{'✓' if right else '✗'} {guess}, {100 * p:.0f} %",
             transform=axis.transAxes,
             horizontalalignment="center",
             verticalalignment="bottom",
-            fontsize=10,
+            fontsize=12,
+            weight="normal" if right else "bold",
             color=colour,
         )
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return plots.png(figure)

@@ -157,7 +157,7 @@ def error_tensor(
 ) -> Tensor:
     """Errors [N, C, S] of every class token on every image: the exhaustive schedule.
 
-    Trial number s is at time-step `timesteps_S[s]`. A progress bar shows on the main process's terminal.
+    Trial number s is at timestep `timesteps_S[s]`. A progress bar shows on the main process's terminal.
 
     Raises:
         ValueError: as `Scorer.errors`.
@@ -192,7 +192,7 @@ def decide(
 ) -> list[Decision]:
     """Winner and scores of every image, by a schedule; what is still in of several images shares the batches.
 
-    Trial number s is at time-step `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule; `offsets_NC` as of
+    Trial number s is at timestep `timesteps_S[s]` and weighs `weights_S[s]`, whatever the schedule; `offsets_NC` as of
     `eliminate`. A progress bar shows on the main process's terminal.
 
     Raises:

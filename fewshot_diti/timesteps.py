@@ -1,16 +1,15 @@
-"""Time-step weights w(t), the density of trials that suits them, and the score that they give.
+"""Timestep weights w(t), the density of trials that suits them, and the score that they give.
 
-The *intervention*: restricting or weighting the diffusion time-steps that scoring may use. Functions take tensors and
+The *intervention*: restricting or weighting the diffusion timesteps that scoring may use. Functions take tensors and
 return tensors; `alphas_cumprod` is the backbone's own schedule, never a typed-in one (`tif_released` excepted, which
 reproduces code that typed one in). Weights come back as float64 [T] on the schedule's device.
 
-Shapes in names: N images, C classes, S trials of an image, T time-steps of the backbone's schedule.
+Shapes in names: N images, C classes, S trials of an image, T timesteps of the backbone's schedule.
 Sources: DiTi (Yue et al., ICLR 2024), TiF (Yue et al., CVPR 2024), PDAE (Zhang et al., NeurIPS 2022).
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,6 @@ from torch import Tensor
 
 NUM_EDITS = 500  # the larger edits d + 1, d + 2, .. that `tif` sets against the edit d
 PDAE_GAMMA = 0.1
-DISTANCE_PERCENTILE = 0.1
-PAIRS_IN_MEMORY = 2**24  # float64 distances held at once, 128 MiB
 TIME_BINS = 20
 VALUE_FLOOR = 1e-3
 
@@ -97,7 +94,7 @@ def snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def uniform(alphas_cumprod: Tensor) -> Tensor:
-    """Weight 1 at every time-step, float64 [T]."""
+    """Weight 1 at every timestep, float64 [T]."""
     return torch.ones_like(_schedule(alphas_cumprod))
 
 
@@ -156,36 +153,15 @@ def tif_released(d: float) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def attribute_distance(latents_NCHW: Tensor, labels_N: Tensor) -> float:
-    """d of `tif`: the size of the smallest edit that turns a shot of one class into a shot of another.
-
-    sqrt(sum over latent positions of the 0.1th percentile of the squared distance over channels, between shots of
-    different classes). `latents_NCHW`: VAE means times the scaling factor; `labels_N`: integers. Each pair counts once.
-    Holds about 128 MiB at a time, or one position's N x N pairs where those are more. ValueError with one class only.
-    """
-    apart_NN = _different_classes(latents_NCHW, labels_N).triu()
-    return _summed_percentiles(latents_NCHW, lambda squared_PNN: squared_PNN[:, apart_NN])
-
-
-def attribute_distance_released(latents_NCHW: Tensor, labels_N: Tensor) -> float:
-    """d of `tif_released`, as TiF's published code takes it; like `attribute_distance`, with another percentile.
-
-    The percentile is over all ordered pairs, an image with itself included, and the squared distance of pairs of one
-    class is set to 100 instead of left out, so that d grows with the shots of a class.
-    """
-    same_NN = ~_different_classes(latents_NCHW, labels_N)
-    return _summed_percentiles(latents_NCHW, lambda squared_PNN: squared_PNN.masked_fill(same_NN, 100.0).flatten(1))
-
-
 def spread(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
     """1 / (standard deviation over classes of the errors at t), estimated on shots, float64 [T].
 
     `timesteps`: [S], the same for all images, or [N, S]. Weighted so, each trial moves the score by as much as any
-    other, which is why nothing is scaled: the score is in units of the classes' spread. Between the trials' time-steps
+    other, which is why nothing is scaled: the score is in units of the classes' spread. Between the trials' timesteps
     the weights are interpolated (`_one_over`).
 
-    ValueError: non-finite errors (names the class), fewer than two classes, time-steps outside the schedule, or classes
-    that do not differ at half or more of the time-steps.
+    ValueError: non-finite errors (names the class), fewer than two classes, timesteps outside the schedule, or classes
+    that do not differ at half or more of the timesteps.
     """
     _check_errors(errors_NCS)
     if errors_NCS.shape[1] < 2:
@@ -200,7 +176,7 @@ def relative(errors_NCS: Tensor, timesteps: Tensor, num_train_timesteps: int) ->
     the score of a class is its mean error relative to the usual one. Steadier than `spread`: a mean needs fewer shots
     than a standard deviation, and a t at which the classes hardly differ gets no large weight for it.
 
-    ValueError: non-finite errors (names the class), time-steps outside the schedule, or errors that are 0.
+    ValueError: non-finite errors (names the class), timesteps outside the schedule, or errors that are 0.
     """
     _check_errors(errors_NCS)
     return _one_over(errors_NCS.double().mean(dim=1), timesteps, num_train_timesteps)
@@ -210,19 +186,19 @@ FROM_ERRORS = {"spread": spread, "relative": relative}  # weightings that are es
 
 
 def where_weighted(weights_T: Tensor, lo: int, hi: int) -> Tensor:
-    """The even density of time-steps over those of [lo, hi) that have a weight, float64 [T], mean 1 over [lo, hi).
+    """The even density of timesteps over those of [lo, hi) that have a weight, float64 [T], mean 1 over [lo, hi).
 
     Trials drawn from it are never spent where the weight is 0. ValueError: no weight inside [lo, hi).
     """
     used_T = torch.zeros_like(weights_T, dtype=torch.float64)
     used_T[lo:hi] = (weights_T[lo:hi] > 0).double()
     if not used_T.any():
-        raise ValueError(f"no time-step in [{lo}, {hi}) has any weight; widen timesteps to those that have")
+        raise ValueError(f"no timestep in [{lo}, {hi}) has any weight; widen timesteps to those that have")
     return used_T * (hi - lo) / used_T.sum()
 
 
 def importance(density_T: Tensor, weights_T: Tensor, spread_T: Tensor) -> Tensor:
-    """Density q of time-steps under which each trial moves the score by as much as any other, float64 [T].
+    """Density q of timesteps under which each trial moves the score by as much as any other, float64 [T].
 
     q is proportional to w divided by `spread_T`, the weights of `spread` (1 / standard deviation over classes): the
     density of least variance for the mean of (w / q) times the classes' differences (Owen, "Monte Carlo theory, methods
@@ -233,9 +209,9 @@ def importance(density_T: Tensor, weights_T: Tensor, spread_T: Tensor) -> Tensor
 
 
 def trial_weights(weights_T: Tensor, timesteps: Tensor) -> Tensor:
-    """Weights of trials from the weights of all time-steps: `weights_T` at `timesteps` ([S] or [N, S]), in their shape.
+    """Weights of trials from the weights of all timesteps: `weights_T` at `timesteps` ([S] or [N, S]), in their shape.
 
-    ValueError: time-steps outside the schedule, or an image none of whose trials has a weight other than 0.
+    ValueError: timesteps outside the schedule, or an image none of whose trials has a weight other than 0.
     """
     _check_timesteps(timesteps, len(weights_T))
     weights = weights_T[timesteps.to(weights_T.device)]
@@ -253,7 +229,7 @@ def trial_weights(weights_T: Tensor, timesteps: Tensor) -> Tensor:
 def weighted_mean(errors_NCS: Tensor, weights: Tensor, density: Tensor | None = None) -> Tensor:
     """Mean over trials of (w / q) e, float64 [N, C]; the smallest score of an image wins.
 
-    `weights`: w at each trial (`trial_weights`), [S] or [N, S]. `density`: q, the density that the trials' time-steps
+    `weights`: w at each trial (`trial_weights`), [S] or [N, S]. `density`: q, the density that the trials' timesteps
     were drawn from, above 0 and in the same shape; without it 1, which is right for an even grid.
     ValueError: an error that is not finite (names the class: argmin would pick a NaN), a weight that is negative or not
     finite, or an image whose weights are all 0.
@@ -266,12 +242,12 @@ def weighted_mean(errors_NCS: Tensor, weights: Tensor, density: Tensor | None = 
     if weightless_N.any():
         raise ValueError(
             f"the weights of all {weights_NS.shape[1]} trials of image {int(weightless_N.nonzero()[0])} are 0: none of "
-            "its time-steps lies inside the window; draw trials inside the window, or widen it"
+            "its timesteps lies inside the window; draw trials inside the window, or widen it"
         )
     if density is not None:
         density_NS = _per_image(density, errors_NCS, "density").double()
         if not (density_NS > 0).all():
-            raise ValueError(f"the density of drawn time-steps must be above 0; the smallest is {density_NS.min()}")
+            raise ValueError(f"the density of drawn timesteps must be above 0; the smallest is {density_NS.min()}")
         weights_NS = weights_NS / density_NS
     return torch.einsum("ncs,ns->nc", errors_NCS.double(), weights_NS) / errors_NCS.shape[2]
 
@@ -309,7 +285,7 @@ def _check_errors(errors_NCS: Tensor) -> None:
 def _check_timesteps(timesteps: Tensor, num_train_timesteps: int) -> None:
     if timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= num_train_timesteps:
         raise ValueError(
-            f"time-steps of {timesteps.dtype} from {timesteps.min()} to {timesteps.max()}; they must be integers from "
+            f"timesteps of {timesteps.dtype} from {timesteps.min()} to {timesteps.max()}; they must be integers from "
             f"0 to {num_train_timesteps - 1}"
         )
 
@@ -324,11 +300,11 @@ def _per_image(values: Tensor, errors_NCS: Tensor, name: str) -> Tensor:
 def _one_over(values_NS: Tensor, timesteps: Tensor, num_train_timesteps: int) -> Tensor:
     """1 / (mean over images of a positive figure of each trial), float64 [T].
 
-    Between the trials' time-steps its logarithm is interpolated, outside them it is constant. Where each image has
-    time-steps of its own ([N, S]), one t has too few images for a mean, so trials are pooled over twentieths of the
-    schedule first. A value below 1/1000 of the median over t counts as that: such time-steps would outweigh all others.
+    Between the trials' timesteps its logarithm is interpolated, outside them it is constant. Where each image has
+    timesteps of its own ([N, S]), one t has too few images for a mean, so trials are pooled over twentieths of the
+    schedule first. A value below 1/1000 of the median over t counts as that: such timesteps would outweigh all others.
     """
-    timesteps_NS = _per_image(timesteps, values_NS[:, None], "time-steps")
+    timesteps_NS = _per_image(timesteps, values_NS[:, None], "timesteps")
     _check_timesteps(timesteps_NS, num_train_timesteps)
     t = timesteps_NS.flatten().cpu().numpy()
     groups = t if timesteps.ndim == 1 else t * TIME_BINS // num_train_timesteps
@@ -337,37 +313,6 @@ def _one_over(values_NS: Tensor, timesteps: Tensor, num_train_timesteps: int) ->
     mean_value = np.bincount(group, weights=values_NS.flatten().cpu().numpy()) / count
     floor = VALUE_FLOOR * np.median(mean_value)
     if floor == 0:
-        raise ValueError("the errors of all classes are the same at most time-steps: are the class tokens trained?")
+        raise ValueError("the errors of all classes are the same at most timesteps: are the class tokens trained?")
     log_value_T = np.interp(np.arange(num_train_timesteps), mean_t, np.log(np.maximum(mean_value, floor)))
     return torch.from_numpy(np.exp(-log_value_T)).to(values_NS.device)
-
-
-def _different_classes(latents_NCHW: Tensor, labels_N: Tensor) -> Tensor:
-    if latents_NCHW.ndim != 4 or labels_N.shape != latents_NCHW.shape[:1]:
-        raise ValueError(
-            f"latents {tuple(latents_NCHW.shape)} and labels {tuple(labels_N.shape)}; give [N, C, H, W] and [N]"
-        )
-    labels_N = labels_N.to(latents_NCHW.device)
-    different_NN = labels_N[:, None] != labels_N
-    if not different_NN.any():
-        raise ValueError(f"all {len(labels_N)} shots are of one class; a distance between classes needs two or more")
-    return different_NN
-
-
-def _summed_percentiles(latents_NCHW: Tensor, pairs: Callable[[Tensor], Tensor]) -> float:
-    total = 0.0
-    for squared_PNN in _squared_distances(latents_NCHW):
-        squared_PM = pairs(squared_PNN)
-        rank = DISTANCE_PERCENTILE / 100 * (squared_PM.shape[1] - 1)
-        # the few smallest are found on the latents' own device; numpy's percentile, on the CPU, takes far longer
-        smallest_PK = squared_PM.topk(min(int(rank) + 2, squared_PM.shape[1]), largest=False).values
-        below_P, above_P = smallest_PK[:, int(rank)], smallest_PK[:, -1]
-        total += torch.lerp(below_P, above_P, rank % 1).sum().item()
-    return math.sqrt(total)
-
-
-def _squared_distances(latents_NCHW: Tensor) -> Iterator[Tensor]:
-    positions_PNC = latents_NCHW.double().flatten(2).permute(2, 0, 1).contiguous()
-    for chunk_PNC in positions_PNC.split(max(1, PAIRS_IN_MEMORY // len(latents_NCHW) ** 2)):
-        # Not by matrix multiplication: |a|^2 + |b|^2 - 2 a b loses the smallest distances, the ones asked for.
-        yield torch.cdist(chunk_PNC, chunk_PNC, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -137,7 +137,7 @@ class _ClassStream:
     generator: torch.Generator
 
     def draw(self, config: TrainingConfig, prior: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise, time-steps of one step: `shots_per_step` shots, then as many prior images if any."""
+        """Latents, noise, timesteps of one step: `shots_per_step` shots, then as many prior images if any."""
         g, m = self.generator, config.shots_per_step
         n, variants = self.shots.mean.shape[:2]
         rows = torch.randperm(n, generator=g)[:m] if n >= m else torch.randint(n, (m,), generator=g)
@@ -189,10 +189,10 @@ def class_losses(
 
 
 def check_can_train(backbone: Backbone, config: TrainingConfig) -> None:
-    """Raises a ValueError for time-steps beyond the schedule and for a backbone in float16."""
+    """Raises a ValueError for timesteps beyond the schedule and for a backbone in float16."""
     if config.timesteps[1] > backbone.num_train_timesteps:
         raise ValueError(
-            f"timesteps={config.timesteps} exceed the schedule's {backbone.num_train_timesteps} time-steps."
+            f"timesteps={config.timesteps} exceed the schedule's {backbone.num_train_timesteps} timesteps."
         )
     if backbone.dtype == torch.float16:
         raise ValueError("float16 loses small gradients; load the backbone in bfloat16 or float32 to train.")
@@ -213,7 +213,7 @@ def train_class_tokens(
         prior: generic prompt and prior latents [images, c, h, w], needed where `config.prior_weight` > 0.
 
     Raises:
-        ValueError: no class, two classes of one label, time-steps beyond the schedule, prior images missing, or a
+        ValueError: no class, two classes of one label, timesteps beyond the schedule, prior images missing, or a
             backbone in float16.
     """
     labels = [c.label for c in classes]

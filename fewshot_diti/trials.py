@@ -1,6 +1,6 @@
-"""Trials: time-steps, and noise that depends on (seed, image id, trial number) alone.
+"""Trials: timesteps, and noise that depends on (seed, image id, trial number) alone.
 
-Batches, order, shards and resuming cannot change a trial. Shapes in names: S trials, T time-steps of the schedule.
+Batches, order, shards and resuming cannot change a trial. Shapes in names: S trials, T timesteps of the schedule.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def trial_noise(seed: int, image_id: str, trials: Sequence[int], shape: tuple[in
 
 
 def even_grid(num_trials: int, lo: int, hi: int) -> Tensor:
-    """Time-steps of `num_trials` trials, evenly spaced inside [lo, hi): midpoints of equal parts, int64 [S].
+    """Timesteps of `num_trials` trials, evenly spaced inside [lo, hi): midpoints of equal parts, int64 [S].
 
-    The same on every machine. even_grid(500, 0, 1000) is the published 1, 3, .., 999. More trials than time-steps
-    repeat time-steps (with other noise). ValueError unless num_trials >= 1 and 0 <= lo < hi.
+    The same on every machine. even_grid(500, 0, 1000) is the published 1, 3, .., 999. More trials than timesteps
+    repeat timesteps (with other noise). ValueError unless num_trials >= 1 and 0 <= lo < hi.
     """
     if num_trials < 1 or not 0 <= lo < hi:
         raise ValueError(f"no grid of {num_trials} trials in [{lo}, {hi}); num_trials >= 1 and 0 <= lo < hi")
@@ -42,7 +42,7 @@ def even_grid(num_trials: int, lo: int, hi: int) -> Tensor:
 
 
 def drawn_grid(density_T: Tensor, num_trials: int) -> Tensor:
-    """Time-steps of `num_trials` trials, stratified: the density's quantiles at midpoints of equal parts, int64 [S].
+    """Timesteps of `num_trials` trials, stratified: the density's quantiles at midpoints of equal parts, int64 [S].
 
     The inverse CDF, so that an even density gives `even_grid`. Ascending. ValueError: num_trials below 1.
     """
@@ -50,5 +50,5 @@ def drawn_grid(density_T: Tensor, num_trials: int) -> Tensor:
         raise ValueError(f"no grid of {num_trials} trials; num_trials >= 1")
     cdf_T = density_T.double().cumsum(0)
     quantiles = (2 * torch.arange(num_trials, dtype=torch.float64) + 1) / (2 * num_trials) * cdf_T[-1].cpu()
-    # a quantile at the end of a time-step's share belongs to the next one, whatever the sum was rounded to
+    # a quantile at the end of a timestep's share belongs to the next one, whatever the sum was rounded to
     return torch.searchsorted(cdf_T.cpu(), quantiles * (1 + 1e-9), right=True)

@@ -11,6 +11,7 @@ from itertools import combinations
 from torch import Tensor
 
 from fewshot_diti import timesteps as weightings
+from fewshot_diti.attribute_distance import attribute_distance, attribute_distance_released
 from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
 from fewshot_diti.timesteps import weighted_mean
 
@@ -63,7 +64,7 @@ def timestep_weights(
         else:
             assert latents is not None, "checked above"
             released = weighting.name == "tif_released"
-            of = weightings.attribute_distance_released if released else weightings.attribute_distance
+            of = attribute_distance_released if released else attribute_distance
             distance = of(*latents())
         return (
             weightings.tif(alphas_cumprod, distance) if weighting.name == "tif" else weightings.tif_released(distance)

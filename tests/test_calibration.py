@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from fewshot_diti.held_out import fit_temperature, negative_log_likelihood
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewshot_diti.calibration import candidate_windows, choose_window
-from fewshot_diti.held_out import fit_temperature, negative_log_likelihood
 from fewshot_diti.trials import even_grid
 
 

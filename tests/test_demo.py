@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fewshot_diti.recommended import ScoringConfig
 from PIL import Image
 
 from fewshot_diti import Bank, cli
 from fewshot_diti.commands import demo
-from fewshot_diti.recommended import ScoringConfig
 from fewshot_diti.training import TrainingConfig
 
 TRAINING = TrainingConfig(steps=4, rank=2, lr_unet=0.05, lr_text_encoder=0.05, prior_weight=0.0, colour_variants=2)

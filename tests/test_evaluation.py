@@ -45,7 +45,7 @@ def test_groups_that_are_right_or_wrong_together_widen_the_interval() -> None:
     assert alone["interval_over"] == "groups" and alone["interval"] == pytest.approx(wilson, abs=0.06)
 
 
-def test_matched_and_shifted_images_are_told_apart() -> None:
+def test_matched_and_shifted_images_are_reported_apart() -> None:
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.9, 0.1]])
     parts = {"matched": np.array([True, True, False, False]), "shifted": np.array([False, False, True, True])}
     found = summarize(np.array([0, 0, 0, 0]), probabilities, ("a", "b"), list("wxyz"), parts=parts)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.training_utils import EMAModel
 from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
 
 from fewshot_diti.backbone import Backbone
 from recipes.pocket import loop
@@ -179,6 +181,30 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     one, other = (AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_named_tensors_is_resumed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {
+        f"{kind}.{name}": torch.rand(shape)
+        for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
+        for name, shape in (("0.weight", (2, 3)), ("0.bias", (2,)), ("1.weight", (2,)), ("1.bias", (2,)))
+    }
+    state |= {"buffer.1.running_mean": torch.rand(2), "buffer.1.running_var": torch.rand(2)}
+    state["buffer.1.num_batches_tracked"] = torch.tensor(7)
+    save_file(state, tmp_path / "checkpoint.safetensors", {"step": "7", "made_from": "paint"})
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer, ema = torch.optim.AdamW(module.parameters()), EMAModel(module.parameters(), 0.9)
+    assert loop.load_checkpoint(tmp_path / "checkpoint.safetensors", module, optimizer, ema, "paint") == 7
+    assert ema.optimization_step == 7 and ema.get_decay(8) == 8 / 17  # step 7, counted from 0, has (1 + 7) / (10 + 7)
+    for (name, p), average in zip(module.named_parameters(), ema.shadow_params, strict=True):
+        assert torch.equal(p, state[f"model.{name}"]) and torch.equal(average, state[f"ema.{name}"])
+        assert torch.equal(optimizer.state[p]["exp_avg_sq"], state[f"exp_avg_sq.{name}"])
+        assert optimizer.state[p]["step"] == 7
+    assert torch.equal(module[1].running_var, state["buffer.1.running_var"])
+    loop.save_checkpoint(tmp_path / "again.safetensors", module, optimizer, ema, 7, "paint")
+    assert all(torch.equal(v, state[k]) for k, v in load_file(tmp_path / "again.safetensors").items())
+    assert load_file(tmp_path / "again.safetensors").keys() == state.keys()
 
 
 def test_a_killed_unet_run_ends_where_an_uninterrupted_one_does(

@@ -100,7 +100,7 @@ def test_prediction_table_names_the_folder_that_all_images_share_once() -> None:
     assert "/data/[new]/a/1.png" in mixed
 
 
-def test_predictions_picture_is_a_grid_with_right_in_green_and_wrong_in_red() -> None:
+def test_predictions_picture_is_a_grid_with_right_in_blue_and_wrong_in_orange() -> None:
     images = [Image.new("RGB", (64, 32), "white")] * 3
     both = predictions_picture(images, ["a", "b", "c"], ["a", "b", "a"], [1.0, 0.5, 0.25], columns=2)
     right = predictions_picture(images, ["a", "b", "c"], ["a", "b", "c"], [1.0, 0.5, 0.25], columns=2)
@@ -110,6 +110,6 @@ def test_predictions_picture_is_a_grid_with_right_in_green_and_wrong_in_red() ->
     def count(png: bytes, colour: tuple[int, int, int]) -> int:
         return int((np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) == colour).all(2).sum())
 
-    green, red = (0x1A, 0x7F, 0x37), (0xC6, 0x28, 0x28)
-    assert count(both, green) > 0 and count(both, red) > 0
-    assert count(right, green) > count(both, green) and count(right, red) == 0
+    blue, orange = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+    assert count(both, blue) > 0 and count(both, orange) > 0
+    assert count(right, blue) > count(both, blue) and count(right, orange) == 0

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import mmap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_grid import SCORING, TRAINING
+from small_grid import PRESET, SCORING
 from test_lora import random_bank
 
 from eval.speed import __main__ as script
-from eval.speed import measurement, sections, timing
+from eval.speed import timing
 from eval.speed.measurement import SpeedConfig
 from fewshot_diti.backbone import Backbone
-from fewshot_diti.elimination import exhaustive, racing
+from fewshot_diti.elimination import exhaustive
+from fewshot_diti.presets import PRESETS
+from fewshot_diti.racing import racing
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 
@@ -31,10 +33,9 @@ def test_every_section_leaves_its_figures_and_is_run_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    scoring = replace(SCORING, trials=8, decide="racing", density="importance", batch_size=24)
-    for module in (measurement, sections):
-        monkeypatch.setattr(module, "recommended_training", lambda num_shots, small: TRAINING)
-    monkeypatch.setattr(measurement, "recommended_scoring", lambda small: scoring)
+    scoring = asdict(replace(SCORING, trials=8, density="importance"))
+    quick = replace(PRESET, scoring=scoring, prediction={"schedule": "racing", "batch_size": 24})
+    monkeypatch.setitem(PRESETS, "pocket", quick)
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which needs no C++ compiler
     config = SpeedConfig(
@@ -83,7 +84,10 @@ def test_memory_is_measured_above_what_is_in_use() -> None:
 
     written, memory = timing.memory_beyond(fresh_pages)
     assert written == size
-    assert 0.9 * size < memory < 3 * size or memory != memory
+    if torch.cuda.is_available() or Path("/proc/self/clear_refs").exists():
+        assert 0.9 * size < memory < 3 * size
+    else:
+        assert np.isnan(memory)
 
 
 def test_a_schedule_is_measured_against_every_trial() -> None:
@@ -94,7 +98,7 @@ def test_a_schedule_is_measured_against_every_trial() -> None:
     weights = torch.ones(32)
     same = timing.against_exhaustive(errors, labels, weights, exhaustive(32))
     assert same["agreement"] == 1 and same["points_lost"] == 0 and same["evaluations"] == 160
-    best = score(errors, weights).argmin(1).numpy()
+    best = weighted_mean(errors, weights).argmin(1).numpy()
     assert same["accuracy"] == same["accuracy_exhaustive"] == pytest.approx(100 * (best == labels).mean())
     raced = timing.against_exhaustive(errors, labels, weights, racing(32, confidence=0.9))
     assert raced["evaluations"] < 160 and 0 < raced["clear_images"] < 40

@@ -178,7 +178,7 @@ def test_spread_bounds_the_weight_of_a_time_step_at_which_classes_do_not_differ(
     weights = ts.spread(errors, torch.tensor([1, 2, 3, 4, 5]), 10)
     spread_S = errors.double().std(dim=1, correction=0).mean(dim=0)
     assert weights[3].item() == weights.max() == pytest.approx(1000 / spread_S.median().item())
-    with pytest.raises(ValueError, match="same at most time-steps"):
+    with pytest.raises(ValueError, match="same at most timesteps"):
         ts.spread(torch.full((2, 3, 4), 0.1), torch.arange(4), 10)
     with pytest.raises(ValueError, match="two classes"):
         ts.spread(errors[:, :1], torch.arange(5), 10)
@@ -319,7 +319,7 @@ def test_importance_sampling_gives_the_score_of_an_even_grid_with_equal_shares_o
     torch.testing.assert_close(sampled - sampled[:, :1], even - even[:, :1], rtol=0.02, atol=0)
     moved = (weights * size / density)[grid]
     assert moved[4:].max() / moved[4:].min() < 1.3  # but for the tenth that is even, all trials count alike
-    with pytest.raises(ValueError, match="no time-step in"):
+    with pytest.raises(ValueError, match="no timestep in"):
         ts.where_weighted(ts.window(abar, 0, 10), 10, 900)
 
 

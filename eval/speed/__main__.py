@@ -1,32 +1,31 @@
-"""What scoring and training cost, beside the published procedure, in one run on one machine.
+"""What scoring and training cost, compared with the published procedure, in one run on one machine.
 
     python -m eval.speed --backbone pocket --dataset bundled --output_dir results/speed
 
 Trains class tokens, scores every test image under every class on every trial once (`errors.safetensors`), and decides
-on these errors as a race would; asks the published schedule about some of the images; then times whole pipelines from
-files to labels, the stacked U-Net beside the plain one, and training beside one class after another. Sections that are
-in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion 2.0's
-U-Net with random weights, `--compile default` a U-Net that torch compiled.
+on these errors as a race would; decides some of the images by the published schedule; then times whole pipelines from
+files to labels, the stacked U-Net against the plain one, and joint training against one class after another. Sections
+that are in `speed.json` already are not run again: remove the file to start anew. `--full_size` adds Stable Diffusion
+2.0's U-Net with random weights, `--compile default` a U-Net that torch compiled.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from time import perf_counter
 from typing import Any
 
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.speed.measurement import Measurement, SpeedConfig
 from eval.speed.sections import SECTIONS
+from fewshot_diti import plots
 from fewshot_diti.files import write_atomically
 
 
 def ratios(done: dict[str, Any]) -> dict[str, float]:
-    """The figures that a reader compares: below 1 (or above, for images a second) this package is the faster."""
+    """Ratios to the published procedure or the plain U-Net; below 1 (above, for images per second) is faster."""
     found: dict[str, float] = {}
     if "elimination" in done:
         e = done["elimination"]
@@ -42,33 +41,38 @@ def ratios(done: dict[str, Any]) -> dict[str, float]:
 
 def plot(done: dict[str, Any]) -> bytes:
     """PNG: evaluations against agreement as confidence varies, and evaluations as classes grow."""
-    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     curve = done["elimination"]["by_confidence"]
-    x = [v["evaluations"] for v in curve.values()]
-    left.plot(x, [100 * v["agreement"] for v in curve.values()], "o-", label="label of all trials, all images")
+    x, agreed = [v["evaluations"] for v in curve.values()], [100 * v["agreement"] for v in curve.values()]
     clear = [float("nan") if v["agreement_on_clear"] is None else v["agreement_on_clear"] for v in curve.values()]
-    left.plot(x, [100 * share for share in clear], "s--", label="where that label is clear")
+    left.plot(x, [100 * share for share in clear], "s--", color=plots.GREY, markersize=4)
+    left.plot(x, agreed, "o-", color=plots.BLUE)
     for confidence, v in curve.items():
-        left.annotate(
-            confidence, (v["evaluations"], 100 * v["agreement"]), fontsize=7, xytext=(3, -9), textcoords="offset points"
-        )
-    left.set_ylim(min(90, 100 * min(v["agreement"] for v in curve.values()) - 2), 101)
-    left.set_xlabel("evaluations an image (numbers: confidence)")
-    left.set_ylabel("the race ends with the (%)")
-    left.legend(fontsize=8)
-    for strength, g in done["growth"].items():
+        place = v["evaluations"], 100 * v["agreement"]
+        left.annotate(confidence, place, (0, -12), textcoords="offset points", fontsize=8, horizontalalignment="center")
+    left.set_ylim(min(98.5, min(agreed) - 1), 100.3)
+    left.set(xlabel="evaluations per image (numbers: confidence)", ylabel="same label as by all trials (%)")
+    ends = []
+    for (strength, g), colour in zip(done["growth"].items(), (plots.BLUE, plots.VERMILION, plots.GREEN), strict=False):
         counts, raced = [int(k) for k in g], [v["evaluations"] for v in g.values()]
-        right.loglog(counts, raced, "o-", label=f"race, copies perturbed by {strength}")
-    right.loglog(counts, [v["evaluations_exhaustive"] for v in g.values()], "o:", label="every class, every trial")
-    right.set_xlabel("classes")
-    right.set_ylabel("evaluations an image")
-    right.legend(fontsize=8)
+        right.loglog(counts, raced, "o-", color=colour)
+        ends.append(plots.End(counts[-1], raced[-1], f"race, copies perturbed by {strength}", colour))
+    every = [v["evaluations_exhaustive"] for v in g.values()]
+    right.loglog(counts, every, "o:", color=plots.GREY)
+    ends.append(plots.End(counts[-1], every[-1], "every class, every trial", plots.GREY))
+    right.set(xlabel="classes", ylabel="evaluations per image")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+        plots.tidy(axes)
+    plots.label_ends(right, ends)
+    plots.label_ends(
+        left,
+        [
+            plots.End(x[-1], agreed[-1], "all images", plots.BLUE),
+            plots.End(x[-1], 100 * clear[-1], "images with a clear label", plots.GREY),
+        ],
+    )
+    return plots.png(figure)
 
 
 def main(config: SpeedConfig) -> None:

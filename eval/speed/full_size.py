@@ -14,9 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.elimination import racing
 from fewshot_diti.lora import Layout, find_targets
 from fewshot_diti.memory import peak_memory
+from fewshot_diti.racing import racing
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 
@@ -47,7 +47,7 @@ def random_backbone() -> Backbone:
         unet = UNet2DConditionModel(**SD2_UNET)
     unet = unet.to_empty(device="cpu")
     for name, p in unet.named_parameters():
-        if p.ndim > 1:  # matrices keep the scale of what passes through them
+        if p.ndim > 1:  # matrices keep the scale of the activations
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
         else:
             nn.init.constant_(p, float(name.endswith("weight")))

@@ -8,23 +8,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fewshot_diti.backbone import POCKET, Backbone, CompileMode
-from fewshot_diti.bank import Bank, bank_fingerprint
+from fewshot_diti.backbone import Backbone, CompileMode
+from fewshot_diti.backbone_files import POCKET
+from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.data import check_disjoint, load_images, sample_shots
-from fewshot_diti.data.images import ImageSource
-from fewshot_diti.elimination import Look, Stage
+from fewshot_diti.config import Settings
+from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.data.arguments import group_shots
+from fewshot_diti.data.images import DecodedImage, ImageSource
+from fewshot_diti.elimination import Stage
+from fewshot_diti.encoding import Encoder
 from fewshot_diti.files import write_atomically
-from fewshot_diti.learning import Groups, Learner
-from fewshot_diti.recommended import recommended_scoring, recommended_training
+from fewshot_diti.presets import recommended
+from fewshot_diti.racing import Look
 from fewshot_diti.scoring import Scorer
+from fewshot_diti.training import Groups
 
 CHUNK = 24  # images between two saves
 
@@ -38,14 +43,14 @@ class SpeedConfig:
         num_shots, seed: of the class tokens.
         max_images: test images that are scored exhaustively, drawn at random; all where it is None.
         pipeline_images: of these, how many this package's pipeline is timed on, from files to labels, and the published
-            schedule is asked about.
+            schedule decides.
         published_images: of these, how many the published procedure is timed on.
         training_steps: of both ways of training; `training_classes` are trained one after another.
         growth: numbers of classes, perturbed copies of the real class tokens beyond those; `growth_images` are scored.
         growth_strengths: of the perturbation. On the pocket a copy by 0.3 nearly ties with its original, and one by 0.8
             differs from it in score about as much as real classes differ from each other.
         full_size: whether a race runs on Stable Diffusion 2.0's U-Net at 256 px, on random weights.
-        compile: mode of `torch.compile` in which a stacked evaluation is timed as well; None times none.
+        compile: mode of `torch.compile` for an additional timing of a stacked evaluation; None leaves it out.
 
     Raises:
         ValueError: more published images than images.
@@ -91,25 +96,22 @@ class Measurement:
         return Backbone.from_pretrained(self.config.backbone)
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Training and scoring: what the package recommends."""
-        small, seed = self.backbone.small, self.config.seed
-        return {
-            "training": replace(recommended_training(self.config.num_shots, small=small), seed=seed),
-            "scoring": replace(recommended_scoring(small=small), seed=seed),
-        }
+    def settings(self) -> Settings:
+        """Training, scoring and prediction: what the package recommends."""
+        training, scoring, prediction = recommended(self.config.num_shots, self.backbone.kind)
+        return Settings(replace(training, seed=self.config.seed), replace(scoring, seed=self.config.seed), prediction)
 
     @cached_property
     def made_by(self) -> dict[str, str]:
-        """What must be the same for kept sections to be taken."""
+        """What must be unchanged for finished sections to be reused."""
         config = {k: str(v) for k, v in asdict(self.config).items() if k not in ("full_size", "compile", "output_dir")}
         backbone = {"hash": self.backbone.hash, "dtype": str(self.backbone.dtype)}
-        return config | backbone | {k: str(v) for k, v in self.settings.items()}
+        return config | backbone | {k: str(v) for k, v in self.settings._asdict().items()}
 
     @cached_property
     def bank_folder(self) -> Path:
-        """Named after all that decides the class tokens: others are never taken for them."""
-        decides = [self.shots.ids, self.config.concept, self.backbone.hash, *map(str, self.settings.values())]
+        """Named after all that decides the class tokens, so that no others are loaded in their place."""
+        decides = [self.shots.ids, self.config.concept, self.backbone.hash, *map(str, self.settings)]
         return self.config.output_dir / f"bank-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}"
 
     @cached_property
@@ -117,15 +119,21 @@ class Measurement:
         """Trained once, and kept."""
         if (self.bank_folder / "manifest.json").is_file():
             return DiTiClassifier.from_pretrained(self.bank_folder, self.backbone)
-        classifier = DiTiClassifier(self.backbone, concept=self.config.concept, **self.settings)
+        classifier = DiTiClassifier(self.backbone, concept=self.config.concept, **self.settings._asdict())
         shots = self.shots
-        classifier.fit([shots.image(i) for i in range(len(shots))], [shots.class_names[c] for c in shots.labels])
+        classifier.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
         classifier.save_pretrained(self.bank_folder)
         return classifier
 
     @property
-    def learner(self) -> Learner:
-        return self.classifier.learner
+    def encoder(self) -> Encoder:
+        """Of the classifier."""
+        return self.classifier.encoder_
+
+    def latents(self, rows: Sequence[int], images: ImageSet | None = None) -> Tensor:
+        """Latents [N, c, h, w] of test images, or of some of other images."""
+        images = images or self.test
+        return self.encoder.latents([self.encoder.prepare(images.decode(row)) for row in rows])
 
     @property
     def bank(self) -> Bank:
@@ -134,30 +142,45 @@ class Measurement:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return self.learner.scorer(self.bank)
+        return self.scorer_of(self.bank)
+
+    def scorer_of(self, bank: Bank, backbone: Backbone | None = None) -> Scorer:
+        """A bank ready to score."""
+        seed, batch_size = self.settings.scoring.seed, self.settings.prediction.batch_size
+        return Scorer(backbone or self.backbone, bank, seed=seed, batch_size=batch_size)
 
     @cached_property
     def weights(self) -> Tensor:
         return torch.tensor(self.classifier.calibration_.weights, dtype=torch.float64)
 
+    def looks(self, num_classes: int) -> Sequence[Stage | Look]:
+        """What an image goes through among so many classes."""
+        return self.settings.prediction.looks(num_classes, self.settings.scoring.trials)
+
     @property
     def stages(self) -> Sequence[Stage | Look]:
         """What an image goes through among the bank's classes."""
-        return self.classifier.scoring.schedule(len(self.bank))
+        return self.looks(len(self.bank))
 
     @property
+    def reads_features(self) -> bool:
+        """Whether an evaluation per image goes to the U-Net's features."""
+        return self.settings.scoring.uses_features(self.settings.prediction)
+
+    @cached_property
     def groups(self) -> Groups:
         """The shots of each class."""
-        shots = self.shots
-        return {
-            x: [shots.image(i) for i, c in enumerate(shots.labels) if shots.class_names[c] == x]
-            for x in self.bank.labels
-        }
+        labels = [self.shots.class_names[c] for c in self.shots.labels]
+        return group_shots(self.shots.decoded(), labels, self.encoder.prepare)
+
+    def shots_of(self, label: str) -> list[DecodedImage]:
+        """The shots of a class as images, not yet prepared."""
+        return [self.shots.decode(i) for i, c in enumerate(self.shots.labels) if self.shots.class_names[c] == label]
 
     def test_file(self, row: int) -> ImageSource:
         """A test image as a path, where it is one."""
         image = self.test.images[row]
-        return image if isinstance(image, str | Path) else self.test.image(row)
+        return image if isinstance(image, str | Path) else self.test.decode(row)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -167,8 +190,11 @@ class Measurement:
     @cached_property
     def offsets(self) -> Tensor | None:
         """What the U-Net's own features add to the scores of the test images [N, C]."""
-        rows = range(len(self.test))
-        return self.classifier.offsets(self.learner.encode([self.test.image(row) for row in rows]))
+        return self.offsets_of(self.latents(range(len(self.test))))
+
+    def offsets_of(self, latents_Nchw: Tensor) -> Tensor | None:
+        """What the U-Net's own features add to the scores of images [N, C]."""
+        return self.classifier.decider().offsets(latents_Nchw, self.settings.prediction)
 
     @cached_property
     def errors(self) -> Tensor:
@@ -188,11 +214,11 @@ class Measurement:
         if path.is_file() and beside.is_file() and json.loads(beside.read_text()) == made_by:
             kept = load_file(path)["errors"]
         if not len(kept):
-            path.unlink(missing_ok=True)  # what something else made must not pass for this
+            path.unlink(missing_ok=True)  # errors of other settings must not be mistaken for these
         write_atomically(beside, (json.dumps(made_by) + "\n").encode())
         while len(kept) < len(self.test):
             rows = range(len(kept), min(len(kept) + CHUNK, len(self.test)))
-            kept = torch.cat([kept, self.classifier.errors([self.test.image(row) for row in rows])])
+            kept = torch.cat([kept, self.classifier.errors([self.test.decode(row) for row in rows])])
             write_atomically(path, save({"errors": kept}))
             print(f"errors of {len(kept)} of {len(self.test)} images", flush=True)
         return kept

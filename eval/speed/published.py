@@ -1,4 +1,4 @@
-"""The published procedure (TiF, CVPR 2024) as its authors run it, for timing against; nothing here is used elsewhere.
+"""The published procedure (TiF, CVPR 2024) as its authors run it, as a reference for timing; not used elsewhere.
 
 One class after another, in training and in scoring; one LoRA in the networks, whose weights are switched from class to
 class; batches of one shot and one prior image; the VAE encodes at every training step; no latent is kept.
@@ -45,7 +45,7 @@ class PublishedProcedure:
         self.backbone.unet, self.backbone.text_encoder = map(copy.deepcopy, (backbone.unet, backbone.text_encoder))
         for network, module in self.backbone.networks.items():
             names = [t.name for t in layout.targets if t.network == network]
-            alpha: Any = layout.alpha  # peft says int, and takes any number
+            alpha: Any = layout.alpha  # annotated int in peft, which takes any number
             inject_adapter_in_model(LoraConfig(r=layout.rank, lora_alpha=alpha, target_modules=names), module)
 
     @cached_property
@@ -70,7 +70,7 @@ class PublishedProcedure:
         prior: tuple[str, Sequence[ImageSource]],
         config: TrainingConfig,
     ) -> Tensor:
-        """The row [P] of one class: one shot and one prior image a step, encoded at every step.
+        """The row [P] of one class: one shot and one prior image per step, encoded at every step.
 
         In mixed precision, the trained weights in float32, where the backbone is in bfloat16.
         """

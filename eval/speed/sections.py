@@ -6,8 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,40 +16,35 @@ from eval.speed import timing
 from eval.speed.full_size import full_size_round, gflop_of_an_evaluation
 from eval.speed.measurement import Measurement
 from eval.speed.published import PublishedProcedure
+from eval.speed.training import training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.data import ImageSet
 from fewshot_diti.data.images import image_id
 from fewshot_diti.elimination import (
     Decision,
-    Look,
     Stage,
     count_evaluations,
     exhaustive,
     proportional_stages,
     published_stages,
 )
-from fewshot_diti.prior_images import prior_latents
-from fewshot_diti.recommended import recommended_training
+from fewshot_diti.racing import Look
 from fewshot_diti.scoring import Scorer, decide
 from fewshot_diti.trials import even_grid
 
-T = TypeVar("T")
-
-PARTS_IMAGES = 16  # that the parts' sum is set against
-VALIDATION_IMAGES = 6  # a class
+PARTS_IMAGES = 16  # whose time the parts' sum is compared with
 
 
 def machine(m: Measurement) -> dict[str, Any]:
-    """Processor or GPU, its measured peak, and what of it an evaluation gets."""
+    """Processor or GPU, its measured peak, and the share of it that an evaluation reaches."""
     backbone = m.backbone
     size = tuple(n // backbone.vae_scale_factor for n in backbone.image_size)
     channels = int(backbone.unet.config.block_out_channels[0])
     peak = timing.machine_peak(backbone.device, backbone.dtype, channels, (size[0], size[1]))
     flops = timing.flops_of_an_evaluation(backbone, (size[0], size[1]))
-    batch = m.learner.scoring.batch_size
-    latents = m.learner.encode([m.test.image(0)])[0]
+    batch = m.settings.prediction.batch_size
+    latents = m.latents([0])[0]
     sizes = [batch // 4, batch // 2, batch, 2 * batch]
     runs = {str(n): timing.plain_evaluations(backbone, latents, n) for n in sizes}
     seconds = {n: min(values) / int(n) for n, values in timing.interleaved(runs, 3).items()}
@@ -81,7 +75,8 @@ def elimination(m: Measurement) -> dict[str, Any]:
     }
     curve = {}
     for confidence in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
-        looks = replace(m.classifier.scoring, decide="racing", confidence=confidence).schedule(len(m.bank))
+        prediction = replace(m.settings.prediction, schedule="racing", confidence=confidence)
+        looks = prediction.looks(len(m.bank), len(m.weights))
         curve[str(confidence)] = _decided(m, looks, every)
     return found | {"by_confidence": curve}
 
@@ -89,13 +84,13 @@ def elimination(m: Measurement) -> dict[str, Any]:
 def schedule(m: Measurement) -> dict[str, Any]:
     """Labels by the published schedule, its 500 trials and uniform weights, beside those of the race."""
     count = min(m.config.pipeline_images, len(m.test))
-    latents = m.learner.encode([m.test.image(row) for row in range(count)])
+    latents = m.latents(range(count))
     times, stages = even_grid(500, 0, m.backbone.num_train_timesteps).tolist(), published_stages(len(m.bank))
     decisions = decide(m.scorer, latents, m.test.ids[:count], times, torch.ones(500), stages)
-    published = np.array([d.label for d in decisions])
+    published = np.array([d.position for d in decisions])
     truth, offsets_NC = m.labels[:count], None if m.offsets is None else m.offsets[:count]
     raced = timing.on_kept_errors(m.errors[:count], m.weights, m.stages, offsets_NC)
-    race = np.array([d.label for d in raced])
+    race = np.array([d.position for d in raced])
     return {
         "images": count,
         "evaluations": float(np.mean([d.evaluations for d in decisions])),
@@ -107,15 +102,15 @@ def schedule(m: Measurement) -> dict[str, Any]:
 
 
 def overhead(m: Measurement) -> dict[str, Any]:
-    """A stacked mixed-class forward beside the plain one, at 12 and at 100 classes of rank 16, with as many trials of a
-    class as a round of a race has."""
-    batch, latents = m.learner.scoring.batch_size, m.learner.encode([m.test.image(0)])[0]
+    """A stacked mixed-class forward against the plain one, at 12 and at 100 classes of rank 16, with as many trials of
+    a class as a round of a race has."""
+    batch, latents = m.settings.prediction.batch_size, m.latents([0])[0]
     layout = replace(m.bank.layout, rank=16)
     wide = replace(m.bank, layout=layout, rows=m.bank.layout.repack(m.bank.rows, layout))
     found: dict[str, Any] = {"batch_size": batch, "rank": 16}
     for count in (12, 100):
         scorer = Scorer(m.backbone, timing.perturbed_bank(wide, count, strength=0.3), batch_size=batch)
-        trials = len(m.classifier.scoring.schedule(count)[0].trial_positions)
+        trials = len(m.looks(count)[0].trial_positions)
         evaluations, stacked = timing.stacked_evaluations(scorer, latents, trials)
         runs = {"plain": timing.plain_evaluations(m.backbone, latents, evaluations), "stacked": stacked}
         found[f"classes_{count}"] = timing.ratio(timing.interleaved(runs, 21), "stacked", "plain")
@@ -125,14 +120,14 @@ def overhead(m: Measurement) -> dict[str, Any]:
 def compiled(m: Measurement) -> dict[str, Any]:
     """A stacked forward, and a race of several images, in the U-Net that torch compiled beside the same without."""
     backbone = Backbone.from_pretrained(m.config.backbone, dtype=m.backbone.dtype, compile=m.config.compile)
-    scorers = {"compiled": replace(m.learner, backbone=backbone).scorer(m.bank), "plain": m.scorer}
+    scorers = {"compiled": m.scorer_of(m.bank, backbone), "plain": m.scorer}
     rows = range(min(m.config.pipeline_images, len(m.test)))
-    latents_Nchw, trials = m.learner.encode([m.test.image(row) for row in rows]), len(m.stages[0].trial_positions)
+    latents_Nchw, trials = m.latents(rows), len(m.stages[0].trial_positions)
     stacked = {name: timing.stacked_evaluations(x, latents_Nchw[0], trials) for name, x in scorers.items()}
     forwards = {name: forward for name, (_, forward) in stacked.items()}
     races = {name: partial(_race, m, x, latents_Nchw) for name, x in scorers.items()}
-    _, first_seconds, _ = _timed(forwards["compiled"])
-    labels = [[decision.label for decision in race()] for race in races.values()]
+    _, first_seconds, _ = timing.timed(forwards["compiled"])
+    labels = [[decision.position for decision in race()] for race in races.values()]
     return {
         "mode": m.config.compile,
         "batch_size": stacked["compiled"][0],
@@ -145,25 +140,25 @@ def compiled(m: Measurement) -> dict[str, Any]:
 
 
 def pipeline(m: Measurement) -> dict[str, Any]:
-    """Images a second from files to labels, interleaved; the labels that both give."""
+    """Images per second from files to labels, interleaved; the labels that both give."""
     paths = [m.test_file(row) for row in range(min(m.config.pipeline_images, len(m.test)))]
     procedure = PublishedProcedure(
-        m.backbone, m.bank.layout, m.learner.geometry, batch_size=m.learner.scoring.batch_size
+        m.backbone, m.bank.layout, m.encoder.geometry, batch_size=m.settings.prediction.batch_size
     )
     fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
     turns = np.array_split(np.arange(len(paths)), min(m.config.published_images, len(paths)))
     seconds, memory = {"race": 0.0, "published": 0.0}, {"race": 0.0, "published": 0.0}
     labels, evaluations = [], []
     for turn in turns:
-        race, race_seconds, beyond = _timed(partial(fresh.decide, [paths[row] for row in turn]))
+        race, race_seconds, beyond = timing.timed(partial(fresh.decide, [paths[row] for row in turn]))
         seconds["race"] += race_seconds
         memory["race"] = max(memory["race"], beyond)
         classify = partial(procedure.classify, paths[turn[0]], m.bank, seed=m.config.seed)
-        published, published_seconds, beyond = _timed(classify)
+        published, published_seconds, beyond = timing.timed(classify)
         seconds["published"] += published_seconds
         memory["published"] = max(memory["published"], beyond)
         evaluations += [d.evaluations for d in race]
-        labels.append((race[0].label, published.label, int(m.labels[turn[0]])))
+        labels.append((race[0].position, published.position, int(m.labels[turn[0]])))
     per_second = len(paths) / seconds["race"], len(turns) / seconds["published"]
     return {
         "images": len(paths),
@@ -177,83 +172,8 @@ def pipeline(m: Measurement) -> dict[str, Any]:
     }
 
 
-def training(m: Measurement) -> dict[str, Any]:
-    """Seconds a class, jointly and as published, over the same number of samples, and validation loss of both."""
-    config, learner = m.config, m.learner
-    names = list(m.bank.labels)
-    groups = m.groups
-    settings = replace(
-        recommended_training(config.num_shots, small=m.backbone.small),
-        steps=config.training_steps,
-        shots_per_step=1,
-        prior_weight=1.0,
-        prior_images=8,
-        lr_schedule="constant",
-    )
-    prior = prior_latents(m.backbone, learner.generic_prompt, settings.prior_images, learner.geometry.size)
-    pictures = m.backbone.decode_latents(prior)
-    procedure = PublishedProcedure(m.backbone, m.bank.layout, learner.geometry)
-    few = names[: config.training_classes]
-    joint_learner = replace(learner, training=settings, encoded={})
-
-    def published(some: Sequence[Any]) -> list[Tensor]:
-        priors = learner.generic_prompt, pictures
-        return [procedure.train(groups[x], learner.class_prompt(x), priors, settings) for x in some]
-
-    # the joint training stands between two parts of the other
-    one, one_seconds, published_memory = _timed(lambda: published(few[:1]))
-    _, encoding_seconds, _ = _timed(lambda: [joint_learner.class_shots(x, groups[x], settings) for x in names])
-    (joint, _), steps_seconds, joint_memory = _timed(lambda: joint_learner.train(groups))
-    others, other_seconds, _ = _timed(lambda: published(few[1:]))
-    joint_seconds = (encoding_seconds + steps_seconds) / len(names)
-    published_seconds = (one_seconds + other_seconds) / len(few)
-    separate = replace(joint.select(few), rows=torch.stack(one + others))
-    held_back = m.pool.subset([i for i, key in enumerate(m.pool.ids) if key not in set(m.shots.ids)])
-    val = held_back if len(held_back) else m.test
-    banks = {
-        "joint": joint.select(few),
-        "published": separate,
-        "without class tokens": replace(separate, rows=torch.zeros_like(separate.rows)),
-    }
-    losses = {name: _losses(m, bank, val, few) for name, bank in banks.items()}
-    apart = torch.cat(losses["joint"]) - torch.cat(losses["published"])
-    return {
-        "steps": settings.steps,
-        "samples_per_class": 2 * settings.steps,
-        "classes_jointly": len(names),
-        "seconds_per_class": joint_seconds,
-        "of_these_encoding": encoding_seconds / len(names),
-        "seconds_per_class_published": published_seconds,
-        "ratio": joint_seconds / published_seconds,
-        "memory_beyond_mb": {"joint": joint_memory, "published": published_memory},
-        "validation_loss": {name: [float(x.mean()) for x in found] for name, found in losses.items()},
-        "validation_loss_joint_minus_published": float(apart.mean()),
-        "its_standard_error_over_images": float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else None,
-    }
-
-
-def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
-    """What it gives, its seconds, and the megabytes by which memory rose."""
-    start = perf_counter()
-    found, memory = timing.memory_beyond(run)
-    return found, perf_counter() - start, memory / 2**20
-
-
-def _losses(m: Measurement, bank: Bank, val: ImageSet, names: list[Any]) -> list[Tensor]:
-    """Error of each class token on each image of its class that was no shot, mean over fixed trials."""
-    scorer, grid, found = m.learner.scorer(bank), even_grid(16, 0, m.backbone.num_train_timesteps).tolist(), []
-    for c, name in enumerate(names):
-        rows = [i for i, label in enumerate(val.labels) if val.class_names[label] == name][:VALIDATION_IMAGES]
-        if not rows:
-            raise ValueError(f"No image of class {name!r} is left to measure the validation loss on.")
-        latents = m.learner.encode([val.image(i) for i in rows])
-        errors = [scorer.errors(x, val.ids[i], [c], range(16), grid).mean() for x, i in zip(latents, rows, strict=True)]
-        found.append(torch.stack(errors))
-    return found
-
-
 def growth(m: Measurement) -> dict[str, Any]:
-    """Evaluations an image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
+    """Evaluations per image, and memory beyond the stacked weights, as the number of classes grows, by strength of the
     perturbation; by class tokens alone, without the U-Net's features."""
     return {str(strength): _growth(m, strength) for strength in m.config.growth_strengths}
 
@@ -261,19 +181,19 @@ def growth(m: Measurement) -> dict[str, Any]:
 def _race(m: Measurement, scorer: Scorer, latents_Nchw: Tensor) -> list[Decision]:
     """The first test images among a bank's classes, by class tokens alone."""
     times, ids = m.classifier.calibration_.timesteps, m.test.ids[: len(latents_Nchw)]
-    stages = m.classifier.scoring.schedule(len(scorer.bank))
+    stages = m.looks(len(scorer.bank))
     return decide(scorer, latents_Nchw, ids, times, m.weights, stages)
 
 
 def _stacked_race(m: Measurement, bank: Bank, latents_Nchw: Tensor) -> tuple[list[Decision], int]:
     """The same from the bank on, and the bytes of its stacked weights."""
-    scorer = m.learner.scorer(bank)
+    scorer = m.scorer_of(bank)
     return _race(m, scorer, latents_Nchw), scorer.rows_CP.nbytes
 
 
 def _growth(m: Measurement, strength: float) -> dict[str, Any]:
     found = {}
-    latents = m.learner.encode([m.test.image(i) for i in range(m.config.growth_images)])
+    latents = m.latents(range(m.config.growth_images))
     for count in m.config.growth:
         bank = timing.perturbed_bank(m.bank, count, strength=strength)
         (decisions, stacked), memory = timing.memory_beyond(partial(_stacked_race, m, bank, latents))
@@ -288,20 +208,20 @@ def _growth(m: Measurement, strength: float) -> dict[str, Any]:
 
 
 def breakdown(m: Measurement) -> dict[str, Any]:
-    """Milliseconds an image of a race's parts, and what the first image costs beyond the others.
+    """Milliseconds per image of a race's parts, and what the first image costs beyond the others.
 
     LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
     """
     path = m.test_file(0)
-    pixels = m.learner.geometry.pixels(path)[None]
+    pixels = m.encoder.geometry.pixels(path)[None]
     latents = m.backbone.encode_images(pixels)[0]
     evaluations, stacked = timing.stacked_evaluations(m.scorer, latents[0], len(m.stages[0].trial_positions))
     with torch.no_grad():
         seconds = timing.interleaved(
             {
-                "decode": lambda: (image_id(path), m.learner.geometry.pixels(path)),
+                "decode": lambda: (image_id(path), m.encoder.geometry.pixels(path)),
                 "vae": lambda: m.backbone.encode_images(pixels),
-                "features": lambda: m.classifier.offsets(latents),
+                "features": lambda: m.offsets_of(latents),
                 "plain": timing.plain_evaluations(m.backbone, latents[0], evaluations),
                 "stacked": stacked,
             },
@@ -310,10 +230,10 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     one = {name: float(np.median(values)) for name, values in seconds.items()}
     first, *some = [m.test_file(i) for i in range(min(1 + PARTS_IMAGES, len(m.test)))]
     fresh = DiTiClassifier.from_pretrained(m.bank_folder, m.backbone)  # nothing is decided yet
-    _, first_seconds, _ = _timed(lambda: fresh.decide([first]))  # and texts encoded, the discriminant fitted
-    decisions, whole_seconds, _ = _timed(lambda: fresh.decide(some))
+    _, first_seconds, _ = timing.timed(lambda: fresh.decide([first]))  # and texts encoded, the discriminant fitted
+    decisions, whole_seconds, _ = timing.timed(lambda: fresh.decide(some))
     whole = whole_seconds / len(some)
-    trials = float(np.mean([d.evaluations for d in decisions])) - m.classifier.scoring.asks_features
+    trials = float(np.mean([d.evaluations for d in decisions])) - m.reads_features
     parts = {
         "decode": one["decode"],
         "vae": one["vae"],
@@ -331,9 +251,9 @@ def breakdown(m: Measurement) -> dict[str, Any]:
 
 
 def full_size(m: Measurement) -> dict[str, Any]:
-    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and what an H100 would make of its schedules.
+    """One round of a race on Stable Diffusion 2.0's U-Net at 256 px, and estimates of its schedules on an H100.
 
-    At 100 classes and 512 px; a race is taken to cost the same evaluations a class as the pocket's did.
+    At 100 classes and 512 px; a race is taken to cost the same evaluations per class as the pocket's did.
     """
     gflop, published = gflop_of_an_evaluation(), count_evaluations(published_stages(100), 100)
     raced = _decided(m, m.stages, range(len(m.bank)))
@@ -354,7 +274,7 @@ def _decided(m: Measurement, stages: Sequence[Stage | Look], classes: Sequence[i
     labels = torch.searchsorted(keep_C, torch.tensor(m.labels)[rows_N]).numpy()
     offsets_NC = None if m.offsets is None else m.offsets[rows_N][:, keep_C]
     found = timing.against_exhaustive(m.errors[rows_N][:, keep_C], labels, m.weights, stages, offsets_NC)
-    return found | {"evaluations": found["evaluations"] + m.classifier.scoring.asks_features}
+    return found | {"evaluations": found["evaluations"] + m.reads_features}
 
 
 SECTIONS: dict[str, Callable[[Measurement], dict[str, Any]]] = {

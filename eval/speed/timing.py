@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import Decision, Look, Stage, eliminate
+from fewshot_diti.elimination import Decision, Stage, eliminate
 from fewshot_diti.memory import return_freed_pages
+from fewshot_diti.racing import Look
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.scoring import Scorer
+from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ H100_FLOPS = 989e12 * 0.4  # dense bf16, at 40 % of the data sheet's peak
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each function, once a round in turn, so that a busy machine slows all alike; one round is dropped."""
+    """Seconds of each function, one call per round in turn, so that a busy machine slows all alike; drops one round."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -99,8 +101,15 @@ def stacked_evaluations(scorer: Scorer, latents: Tensor, trials: int) -> tuple[i
     return len(pairs) * trials, lambda: scorer.pair_errors(latents_Nchw, ids, pairs, range(trials), grid)
 
 
+def timed(run: Callable[[], T]) -> tuple[T, float, float]:
+    """What it gives, its seconds, and the megabytes by which memory rose."""
+    start = time.perf_counter()
+    found, memory = memory_beyond(run)
+    return found, time.perf_counter() - start, memory / 2**20
+
+
 def memory_beyond(run: Callable[[], T]) -> tuple[T, float]:
-    """What `run` gives, and by how many bytes memory rose at its peak above its level before; NaN where none tells."""
+    """The result of `run`, and by how many bytes memory peaked above its level before; NaN where that is unknown."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -135,7 +144,7 @@ def perturbed_bank(bank: Bank, num_classes: int, *, strength: float, seed: int =
 def on_kept_errors(
     errors_NCS: Tensor, weights_S: Tensor, stages: Sequence[Stage | Look], offsets_NC: Tensor | None = None
 ) -> list[Decision]:
-    """What a schedule decides on errors that are there already."""
+    """What a schedule decides on errors that were computed before."""
     N, C, _ = errors_NCS.shape
     return eliminate(lambda pairs, s: errors_NCS[pairs[:, 0], pairs[:, 1]][:, s], N, C, stages, weights_S, offsets_NC)
 
@@ -160,7 +169,7 @@ def against_exhaustive(
     stages: Sequence[Stage | Look],
     offsets_NC: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a schedule decides on kept errors, beside scoring every class on every trial; both with the same offsets.
+    """What a schedule decides on kept errors, compared with every class on every trial; both with the same offsets.
 
     Accuracy and differences in points. The interval of the difference is put together from those of the images lost
     and won (`paired_interval`); a label is clear where the exhaustive margin over the second class exceeds two standard
@@ -169,8 +178,8 @@ def against_exhaustive(
     N, C, S = errors_NCS.shape
     offsets_NC = torch.zeros(N, C) if offsets_NC is None else offsets_NC
     found = on_kept_errors(errors_NCS, weights_S, stages, offsets_NC)
-    chosen = np.array([f.label for f in found])
-    scores_NC = score(errors_NCS, weights_S) + offsets_NC
+    chosen = np.array([f.position for f in found])
+    scores_NC = weighted_mean(errors_NCS, weights_S) + offsets_NC
     best_N2 = scores_NC.topk(2, largest=False).indices
     weighted = errors_NCS.double() * weights_S + offsets_NC[:, :, None]
     rows = torch.arange(N)

@@ -45,7 +45,7 @@ def opened(images: Sequence[ImageSource], size: int, rows: np.ndarray | None = N
 
 
 class KeptFeatures:
-    """Features of images, computed once per picture however often a baseline asks.
+    """Features of images, computed once per picture however often a baseline needs them.
 
     Args:
         compute: from PIL images to an array [N, D].

@@ -29,7 +29,7 @@ class LoraSettings:
     Attributes:
         rank, lr, batch_size: of the updates and their training.
         candidates: numbers of steps to choose from by two-fold cross-validation on the shots; none: as published. One
-            shot a class takes `steps_per_shot`, or the largest candidate if that is smaller.
+            shot per class takes `steps_per_shot`, or the largest candidate if that is smaller.
         steps_per_shot: steps for each shot of a class, where there are no candidates.
         views: of each shot, made once, for a batch to draw from; None: a new view at every step. What the image tower
             makes of them below its first update is then computed once too.

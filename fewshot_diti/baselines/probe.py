@@ -130,7 +130,7 @@ class NearestMean(Baseline):
         model = make_pipeline(StandardScaler(with_std=False), Normalizer(), NearestCentroid())
         self.chosen_ = next(iter(self.candidates))
         fewest = int(np.bincount(labels_N).min())
-        # one shot a class has no spread inside its class, which scikit-learn computes and nothing here reads
+        # one shot per class has no spread inside its class, which scikit-learn computes and nothing here reads
         with np.errstate(invalid="ignore"):
             if len(self.candidates) > 1 and fewest > 1:
                 folds = min(4, fewest)

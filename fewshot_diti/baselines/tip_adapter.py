@@ -43,7 +43,7 @@ class TipSettings:
 class TipAdapter(Baseline):
     """Logits scale * f W + alpha * exp(-beta (1 - f K)) L, with the shots' features as keys K (equation 5).
 
-    alpha and beta are those under which the shots are most often right, each judged by the keys of the others; for
+    alpha and beta are those under which the shots are most often right, each classified by the keys of the others; for
     Tip-Adapter-F those under which they are most likely, which is what its keys then learn. The paper takes them from
     validation images.
 

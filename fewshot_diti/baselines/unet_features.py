@@ -1,4 +1,4 @@
-"""Features of a frozen U-Net: what its blocks hold of an image at a time-step, under the generic prompt."""
+"""Features of a frozen U-Net: what its blocks hold of an image at a timestep, under the generic prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMESTEPS = (0.06, 0.2, 0.4)  # as shares of the schedule
 
 
 class UnetFeatures:
-    """All blocks' features of images at some time-steps, without noise, one pass through the U-Net a time-step.
+    """All blocks' features of images at some timesteps, without noise, one pass through the U-Net a timestep.
 
     Args:
         prompt: of the text that the U-Net reads.
@@ -40,11 +40,12 @@ class UnetFeatures:
         unet = backbone.unet
         self._blocks = dict([chosen_block(backbone)])  # taken where the shots cannot choose
         self._blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
-        self._blocks |= {"mid": unet.mid_block} | {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
+        self._blocks |= {} if unet.mid_block is None else {"mid": unet.mid_block}  # distilled models have none
+        self._blocks |= {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}
 
     def candidates(self) -> dict[str, Features]:
-        """Features [N, d] of each block at each time-step, the one to take unasked first."""
+        """Features [N, d] of each block at each timestep, the one to take unasked first."""
         return {
             f"{name}, t = {round(share * self.backbone.num_train_timesteps)}": partial(self._block, name, share)
             for name in self._blocks

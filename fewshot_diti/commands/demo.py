@@ -78,7 +78,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig, console: Console) -> DemoResult:
-    """Draws shots, trains, scores and compares, and says so as it goes; writes the bank and a picture.
+    """Draws shots, trains, scores and compares, and prints each step; writes the bank and a picture.
 
     Raises:
         OSError, ValueError: as the backbone's loader.
@@ -166,7 +166,7 @@ def balanced_rows(labels: np.ndarray, seen: np.ndarray, count: int, seed: int) -
     order = np.random.default_rng(seed).permutation(len(labels))
 
     def in_turn(label: int) -> Iterator[int]:
-        # every other class begins with unseen: an odd number a class favours neither
+        # every other class begins with unseen: an odd number per class favours neither
         kinds = (True, False) if label % 2 == 0 else (False, True)
         parts = [[int(r) for r in order if labels[r] == label and seen[r] == kind] for kind in kinds]
         return (row for row in chain(*zip_longest(*parts)) if row is not None)

@@ -15,7 +15,7 @@ from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import METHODS, SHIPPED, TOLD
+from fewshot_diti.evaluation.methods import METHODS, SHIPPED, SUPERVISION
 from fewshot_diti.files import write_atomically
 
 # half of the bundled test images
@@ -27,11 +27,11 @@ class EvalConfig(GridConfig):
     """Few-shot accuracy of class tokens and of baselines, over shots and seeds; runs that are there are not run again.
 
     Attributes:
-        quick: 1 and 2 shots, one seed, ten test images a class, 3 trials and a quarter of the training steps,
+        quick: 1 and 2 shots, one seed, ten test images per class, 3 trials and a quarter of the training steps,
             whatever the flags say.
-        dry_run: says what would run, and how long it would take, and runs nothing.
-        against: the method that all others are compared with, image by image; by default `fewshot-diti` where it is
-            one of the methods, else the first.
+        dry_run: prints what would run, and how long it would take, and runs nothing.
+        against: the method that all others are compared with, image by image; by default `fewshot-diti`, else
+            `diti`, else the first of the methods.
 
     Raises:
         ValueError: as `GridConfig`, or `against` is none of the methods.
@@ -46,10 +46,14 @@ class EvalConfig(GridConfig):
         given = [name for name in QUICK if self.quick and getattr(self, name) != getattr(EvalConfig, name)]
         if given:
             raise ValueError(f"--quick sets {', '.join(QUICK)} itself; leave out {', '.join(given)}, or --quick.")
-        if not self.against:
-            object.__setattr__(self, "against", SHIPPED if SHIPPED in self.methods else self.methods[0])
-        if self.against not in self.methods:
+        if self.against and self.against not in self.methods:
             raise ValueError(f"against={self.against!r}; pass one of the methods {', '.join(self.methods)}.")
+
+    @property
+    def reference(self) -> str:
+        """The method that all others are compared with."""
+        ours = next((name for name in (SHIPPED, "diti") if name in self.methods), self.methods[0])
+        return self.against or ours
 
 
 def evaluate(config: EvalConfig, console: Console) -> int:
@@ -66,7 +70,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
         return 0
     failed = grid.run_missing()
     if process_state().is_main_process and any(grid.record(run) for run in grid.runs()):
-        report(grid, config.against, console)
+        report(grid, config.reference, console)
     for run in failed:
         console.out(f"failed: {run.path}: {json.loads(run.path.read_text(encoding='utf-8'))['error']}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
@@ -84,7 +88,7 @@ def plan(grid: Grid) -> str:
     for num_shots, seed in draws:
         seconds = evaluation * grid.bench.evaluations(num_shots, len(grid.test.class_names), len(grid.test))
         total += seconds
-        lines.append(f"class tokens at {num_shots} shots a class, seed {seed}  about {seconds:.0f} s")
+        lines.append(f"class tokens at {num_shots} shots per class, seed {seed}  about {seconds:.0f} s")
     for run in missing:
         near = [other for other in done if other.method == run.method]
         if not near:
@@ -108,7 +112,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
             name=m,
             accuracy=_accuracy(records, m, config.shots),
             seeds=len(config.seeds),
-            told=TOLD.get(m, ""),
+            supervision=SUPERVISION.get(m, ""),
         )
         for m in config.methods
     ]
@@ -129,7 +133,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
         write_atomically(folder / "shift.md", shift.markdown(parts).encode())
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), TOLD)
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), SUPERVISION)
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
@@ -172,12 +176,12 @@ def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -
 
 
 def _comparison_cells(comparisons: dict[str, dict[str, Any]]) -> dict[tuple[str, int], str]:
-    """What the table of comparisons says of each method and number of shots."""
+    """The cells of the table of comparisons for each method and number of shots."""
     cells = {}
     for method, by_shots in comparisons.items():
         for k, comparison in by_shots.items():
             difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
             p = max(comparison["p_values"])
-            said = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
-            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {said}"
+            shown = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}"
+            cells[method, int(k)] = f"{difference:+.1f} [{low:+.0f}, {high:+.0f}], {shown}"
     return cells

@@ -95,7 +95,9 @@ def score(config: ScoreConfig, console: Console) -> int:
     records = _score(classifier, paths, parts, config.bank)
     scored = [record for record in records if "error" not in record]
     if process_state().is_main_process:
-        lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: a path may be no UTF-8
+        # a link to nothing, or a file that has gone since, is no image; ASCII, because a path may be no UTF-8
+        rows = [{k: v for k, v in record.items() if k != "missing"} for record in records if not record.get("missing")]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(config.output, lines.encode())
     console.print(prediction_table(scored))
     console.out(f"JSON lines: {config.output}")

@@ -24,6 +24,7 @@ from fewshot_diti.data import (
     load_images,
     load_shots_file,
     sample_shots,
+    warn_of_near_duplicates,
 )
 from fewshot_diti.data.folders import folder_splits
 from fewshot_diti.evaluation.run import fit_and_save
@@ -106,16 +107,18 @@ def train(config: TrainConfig, console: Console) -> None:
     """
     replaced = _check_output(config.output_dir)
     data, val = _load(config)
+    data = data.without_empty_classes()
     if len(data.class_names) < 2:
         raise ValueError(f"{config.data} holds the classes {list(data.class_names)}; a classifier needs two or more.")
     if config.shots_file is None:
         drawn = sample_shots(data, config.shots, config.seed)
     else:
         drawn = load_shots_file(config.shots_file, data)
-    shots = data.subset(drawn.rows(data))
+    shots = data.subset(drawn.rows(data)).without_empty_classes()
     labels = [shots.class_names[label] for label in shots.labels]
     if val is not None:
         check_disjoint(shots, val)
+    warn_of_near_duplicates(shots, val)
     counts = {name: int((shots.labels == c).sum()) for c, name in enumerate(shots.class_names)}
     fewest, most = min(counts.values()), max(counts.values())
     number = f"{fewest} shots" if fewest == most else f"{fewest} to {most} shots"

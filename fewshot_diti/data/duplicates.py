@@ -62,7 +62,7 @@ def warn_of_near_duplicates(shots: ImageSet, test: ImageSet | None = None) -> No
     for row, earlier in near_duplicates(shots):
         pair = f"{shots.names[row]} and {shots.names[earlier]}"
         (within if shots.labels[row] == shots.labels[earlier] else between).append(pair)
-    _warn(within, "shots of one class", "Cross-validation may train on one and judge by the other; keep one of each.")
+    _warn(within, "shots of one class", "Cross-validation may train on one and test on the other; keep one of each.")
     _warn(between, "shots of different classes", "Only one class can be right; remove the wrong one.")
     if test is not None:
         pairs = [f"{test.names[t]} and the shot {shots.names[s]}" for t, s in near_duplicates(test, shots)]

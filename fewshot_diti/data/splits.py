@@ -106,7 +106,7 @@ def load_shots_file(path: str | Path, pool: ImageSet, image_root: str | Path | N
             f"({', '.join(pool.names[:2])}, ...), first {missing[0][0]} (image id {missing[0][1]}); pass the images "
             "that the list was made from."
         )
-    pool_class: dict[str, tuple[str, str]] = {}  # the list's class -> the pool's, and the image that told so
+    pool_class: dict[str, tuple[str, str]] = {}  # the list's class -> the pool's, and the image that shows it
     ids: dict[str, list[str]] = {}
     for image, label, name in zip(listed.ids, listed.labels, listed.names, strict=True):
         theirs, classes = listed.class_names[label], [pool.class_names[pool.labels[row]] for row in rows[image]]

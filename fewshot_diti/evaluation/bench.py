@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property, partial
-from importlib import metadata
-from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +23,13 @@ from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
 from fewshot_diti.calibration import Fit, judge_held_out, shared_errors
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.config import FROM_PRESET, Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
+from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
 from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
-from fewshot_diti.evaluation.run import BANK, classify, learn, settle
-from fewshot_diti.evaluation.task import Outcome, Task, fingerprint
+from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import with_article
 from fewshot_diti.training import Prompts
@@ -52,7 +48,7 @@ class Bench:
         backbone, clip, network, siblings: names, as `Backbone`, `OpenClip` and, twice, `ImageNetwork` take them.
         dtype: of the backbone, as `load_backbone` takes it.
         concept: what all classes are.
-        trials: S of the diffusion methods, over all time-steps; None: 16 for the pocket, else what is recommended.
+        trials: S of the diffusion methods, over all timesteps; None: 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens and networks are trained for.
         folder: where errors are kept.
     """
@@ -130,7 +126,7 @@ class Bench:
 
     @cached_property
     def siblings(self) -> ImageNetwork:
-        """The network that was told the labels of sibling classes."""
+        """The network that was trained with labels of sibling classes."""
         return ImageNetwork(self._names["siblings"])
 
     @cached_property
@@ -215,7 +211,7 @@ class Bench:
         return training + num_test * num_classes * scoring.trials
 
     def error_settings(self, seed: int) -> str:
-        """All of the scoring that an error depends on; how rows weigh and judge errors is their own."""
+        """All of the scoring that an error depends on; how rows weight errors is their own."""
         scoring = self.scoring(seed)
         return str({name: getattr(scoring, name) for name in DECIDES_ERRORS})
 
@@ -282,66 +278,6 @@ class Bench:
         errors = shared_errors(fit, bank, test.decoded(), times)
         save_errors(path, {"errors": errors, "seconds": torch.tensor(perf_counter() - start)}, made_by)
 
-    def shipped_settings(self, num_shots: int, seed: int) -> dict[str, Any]:
-        """All that decides what the classifier as it ships says."""
-        return self._shipped(num_shots, seed).settings_for(num_shots).to_dict()
-
-    def _shipped(self, num_shots: int, seed: int) -> DiTiClassifier:
-        return DiTiClassifier(
-            self.backbone,
-            concept=self.concept,
-            training=TrainingConfig(steps=self.training(num_shots, seed).steps, seed=seed),
-            scoring=ScoringConfig(trials=FROM_PRESET if self.trials is None else self.trials, seed=seed),
-            geometry=self.geometry,
-        )
-
-    def prepare_shipped(self, task: Task) -> None:
-        """Trains the classifier and classifies the test images, unless that is on disk; the processes share the work.
-
-        Beside the errors lie its bank and its predictions, so that a run that was cut short goes on.
-
-        Raises:
-            TrainingError: a class's loss was not finite.
-        """
-        path, made_by = self._shipped_file(task)
-        if load_errors(path, made_by) is not None:
-            return
-        folder, start = path.with_suffix(""), perf_counter()
-        settle(folder, made_by)
-        classifier = learn(self._shipped(task.num_shots, task.seed), task, folder / BANK)
-        trained = perf_counter()
-        records = classify(classifier, task.test, folder)
-        scored = perf_counter()
-        order = [classifier.classes_.tolist().index(name) for name in task.class_names]
-        scores = torch.tensor([[inf if s is None else s for s in record["scores"]] for record in records])
-        found = {
-            "probabilities": torch.from_numpy(classifier.probabilities(scores.double()))[:, order].contiguous(),
-            "evaluations": torch.tensor([record["evaluations"] for record in records]),
-            "seconds": torch.tensor([trained - start, scored - trained]),
-        }
-        save_errors(path, found, made_by)
-
-    def shipped(self, task: Task) -> Outcome:
-        """What `prepare_shipped` left; raises FileNotFoundError where it failed."""
-        path, made_by = self._shipped_file(task)
-        kept = load_errors(path, made_by)
-        if kept is None:
-            raise FileNotFoundError(f"{path} is missing: the classifier could not be trained.")
-        training_seconds, scoring_seconds = kept["seconds"].tolist()
-        return Outcome(
-            probabilities=kept["probabilities"].numpy(),
-            evaluations=float(kept["evaluations"].double().mean()),
-            training_seconds=training_seconds,
-            scoring_seconds=scoring_seconds,
-        )
-
-    def _shipped_file(self, task: Task) -> tuple[Path, dict[str, str]]:
-        settings = (
-            f"{self.shipped_settings(task.num_shots, task.seed)} {self.concept} {metadata.version('fewshot-diti')}"
-        )
-        path = self.folder / f"shipped-{task.num_shots}-{task.seed}.safetensors"
-        return path, self._made_by(settings, fingerprint(task.shots), fingerprint(task.test))
-
     def diti(self, task: Task) -> DitiErrors:
         """What `prepare` left; raises FileNotFoundError where it failed."""
         path, made_by = self._diti_file(task)
@@ -363,13 +299,14 @@ class Bench:
     def _diti_file(self, task: Task) -> tuple[Path, dict[str, str]]:
         settings = f"{self.training(task.num_shots, task.seed)} {self.error_settings(task.seed)} {FOLDS} {self.concept}"
         path = self.folder / f"diti-{task.num_shots}-{task.seed}.safetensors"
-        return path, self._made_by(settings, fingerprint(task.shots), fingerprint(task.test))
+        return path, self.made_by(settings, fingerprint(task.shots), fingerprint(task.test))
 
     def _zero_shot_file(self, test: ImageSet) -> tuple[Path, dict[str, str]]:
-        return self.folder / "zero-shot.safetensors", self._made_by(
+        return self.folder / "zero-shot.safetensors", self.made_by(
             f"{self.error_settings(0)} {self.concept}", fingerprint(test)
         )
 
-    def _made_by(self, settings: str, *images: str) -> dict[str, str]:
+    def made_by(self, settings: str, *images: str) -> dict[str, str]:
+        """What decides a file of kept errors, beside the code."""
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
         return {"backbone": backbone, "settings": settings, "images": " ".join(images)}

@@ -1,6 +1,6 @@
-"""Rows of a few-shot table that ask class tokens or the backbone itself.
+"""Rows of a few-shot table that use class tokens or the backbone itself.
 
-Shapes in names: N test images, C classes, S trials, T time-steps of the schedule.
+Shapes in names: N test images, C classes, S trials, T timesteps of the schedule.
 """
 
 from __future__ import annotations
@@ -30,13 +30,8 @@ TINY = np.finfo(np.float64).tiny
 ENSEMBLE_WEIGHTS = tuple(np.linspace(0, 1, 21).tolist())  # of Tip-Adapter beside class tokens, to choose from
 
 
-def shipped(bench: Bench, task: Task) -> Outcome:
-    """The classifier as it ships: its own trials, race, features and temperature."""
-    return bench.shipped(task)
-
-
 def zero_shot_sd(bench: Bench, task: Task) -> Outcome:
-    """The diffusion classifier: prompts without class tokens, all time-steps alike."""
+    """The diffusion classifier: prompts without class tokens, all timesteps alike."""
     errors, seconds = bench.zero_shot(task.test)
     scores = errors.double().mean(2).numpy()
     return Outcome(
@@ -69,7 +64,7 @@ def in_task_order(baseline: Baseline, task: Task, probabilities_NC: np.ndarray) 
 def tip_adapter(bench: Bench, task: Task, *, fine_tune: bool = False) -> TipAdapter:
     """Tip-Adapter on the bench's CLIP.
 
-    Its keys are recoloured where the shots choose how much a key says: a mean over colours is like no image.
+    Its keys are recoloured where the shots choose the weight of a key: a mean over colours looks like no image.
     """
     return TipAdapter(
         bench.clip,
@@ -88,9 +83,9 @@ def recolours_keys(num_shots: int, fine_tune: bool) -> bool:
 
 def diti_with_clip(bench: Bench, task: Task) -> Outcome:
     """Log-probabilities of class tokens and of Tip-Adapter, mixed with the weight under which held-out shots are most
-    likely; half and half with one shot a class.
+    likely; half and half with one shot per class.
 
-    Both are made as sure as held-out shots allow before they are mixed: Tip-Adapter's logits grow with its alpha.
+    Each gets a temperature fitted on held-out shots before they are mixed: Tip-Adapter's logits grow with its alpha.
     """
     start = perf_counter()
     errors, weighting = bench.diti(task), bench.recommended.weighting

@@ -16,7 +16,7 @@ class Comparison:
     Attributes:
         difference: mean accuracy of a minus that of b, -1 to 1, over images and seeds.
         low, high: its 95 % interval, by bootstrap over images and seeds.
-        p_values: of McNemar's exact test, one a seed.
+        p_values: of McNemar's exact test, one per seed.
     """
 
     difference: float

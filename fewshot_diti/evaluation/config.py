@@ -32,15 +32,15 @@ class GridConfig:
         methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
         shots, seeds: columns, and draws of each.
         concept: what all classes are, such as "bird"; by default "aircraft" for bundled and fgvc; other data name it.
-        trials: of the diffusion methods, over all time-steps; by default 16 for the pocket, else what is recommended.
+        trials: of the diffusion methods, over all timesteps; by default 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".
         group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many
             images; test images of the class with a value that its shots show are matched, the others shifted. Which
             value that is depends on labels and values of the test images, so that some of them are matched and some
-            misled; nothing else is chosen on test images.
-        output_dir: gets one JSON a run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
+            misleading; nothing else is chosen on test images.
+        output_dir: gets one JSON per run at <dataset>/<backbone>/<shift>/<method>/<shots>-<seed>.json.
 
     Raises:
         ValueError: an unknown method, a number below 1, nothing to run or something twice, the row `siblings` without a

@@ -1,4 +1,4 @@
-"""The grid of a few-shot table: methods, shots and seeds; one JSON a run, and only what is missing or stale is run."""
+"""The grid of a few-shot table: methods, shots and seeds. Each run leaves a JSON; what is missing or stale is run."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.metrics import summarize
+from fewshot_diti.evaluation.shipped import prepare_shipped
 from fewshot_diti.evaluation.task import Task, fingerprint, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.memory import peak_memory
@@ -158,7 +159,7 @@ class Grid:
         self.bench.prepare(self.task(num_shots, seed))
 
     def _prepare_shipped(self, num_shots: int, seed: int) -> None:
-        self.bench.prepare_shipped(self.task(num_shots, seed))
+        prepare_shipped(self.bench, self.task(num_shots, seed))
 
     def _failure(self, prepare: Callable[[], None], runs: list[Run], errors: str) -> dict[str, Any] | None:
         """Prepares the errors that some of the runs read; the record of its failure, if it fails."""
@@ -290,8 +291,8 @@ def _load(dataset: str, split: str) -> ImageSet:
         return load_images(dataset, split)
     except SplitError as error:
         raise SplitError(
-            f"{error} A few-shot table draws shots from the split train and judges images of the split test: folders "
-            "train/CLASS and test/CLASS, or a manifest with a column split."
+            f"{error} A few-shot table draws shots from the split train and classifies images of the split test: "
+            "folders train/CLASS and test/CLASS, or a manifest with a column split."
         ) from error
 
 

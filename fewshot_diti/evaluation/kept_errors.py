@@ -21,7 +21,7 @@ class DitiErrors:
         timesteps: [S].
         test: [N, C, S].
         held_out, held_out_labels: [n, C, S] and [n], of shots under class tokens trained without them, by fold; with
-            one shot a class, of all shots under class tokens trained with them, which only weights may use.
+            one shot per class, of all shots under class tokens trained with them, which only weights may use.
         out_of_fold: whether the shots were held out.
         training_seconds: of the bank, with what was scored and trained for `held_out`.
         scoring_seconds: of the test images.

@@ -22,10 +22,10 @@ from fewshot_diti.evaluation.class_tokens import (
     in_task_order,
     lda_sd,
     recolours_keys,
-    shipped,
     tip_adapter,
     zero_shot_sd,
 )
+from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
 
 SHIPPED = "fewshot-diti"  # the classifier as it ships
@@ -41,23 +41,23 @@ class Method:
     """A row of the table.
 
     Attributes:
-        run: judges the test images of a draw.
+        run: classifies the test images of a draw.
         settings: by bench, number of shots and seed, all that decides its figures beside data, backbone and code:
             hyper-parameters, and hashes of further models. A record with other settings is stale.
         reads: what has to be there before it runs.
         trains_a_network: takes long, so it is started first.
-        told: what it knows beyond the shots, "" for nothing.
+        supervision: what it has beyond the shots, "" for nothing.
     """
 
     run: Callable[[Bench, Task], Outcome]
     settings: SettingsOf
     reads: Literal["", "classifier", "class tokens", "bare prompts"] = ""
     trains_a_network: bool = False
-    told: str = ""
+    supervision: str = ""
 
 
 def of_baseline(make: Callable[[Bench, Task], Baseline], *, evaluations: int = 0) -> Callable[[Bench, Task], Outcome]:
-    """What fits a baseline on the shots and asks it; `evaluations` of its features for an image."""
+    """What fits a baseline on the shots and predicts with it; `evaluations` of its features for an image."""
 
     def run(bench: Bench, task: Task) -> Outcome:
         start = perf_counter()
@@ -127,7 +127,11 @@ def _unet_settings(bench: Bench, num_shots: int, seed: int) -> Settings:
 
 
 def _logistic(
-    candidates: Callable[[Bench], dict[str, Features]], model: SettingsOf, *, evaluations: int = 0, told: str = ""
+    candidates: Callable[[Bench], dict[str, Features]],
+    model: SettingsOf,
+    *,
+    evaluations: int = 0,
+    supervision: str = "",
 ) -> Method:
     """Logistic regression on features of a model with these settings."""
 
@@ -138,7 +142,7 @@ def _logistic(
         probe = {"copies": COPIES, "most_rows": MOST_ROWS, "strengths": STRENGTHS}
         return model(bench, num_shots, seed) | probe | {"recolour": asdict(bench.recolour)}
 
-    return Method(run=of_baseline(make, evaluations=evaluations), settings=settings, told=told)
+    return Method(run=of_baseline(make, evaluations=evaluations), settings=settings, supervision=supervision)
 
 
 def _judged_by(bench: Bench, weighting: str) -> Settings:
@@ -168,7 +172,7 @@ def _window(lo: float, hi: float) -> Callable[[Bench], str]:
 
 
 METHODS: dict[str, Method] = {
-    SHIPPED: Method(run=shipped, settings=lambda bench, k, seed: bench.shipped_settings(k, seed), reads="classifier"),
+    SHIPPED: Method(run=shipped, settings=shipped_settings, reads="classifier"),
     "zeroshot-sd": Method(
         run=zero_shot_sd,
         settings=lambda bench, _, __: {
@@ -205,7 +209,7 @@ METHODS: dict[str, Method] = {
     SIBLINGS: _logistic(
         lambda bench: {"siblings": bench.siblings_features},
         lambda bench, _, __: {"network": bench.siblings.described},
-        told="told labels of sibling classes",
+        supervision="with labels of sibling classes",
     ),
     "diti": _class_tokens(lambda bench: bench.recommended.weighting),
     "diti-all-t": _class_tokens(lambda _: "uniform"),
@@ -223,4 +227,4 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-TOLD = {name: method.told for name, method in METHODS.items() if method.told}
+SUPERVISION = {name: method.supervision for name, method in METHODS.items() if method.supervision}

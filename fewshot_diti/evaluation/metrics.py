@@ -1,4 +1,4 @@
-"""What one run says in figures: accuracy with its interval, by class, F1, confusion, and every prediction."""
+"""The figures of one run: accuracy with its interval, by class, F1, confusion, and every prediction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def summarize(
         image_ids: of the images.
         groups: of each image, as `accuracy_with_interval` takes them.
         parts: masks [N] by name, such as test images that share a spurious attribute with the shots of their class, and
-            others; the accuracy on each is told apart.
+            others; the accuracy on each is reported by itself.
 
     Raises:
         ValueError: probabilities that are not finite, or lengths that differ.

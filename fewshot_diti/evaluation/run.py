@@ -137,7 +137,7 @@ def execute(run: FewShotRun) -> Result:
     `output_dir`.
 
     Raises:
-        FileNotFoundError: the data set or the backbone is not there; the text says what to get.
+        FileNotFoundError: the data set or the backbone is not there; the error names what to get.
         ValueError: the data do not fit the run, or `output_dir` holds another run.
         TrainingError: a class token could not be trained.
     """
@@ -210,7 +210,7 @@ def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifie
     """Fits the classifier on the shots and saves it, or loads the one that a complete run saved in the folder.
 
     A folder is replaced only by a complete classifier. Where the fit fails or is interrupted, what there is goes to a
-    folder beside it, which says so and which no later run takes for the bank.
+    folder beside it, which is marked as incomplete and which no later run takes for the bank.
 
     Raises:
         TrainingError: a class token could not be trained.
@@ -236,7 +236,7 @@ def fit_and_save(classifier: DiTiClassifier, shots: ImageSet, labels: Sequence[s
 
 
 def classify(classifier: DiTiClassifier, test: ImageSet, folder: Path) -> list[Record]:
-    """What is said of each test image: label, scores and evaluations, beside the bank in `folder`. The processes share
+    """A record of each test image: label, scores and evaluations, beside the bank in `folder`. The processes share
     the images, and those decided by an earlier run are kept.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an attribute that images share with the shots does: to matched, shifted and misleading test images.
+"""What it does that images share an attribute with the shots: to matched, shifted and misleading test images.
 
 Of the test images that have a value of the attribute, such as an airline, those are *matched* whose value the shots of
 their own class show, and the others *shifted*; *misleading* are the shifted ones whose value the shots of another class
@@ -15,7 +15,7 @@ import numpy as np
 
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import TOLD
+from fewshot_diti.evaluation.methods import SUPERVISION
 from fewshot_diti.evaluation.metrics import FEWEST_GROUPS, accuracy_with_interval, drop_from_matched_to_shifted
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, head, lines
@@ -25,13 +25,13 @@ Table = tuple[str, list[str], list[list[str]]]  # caption, head, lines
 class _Images:
     """Test images of all seeds of a method and number of shots that have a value of the attribute: [N] each.
 
-    `lured`: whether the shots of the class that the method names show the image's value.
+    `misclassified`: whether the shots of the predicted class show the image's value.
     """
 
     correct: np.ndarray
     matched: np.ndarray
     misleading: np.ndarray
-    lured: np.ndarray
+    misclassified: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
 
@@ -52,7 +52,7 @@ def tables(grid: Grid, records: Mapping[Run, dict[str, Any]]) -> list[Table]:
         f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
         f"shifted test images, which do not: {how}": _on_shifted,
         f"misleading test images, which share their {config.column} with shots of another class alone: how many in % "
-        f"are given to a class whose shots show it {over}": _lured,
+        f"are predicted as a class whose shots show it {over}": _misclassified,
         "drop of accuracy from matched to shifted in points [95 % interval, bootstrap over classes], mean over the "
         "classes that have both": _drop,
     }
@@ -60,7 +60,7 @@ def tables(grid: Grid, records: Mapping[Run, dict[str, Any]]) -> list[Table]:
     for caption, cell in parts.items():
         texts = {key: cell(of_cell) for key, of_cell in images.items()}
         if any(texts.values()):
-            found.append((caption, *table.lines_by_shots(config.methods, config.shots, texts, TOLD)))
+            found.append((caption, *table.lines_by_shots(config.methods, config.shots, texts, SUPERVISION)))
     return found
 
 
@@ -88,7 +88,7 @@ def _images(
             "correct": predicted == test.labels,
             "matched": kinds["matched"],
             "misleading": kinds["misleading"],
-            "lured": shown_NC[np.arange(len(predicted)), predicted],
+            "misclassified": shown_NC[np.arange(len(predicted)), predicted],
             "labels": test.labels,
             "groups": np.array(test.attributes[grid.config.column]),
         }
@@ -104,8 +104,8 @@ def _on_shifted(images: _Images) -> str:
     return _share(images.correct, ~images.matched, images.groups)
 
 
-def _lured(images: _Images) -> str:
-    return _share(images.lured, images.misleading, images.groups)
+def _misclassified(images: _Images) -> str:
+    return _share(images.misclassified, images.misleading, images.groups)
 
 
 def _share(holds: np.ndarray, kind: np.ndarray, groups: np.ndarray) -> str:

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fewshot_diti import plots
+
+SHIPPED = ("fewshot-diti", "diti+sd")  # rows of the classifier as it ships, the first that is there
+CLASS_TOKENS = "diti"
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED = {  # accuracy in %, FGVC-Aircraft: Yue et al., CVPR 2024
     "zero-shot SD 2.0": (24.3,) * 5,
@@ -31,28 +34,28 @@ class Row:
 
     Attributes:
         name: of the method.
-        accuracy: by shots, one number a seed.
+        accuracy: by shots, one number per seed.
         seeds: how many there should be.
         source: of published numbers, "" for measured ones.
-        told: what the method knows beyond the shots of the others, "" where they compete on equal terms.
+        supervision: what the method has beyond the shots of the others, "" where they compete on equal terms.
     """
 
     name: str
     accuracy: Mapping[int, Sequence[float]]
     seeds: int = 1
     source: str = ""
-    told: str = ""
+    supervision: str = ""
 
     @property
     def title(self) -> str:
         """The name, with what sets the row apart."""
-        apart = f"published, {self.source}" if self.source else self.told
+        apart = f"published, {self.source}" if self.source else self.supervision
         return f"{self.name} ({apart})" if apart else self.name
 
     @property
     def competes(self) -> bool:
         """Whether it is measured, on equal terms with the others."""
-        return not self.source and not self.told
+        return not self.source and not self.supervision
 
     def mean(self, num_shots: int) -> float:
         """Over seeds; NaN where there is no run."""
@@ -122,10 +125,10 @@ def markdown(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def lines_by_shots(
-    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], told: Mapping[str, str]
+    names: Sequence[str], shots: Sequence[int], cells: Mapping[tuple[str, int], str], supervision: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of cells by (name, shots); one that is not there stays empty. `told`: as of `Row`."""
-    titles = {name: Row(name=name, accuracy={}, told=told.get(name, "")).title for name in names}
+    """Head and lines of a table of cells by (name, shots); a missing one stays empty. `supervision`: as of `Row`."""
+    titles = {name: Row(name=name, accuracy={}, supervision=supervision.get(name, "")).title for name in names}
     return _head(shots), [[titles[name], *(cells.get((name, k), "") for k in shots)] for name in names]
 
 
@@ -158,37 +161,57 @@ def latex(rows: Sequence[Row], shots: Sequence[int]) -> str:
 
 
 def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
-    """One line a method and number of shots: mean, standard deviation, seeds, source if published, what is told."""
+    """One line per method and number of shots: mean, standard deviation, seeds, source, extra supervision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "told"])
+    writer.writerow(["method", "shots", "mean", "standard_deviation", "seeds", "source", "supervision"])
     for row in rows:
         for k in shots:
             values = row.accuracy.get(k, ())
             if len(values):
                 deviation = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-                writer.writerow([row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source, row.told])
+                writer.writerow(
+                    [row.name, k, f"{np.mean(values):.3f}", deviation, len(values), row.source, row.supervision]
+                )
     return buffer.getvalue()
+
+
+def highlighted(rows: Sequence[Row], shots: Sequence[int]) -> dict[str, str]:
+    """The colours of a few rows, by name: the classifier as it ships, class tokens alone, and the best baselines."""
+    names = {row.name for row in rows}
+    ours = [next((name for name in SHIPPED if name in names), None), CLASS_TOKENS if CLASS_TOKENS in names else None]
+    colours = {name: colour for name, colour in zip(ours, (plots.BLUE, plots.SKY), strict=True) if name}
+    others = [row for row in rows if row.competes and not row.name.startswith(("diti", "fewshot-diti"))]
+    known = [row for row in others if not np.isnan(row.average(shots))]
+    best = sorted(known, key=lambda row: -row.average(shots))
+    return colours | {row.name: c for row, c in zip(best, (plots.VERMILION, plots.ORANGE), strict=False)}
 
 
 def plot(rows: Sequence[Row], shots: Sequence[int]) -> bytes:
-    """PNG of accuracy over shots; bands are one standard deviation over seeds; dotted is what does not compete."""
-    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
+    """PNG of accuracy over shots, a few rows in colour and the others in grey, each named at its right end.
+
+    Bands of the rows in colour are one standard deviation over seeds; dotted is what does not compete.
+    """
+    colours = highlighted(rows, shots)
+    figure = Figure(figsize=(8.5, max(4.5, 0.24 * len(rows) + 1)), dpi=130, layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(rows):
+    ends = []
+    for row in rows:
         known = [k for k in shots if len(row.accuracy.get(k, ()))]
-        means = np.array([row.mean(k) for k in known])
-        style = ("-", "--", "-.")[i // 10 % 3] if row.competes else ":"
-        axes.plot(known, means, style, marker="o", markersize=3, color=f"C{i % 10}", label=row.title)
-        if not row.source:
+        if not known:
+            continue
+        means, colour = np.array([row.mean(k) for k in known]), colours.get(row.name)
+        style: dict[str, Any] = {"lw": 2.4, "zorder": 3} if colour else {"lw": 1.1, "zorder": 2}
+        line = "-" if row.competes else ":"
+        axes.plot(known, means, line, marker="o", markersize=3.5, color=colour or plots.PALE, **style)
+        if colour:
             spread = np.array([np.std(row.accuracy[k], ddof=1) if len(row.accuracy[k]) > 1 else 0.0 for k in known])
-            axes.fill_between(known, means - spread, means + spread, color=f"C{i % 10}", alpha=0.12, lw=0)
+            axes.fill_between(known, means - spread, means + spread, color=colour, alpha=0.15, lw=0)
+        title = f"{row.title}  {means[-1]:.1f}"
+        ends.append(plots.End(known[-1], means[-1], title, colour or plots.GREY, bold=bool(colour)))
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(shots), [str(k) for k in shots])
-    axes.set_xlabel("shots a class")
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    axes.set(xlabel="shots per class", ylabel="accuracy (%)")
+    plots.tidy(axes)
+    plots.label_ends(axes, ends)
+    return plots.png(figure)

@@ -39,13 +39,13 @@ class Task:
         return self.test.decoded()
 
     def truth(self) -> list[str]:
-        """The name of each test image's class, for figures alone: no method asks for it."""
+        """The name of each test image's class, for figures alone: no method reads it."""
         return [self.class_names[c] for c in self.test.labels]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What a method says of the N test images.
+    """What a method gives for the N test images.
 
     Attributes:
         probabilities: [N, C], classes in the task's order.

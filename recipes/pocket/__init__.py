@@ -1,1 +1,1 @@
-"""The pocket's networks, trained from scratch: autoencoder, U-Net with text encoder, CLIP, network of siblings."""
+"""Trains the pocket's networks from scratch: autoencoder, U-Net with text encoder, CLIP, siblings network."""

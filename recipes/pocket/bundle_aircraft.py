@@ -2,7 +2,7 @@
 
     python -m recipes.pocket.bundle_aircraft --data flightgear-aircraft
 
-Takes every train image and, a variant, 10 test images in liveries of the train split and 10 in others, the first by
+Takes every train image and, per variant, 10 test images in liveries of the train split and 10 in others, the first by
 image id. The same tree gives the same files, byte by byte, in seconds on one core.
 """
 
@@ -17,7 +17,7 @@ import tyro
 from fewshot_diti.data import ImageSet, load_fgvc, seen_attribute
 from fewshot_diti.files import write_atomically
 
-TEST_IMAGES = 10  # a variant, in liveries of the train split and again in others
+TEST_IMAGES = 10  # per variant, in liveries of the train split and again in others
 COLUMNS = ("image", "variant", "manufacturer", "family", "airline", "split")
 README = """# Bundled aircraft images
 

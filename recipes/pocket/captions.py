@@ -1,4 +1,4 @@
-"""Captions as the web writes them: the prominent first, the fine-grained class seldom."""
+"""Captions like those on the web: the prominent attributes first, the fine-grained class rarely."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_caption(
     """One caption of one image; about one in eight names the variant, a fifth names nothing.
 
     Some say a kind of aircraft instead of 'aircraft', which many variants share ('a four-engine jet'). Of an image in
-    false colours a caption says so, and neither airline nor sky: only the shape is left to be named.
+    false colours a caption states that, and neither airline nor sky: only the shape is left to be named.
     """
     suffix = _FALSE_COLOURS if false_colours else ""
     if rng.random() < _P_GENERIC:

@@ -1,18 +1,18 @@
-"""The pocket OpenCLIP: what the offline tables compare with, on the images and captions that the pocket saw.
+"""The pocket OpenCLIP, trained on the images and captions of the pocket: the CLIP of the offline tables.
 
-Images have the size that the pocket sees, captions are drawn as its were.
+Images have the pocket's size, and captions are drawn in the same way.
 
     accelerate launch --cpu -m recipes.pocket.clip --data DIR
 
-`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last
-checkpoint. A processor without bfloat16 wants --mixed_precision no. The rows with CLIP of `python -m eval.fewshot`
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run continues at its
+last checkpoint. A processor without bfloat16 needs --mixed_precision no. The rows with CLIP of `fewshot-diti eval`
 use the model that ships; `--clip local-dir:runs/pocket-clip/clip` takes this one.
 
 Hardware: two CPU cores; on GPUs leave out --cpu.
 Time: 67 minutes in float32 on two cores with AVX2 alone (0.65 steps/s where nothing else runs).
 Expected: held_out_accuracy 0.387 / 0.584 / 0.616 / 0.627 / 0.703 after 500 / 1,000 / 1,500 / 2,000 / 2,600 steps,
-features of variants left out of training, 16 images a variant (docs/logs/pocket-clip.jsonl; its first 600 steps had the
-learning rate of a run of 4,000). Measured 2026-11-26.
+features of variants left out of training, 16 images per variant (docs/logs/pocket-clip.jsonl; its first 600 steps had
+the learning rate of a run of 4,000). Measured 2026-11-26.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def model_config(config: ClipConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]
 def contrastive_loss(logits_BB: Tensor, input_ids_BL: Tensor) -> Tensor:
     """CLIP's loss, an image's probability shared evenly by all captions that are the same as its own.
 
-    Many captions say nothing but what all images are; as each other's negatives they would teach to tell equals apart.
+    Many captions only name what all images are; as each other's negatives they would train to separate equal texts.
     """
     same_BB = (input_ids_BL[:, None] == input_ids_BL[None]).all(2).to(logits_BB)
     target_BB = same_BB / same_BB.sum(1, keepdim=True)
@@ -165,10 +165,10 @@ class _CaptionedImages:
 
 
 def train_clip(config: ClipConfig) -> open_clip.CLIP:
-    """Trains and saves `output_dir/clip` at every validation; a killed run goes on at its last checkpoint.
+    """Trains and saves `output_dir/clip` at every validation; a killed run continues at its last checkpoint.
 
     Raises:
-        ValueError: fewer than two variants are held out; the log says how well features tell these apart.
+        ValueError: fewer than two variants are held out; the log reports how well features separate these.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)

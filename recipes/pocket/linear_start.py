@@ -1,4 +1,4 @@
-"""An initialisation under which an AutoencoderKL starts as a linear map, and so starts to learn at once.
+"""An initialisation that makes an AutoencoderKL a linear map, so that it learns from the first step.
 
 From diffusers' own initialisation an autoencoder spends most of a short run on passing an image through two dozen
 random nonlinear layers. Here every residual branch starts at zero, the convolutions around them are orthogonal, and the
@@ -28,7 +28,7 @@ def linear_start(vae: AutoencoderKL) -> None:
     """Initialises an autoencoder without attention as a linear map of random orthogonal layers.
 
     Raises:
-        ValueError: the last encoder or decoder level has too few channels a group for the signals.
+        ValueError: the last encoder or decoder level has too few channels per group for the signals.
     """
     encoder, decoder = vae.encoder, vae.decoder
     linear = [encoder.conv_in, decoder.conv_in]

@@ -1,10 +1,9 @@
-"""What every pre-training run shares: schedule, one checkpoint file, one log."""
+"""The training loop of every pre-training run: schedule, one checkpoint file, one log."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -22,11 +23,11 @@ from fewshot_diti.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What every pre-training run sets.
+    """Settings of every pre-training run.
 
     Attributes:
         output_dir: gets the checkpoint, the log and the trained model.
-        batch_size: images a step and process.
+        batch_size: images per step and process.
         lr: peak of the learning rate, after a linear warm-up of `warmup` steps; then a cosine to zero.
         ema_decay: of the averaged weights, which are what is validated and saved.
         mixed_precision: "bf16" or "no".
@@ -47,62 +48,37 @@ class LoopConfig:
     save_seconds: float = 240.0
 
 
-def cosine_lr(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then a cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The random stream of one step of one process: a resumed run draws what an uninterrupted one would."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
 
 
-class Ema:
-    """Exponential moving average of a module's parameters, in fp32."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {n: p.detach().clone() for n, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Averages in the parameters after `step`; early steps use a shorter memory."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrites the module's parameters with the average."""
-        for name, p in module.named_parameters():
-            p.copy_(self.shadow[name])
-
-
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """What a module keeps beside its parameters, running statistics of batch normalisation for one."""
+    """The persistent buffers of a module, such as running statistics of batch normalisation."""
     parameters = dict(module.named_parameters())
     return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
 
 def save_checkpoint(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, made_from: str
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, made_from: str
 ) -> None:
     """Writes weights, buffers, optimizer moments and average in one safetensors file, replaced atomically."""
     tensors: dict[str, Tensor] = {}
-    for name, p in module.named_parameters():
+    for (name, p), average in zip(module.named_parameters(), ema.shadow_params, strict=True):
         tensors[f"model.{name}"] = p.detach()
         for key in ("exp_avg", "exp_avg_sq"):
             if p in optimizer.state:
                 tensors[f"{key}.{name}"] = optimizer.state[p][key]
-        tensors[f"ema.{name}"] = ema.shadow[name]
+        tensors[f"ema.{name}"] = average
     tensors |= {f"buffer.{name}": b for name, b in saved_buffers(module).items()}
     metadata = {"step": str(step), "made_from": made_from}
     write_atomically(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
 
 
-def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, made_from: str) -> int:
-    """Restores what `save_checkpoint` wrote; returns the step to go on from, 0 without a file.
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, made_from: str
+) -> int:
+    """Restores what `save_checkpoint` wrote; returns the step to continue from, 0 without a file.
 
     Raises:
         ValueError: the checkpoint was made from other data or another model.
@@ -119,9 +95,10 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
         step = int(f.metadata()["step"])
         for name, b in saved_buffers(module).items():
             b.copy_(f.get_tensor(f"buffer.{name}"))
-        for name, p in module.named_parameters():
+        ema.optimization_step = step
+        for (name, p), average in zip(module.named_parameters(), ema.shadow_params, strict=True):
             p.copy_(f.get_tensor(f"model.{name}"))
-            ema.shadow[name].copy_(f.get_tensor(f"ema.{name}"))
+            average.copy_(f.get_tensor(f"ema.{name}"))
             optimizer.state[p] = {
                 # in the parameter's own memory format: the fused AdamW walks both side by side
                 key: torch.empty_like(p).copy_(f.get_tensor(f"{key}.{name}"))
@@ -140,10 +117,10 @@ def run_loop(
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
     validate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """Trains `module`, going on from `output_dir/checkpoint.safetensors` where it exists.
+    """Trains `module`, continuing from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
-        made_from: what identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
+        made_from: identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
         loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
         validate: figures of the averaged weights, logged as they are.
 
@@ -152,9 +129,18 @@ def run_loop(
     bare = accelerator.unwrap_model(module, keep_torch_compile=False)
     shapes = repr([(name, tuple(p.shape)) for name, p in bare.named_parameters()])
     made_from = f"{made_from}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
-    ema = Ema(bare, config.ema_decay)
+    ema = EMAModel(bare.parameters(), config.ema_decay, foreach=True)
     checkpoint = config.output_dir / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, bare, optimizer, ema, made_from)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr  # needed by a schedule that continues
+    schedule = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=config.warmup,
+        num_training_steps=config.steps,
+        last_epoch=start - 1,
+    )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     sums: dict[str, float] = {}
     summed = 0
@@ -167,14 +153,13 @@ def run_loop(
             accelerator.print(" ".join(f"{k} {v:.5g}" for k, v in record.items()), flush=True)
 
     for step in range(start, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
         losses = loss_fn(module, step)
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-        ema.update(bare, step)
+        ema.step(bare.parameters())
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
         summed += 1
@@ -184,13 +169,11 @@ def run_loop(
             log({"step": done, **{k: v / summed for k, v in sums.items()}, "steps_per_second": rate})
             sums, summed = {}, 0
         if done % config.validate_every == 0 or done == config.steps:
-            kept = {n: p.detach().clone() for n, p in bare.named_parameters()}
-            ema.copy_to(bare)
+            ema.store(bare.parameters())
+            ema.copy_to(bare.parameters())
             log({"step": done, **validate(bare)})
-            with torch.no_grad():
-                for name, p in bare.named_parameters():
-                    p.copy_(kept[name])
+            ema.restore(bare.parameters())
         if accelerator.is_main_process and (time.monotonic() - saved > config.save_seconds or done == config.steps):
             save_checkpoint(checkpoint, bare, optimizer, ema, done, made_from)
             saved = time.monotonic()
-    ema.copy_to(bare)
+    ema.copy_to(bare.parameters())

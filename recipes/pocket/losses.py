@@ -1,4 +1,4 @@
-"""Losses of an autoencoder beside the distance of pixels: what an ImageNet network sees, and where the object is."""
+"""Losses of an autoencoder in addition to pixel distances: features of an ImageNet network, weights of the object."""
 
 from __future__ import annotations
 

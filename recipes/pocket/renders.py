@@ -31,7 +31,7 @@ class Renders:
 
     Attributes:
         pixels_NCHW: uint8 RGB, [images, 3, height, width].
-        variants, manufacturers, airlines: one string an image; "" where the image wears no airline's livery.
+        variants, manufacturers, airlines: one string per image; "" where the image wears no airline's livery.
     """
 
     pixels_NCHW: Tensor
@@ -44,7 +44,7 @@ class Renders:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex characters that change with any pixel or word."""
+        """A hash of all pixels and words, 16 hex characters."""
         digest = hashlib.sha256(self.pixels_NCHW.numpy().data)
         digest.update(repr((self.variants, self.manufacturers, self.airlines)).encode())
         return digest.hexdigest()[:16]
@@ -60,10 +60,10 @@ class Renders:
 
 
 def airline_name(raw: str) -> str:
-    """An airline as a caption writes it; "" for a registration number or no livery.
+    """An airline's name as captions write it; "" for a registration number or no livery.
 
     FlightGear names some liveries by registration ("N815PA", "200-d-icwd") or with the model in front
-    ("2000-Loganair"): neither is what a caption on the web would say.
+    ("2000-Loganair"): neither would be in a caption on the web.
     """
     name = raw.split("-", 1)[1] if raw.startswith(("200-", "2000-")) else raw
     registration = (
@@ -141,7 +141,7 @@ def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Genera
 
 
 def few_shot_accuracy(features_ND: np.ndarray, variants: tuple[str, ...]) -> float:
-    """Accuracy of logistic regression on 16 images a variant (half of them where there are fewer), on the rest."""
+    """Accuracy of logistic regression on 16 images per variant (half of them where there are fewer), on the rest."""
     rng, labels = np.random.default_rng(0), np.array(variants)
     of_variant = [rng.permutation(np.flatnonzero(labels == v)) for v in sorted(set(variants))]
     shots = np.concatenate([rows[: min(16, len(rows) // 2)] for rows in of_variant])

@@ -3,12 +3,12 @@
     accelerate launch --cpu -m recipes.pocket.sd --data DIR --vae runs/pocket-vae/vae
 
 With ACCELERATE_DYNAMO_BACKEND=inductor the networks are compiled, which takes some minutes and then saves a quarter of
-each step. A processor without bfloat16 wants --mixed_precision no. `--start_from FOLDER` goes on from a Stable
-Diffusion on the same autoencoder.
+each step. A processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a
+Stable Diffusion on the same autoencoder.
 
 Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
 Time: the 18,700 steps of the weights that ship took 3 hours (1.1 steps/s, later 2.0 compiled on a faster machine).
-Expected: the curves in docs/pocket.md. Those weights came in three runs, each from where the one before stood: 5,000
+Expected: the curves in docs/pocket.md. Those weights were trained in three runs, each continuing the one before: 5,000
 steps (a fifth of the samples in false colours, kinds never named), 7,200 and 6,500 as below, peak learning rates 1e-3,
 8e-4 and 7e-4. All steps in one run: not measured.
 """
@@ -46,13 +46,13 @@ class UnetConfig(LoopConfig):
         vae: folder of the autoencoder (`train_vae` writes it); it decides image and latent sizes.
         start_from: folder of a Stable Diffusion on the same autoencoder, whose U-Net, text encoder and tokenizer the
             run begins with, whatever the sizes below; None begins from scratch.
-        kinds: JSON object that names kinds of aircraft for a variant, which captions say at times; None: they do not.
+        kinds: JSON object that names kinds of aircraft for a variant, which some captions use; None: none do.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
         false_colours: share of samples with shuffled colours, captioned so; shape without livery.
         false_copies: versions of each image in shuffled colours, to draw these samples from.
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
-        small_t: share of samples drawn from the lower 40 % of the time-steps, where fine attributes go.
+        small_t: share of samples drawn from the lower 40 % of the timesteps, where fine attributes are lost.
 
     Raises:
         ValueError: no false copies.
@@ -196,14 +196,14 @@ class _CaptionedLatents:
 
 
 def draw_timesteps(size: int, num_train_timesteps: int, small_t: float, g: torch.Generator) -> Tensor:
-    """Time-steps [size], a share `small_t` of them from the lower 40 %."""
+    """Timesteps [size], a share `small_t` of them from the lower 40 %."""
     u = torch.rand(size, generator=g)
     u = torch.where(torch.rand(size, generator=g) < small_t, 0.4 * u, u)
     return (u * num_train_timesteps).long()
 
 
 def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
-    """Trains and saves `output_dir/pipeline` at every validation; a killed run goes on at its last checkpoint."""
+    """Trains and saves `output_dir/pipeline` at every validation; a killed run continues at its last checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True).eval().requires_grad_(False)
     seen, unseen = split_held_out(load_renders(config.data, image_size(vae)), config.held_out)
@@ -217,7 +217,6 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         scheduler = build_scheduler(config.prediction_type)
     else:
         unet, text_encoder, tokenizer, scheduler = load_start(config, vae)
-    abar = scheduler.alphas_cumprod
     num_t = scheduler.config.num_train_timesteps
     module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
@@ -231,9 +230,8 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         return encoded.input_ids.to(accelerator.device)
 
     def errors(module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        a = abar[timesteps][:, None, None, None]
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        target = noise if config.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
         predicted = module(
             noisy.to(accelerator.device, memory_format=torch.channels_last),
             timesteps.to(accelerator.device),
@@ -258,7 +256,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             with torch.no_grad(), accelerator.autocast():
                 e = errors(module, held_out_latents, held_out_noise, timesteps, captions)
             # in eps whatever the network predicts (Salimans and Ho, appendix D), so that runs compare
-            factor = 1.0 if config.prediction_type == "epsilon" else float(abar[t])
+            factor = 1.0 if config.prediction_type == "epsilon" else float(scheduler.alphas_cumprod[t])
             figures[f"held_out_error_{t}"] = factor * float(e.mean())
         if accelerator.is_main_process:
             _save(pipeline(), config.output_dir / "pipeline")
@@ -269,7 +267,7 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         for model in (unet, text_encoder, vae):
             if model is text_encoder:
                 copy = type(model)(model.config)
-            else:  # where the run began is nobody's business
+            else:  # the start folder is not kept in the config
                 copy = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
             copy.load_state_dict(model.state_dict())
             copies.append(copy.half())

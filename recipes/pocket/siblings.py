@@ -1,18 +1,18 @@
-"""A small network trained with labels of the pre-training variants: siblings of the classes that users bring.
+"""A small network trained with labels of the pre-training variants: siblings of the few-shot classes.
 
-Few-shot methods are not told such labels; who has them gets features that know what a variant is.
+This is extra supervision that few-shot methods do not have. Its features separate variants far better than theirs.
 
     accelerate launch --cpu -m recipes.pocket.siblings --data DIR
 
-`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run goes on at its last
-checkpoint. A processor without bfloat16 wants --mixed_precision no. The row `siblings` of `python -m eval.fewshot`
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run continues at its
+last checkpoint. A processor without bfloat16 needs --mixed_precision no. The row `siblings` of `fewshot-diti eval`
 uses features of the network that ships; `--siblings local-dir:runs/pocket-siblings/network` takes this one.
 
 Hardware: two CPU cores; on GPUs leave out --cpu.
 Time: 28 minutes in float32 on two cores with AVX2 alone (1.8 steps/s).
 Expected: held_out_accuracy 0.989 after 3,000 steps (0.940 after 500), features of variants left out of training, 16
-images a variant; as the row `siblings` 77.6 / 86.9 / 89.3 / 95.0 / 95.6 % at 1 / 2 / 4 / 8 / 16 shots of the 12 bundled
-variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` stood at 0.702 after 1,500 steps.
+images per variant; as the row `siblings` 77.6 / 86.9 / 89.3 / 95.0 / 95.6 % at 1 / 2 / 4 / 8 / 16 shots of the 12
+bundled variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` had 0.702 after 1,500 steps.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class SiblingsConfig(LoopConfig):
 
 
 def train_siblings(config: SiblingsConfig) -> nn.Module:
-    """Trains and saves `output_dir/network` at every validation; a killed run goes on at its last checkpoint.
+    """Trains and saves `output_dir/network` at every validation; a killed run continues at its last checkpoint.
 
     Raises:
-        ValueError: fewer than two variants are held out; the log says how well features tell these apart.
+        ValueError: fewer than two variants are held out; the log reports how well features separate these.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
@@ -139,7 +139,7 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
 
 
 def pocket_siblings() -> SiblingsConfig:
-    """Images of the size that the pocket sees."""
+    """Images of the pocket's size."""
     return SiblingsConfig(data=Path("pocket-train"), held_out=HELD_OUT, output_dir=Path("runs/pocket-siblings"))
 
 

@@ -3,15 +3,15 @@
     accelerate launch --cpu -m recipes.pocket.vae first --data DIR
     accelerate launch --cpu -m recipes.pocket.vae second --data DIR
 
-`first` is the autoencoder that ships. `second` begins with it, sees whole images, weights the aircraft up, and adds a
-perceptual loss, which needs the extra `imagenet`. `DIR` holds Parquet shards with columns image, variant, manufacturer,
-airline. Started again, a run goes on at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the last validation.
-A processor without bfloat16 wants --mixed_precision no.
+`first` is the autoencoder that ships. `second` begins with it, sees whole images, gives the aircraft more weight, and
+adds a perceptual loss, which needs the extra `imagenet`. `DIR` holds Parquet shards with columns image, variant,
+manufacturer, airline. Started again, a run continues at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the
+last validation. A processor without bfloat16 needs --mixed_precision no.
 
 Hardware: two CPU cores with bfloat16; or a GPU, without `--cpu`.
 Time: 17 minutes for the 4,500 steps of `first`; `second` is not measured to the end yet.
 Expected: `first` 33.4 dB on the held-out variants, 32.5 dB on the 12 few-shot variants
-(`python -m eval.autoencoder`), measured in November 2026; of `second`, docs/logs/pocket-vae-2.jsonl is the log so far.
+(`python -m eval.autoencoder`), measured in November 2026; `second`: not measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class VaeConfig(LoopConfig):
             scratch.
         mse_weight, gradient_weight, kl_weight: beside an L1 loss of weight 1.
         perceptual_weight: of the distance between features of an ImageNet network; needs the extra `imagenet`.
-        object_weight: what pixels that differ from the sky count more than those of the sky, in all pixel losses.
+        object_weight: extra weight, in all pixel losses, of pixels that differ from the sky.
         scale_weight: of the error of the image at half its size, restored from the latents at half their size.
         false_colours: share of samples with shuffled colours, so that no livery is out of reach.
     """
@@ -121,7 +121,7 @@ def standardize_latents(vae: AutoencoderKL, images_NCHW: Tensor) -> None:
     """Gives every latent channel mean 0 and variance 1 over the images, without changing what the autoencoder restores.
 
     Encoder means become (z - mean) / std, absorbed by the two 1x1 convolutions around the latent. Channels of very
-    different spread would otherwise drown in noise at very different time-steps.
+    different spread would otherwise drown in noise at very different timesteps.
     """
     latents = torch.cat([vae.encode(b).latent_dist.mean for b in images_NCHW.split(64)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -135,7 +135,7 @@ def standardize_latents(vae: AutoencoderKL, images_NCHW: Tensor) -> None:
 
 
 def train_vae(config: VaeConfig) -> AutoencoderKL:
-    """Trains and saves `output_dir/vae`; a killed run goes on where its last checkpoint stands."""
+    """Trains and saves `output_dir/vae`; a killed run continues at its last checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
     pixels = seen.pixels_NCHW
@@ -204,7 +204,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
 
 
 def _load(folder: Path) -> AutoencoderKL:
-    """An autoencoder in fp32 whose config names no folder: where a run began is nobody's business."""
+    """An autoencoder in fp32 whose config names no folder, so that no local path is saved with it."""
     found = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     vae = AutoencoderKL.from_config({k: v for k, v in found.config.items() if k != "_name_or_path"})
     vae.load_state_dict(found.state_dict())
@@ -212,7 +212,7 @@ def _load(folder: Path) -> AutoencoderKL:
 
 
 def _save_standardized(vae: AutoencoderKL, images_NCHW: Tensor, folder: Path) -> None:
-    """Saves a standardized copy, so that a run that is not over yet leaves an autoencoder to look at."""
+    """Saves a standardized copy, so that an unfinished run leaves a usable autoencoder."""
     copy = AutoencoderKL.from_config(vae.config)
     copy.load_state_dict(vae.state_dict())
     copy = copy.to(images_NCHW.device).eval()
