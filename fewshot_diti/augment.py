@@ -13,7 +13,10 @@ _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
 def colour_variants(pixels_CHW: Tensor, image_id: str, config: TrainingConfig) -> Tensor:
-    """[K, 3, h, w] in [-1, 1]: the shot itself, then K - 1 jittered copies."""
+    """[K, 3, h, w] in [-1, 1]: the shot itself, then K - 1 jittered copies.
+
+    Not `v2.ColorJitter`: it draws from torch's global generator, and other copies give other class tokens.
+    """
     copies = [pixels_CHW]
     image = (pixels_CHW + 1) / 2
     for k in range(1, config.colour_variants):

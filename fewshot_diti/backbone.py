@@ -207,11 +207,6 @@ class Backbone:
         return kind_of(self.unet.num_parameters())
 
     @property
-    def small(self) -> bool:
-        """Whether the backbone's kind is "pocket"; a larger one takes hours on a CPU, and other settings."""
-        return self.kind == "pocket"
-
-    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent position along one axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -275,7 +270,10 @@ class Backbone:
             return self.text_encoder(input_ids_BL).last_hidden_state
 
     def add_noise(self, latents_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor) -> Tensor:
-        """x_t in the latents' dtype, fp32 or finer (Ho et al., DDPM, eq. 4)."""
+        """x_t in the latents' dtype, fp32 or finer (Ho et al., DDPM, eq. 4).
+
+        Not the scheduler's own: it rounds the schedule to the latents' dtype before it takes the roots.
+        """
         a_T = self.alphas_cumprod
         signal_B111, noise_B111 = (
             # float64 stays on the CPU: MPS has none

@@ -95,7 +95,7 @@ def test_a_large_model_beside_a_small_backbone_has_the_published_settings(
     config: EvalConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Grid(config)
-    assert grid.bench.backbone.small
+    assert grid.bench.backbone.kind == "pocket"
     task, small = grid.task(2, 1), METHODS["clip-lora"].settings(grid.bench, 2, 1)["lora"]
     assert (small["rank"], small["candidates"]) == (16, (200, 1000))
     assert METHODS["finetune"].settings(grid.bench, 2, 1)["network"].endswith("at (112, 224)")
@@ -186,7 +186,7 @@ def test_a_dry_run_says_what_is_missing_and_runs_nothing(
 
 
 def test_data_that_no_table_can_be_made_of_are_refused(config: EvalConfig, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"What are all classes of folder:.*--concept bird"):
+    with pytest.raises(ValueError, match=r"What are all classes of folder:.*such as bird"):
         EvalConfig(dataset="folder:skin")
     with pytest.raises(ValueError, match="pass it or group='hospital'"):
         EvalConfig(shift="livery", group="hospital")
@@ -262,10 +262,21 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
         Grid(replace(few, shift="none", group="colour"))
 
 
+def test_shots_of_a_file_take_the_place_of_a_draw(config: EvalConfig, tmp_path: Path) -> None:
+    few = replace(config, methods=("ncm-sd",), shots=(1,))
+    Grid(few).draw(1, 7).save(tmp_path / "shots.json")
+    listed = Grid(replace(few, shots_file=tmp_path / "shots.json"))
+    assert listed.task(1, 1).shots.ids == Grid(few).task(1, 7).shots.ids != Grid(few).task(1, 1).shots.ids
+    with pytest.raises(ValueError, match="has other numbers per class"):
+        Grid(replace(few, shots=(2,), shots_file=tmp_path / "shots.json")).task(2, 1)
+    with pytest.raises(ValueError, match="is one draw; pass one number of shots"):
+        replace(few, shots=(1, 2), shots_file=tmp_path / "shots.json")
+
+
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match=r"methods \['magic'\]; pass some of fewshot-diti"):
         EvalConfig(methods=("magic",))
-    with pytest.raises(ValueError, match=r"siblings needs a network .*--siblings local-dir:FOLDER"):
+    with pytest.raises(ValueError, match=r"siblings needs a network .*siblings=local-dir:FOLDER"):
         EvalConfig(backbone="some/other", methods=("diti", "siblings"))
     assert "siblings" in EvalConfig().methods and "siblings" not in EvalConfig(backbone="some/other").methods
     for wrong, text in (
@@ -275,7 +286,7 @@ def test_unknown_methods_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             EvalConfig(**wrong)
-    with pytest.raises(ValueError, match="has 24 train images, 100 are needed; pass fewer --shots"):
+    with pytest.raises(ValueError, match="has 24 train images, 100 are needed; pass fewer shots"):
         Grid(EvalConfig(shots=(100,)))
     with pytest.raises(ValueError, match="against='diti'; pass one of the methods ncm-sd"):
         EvalConfig(methods=("ncm-sd",), against="diti")

@@ -31,6 +31,8 @@ class GridConfig:
             for the pocket, else none.
         methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
         shots, seeds: columns, and draws of each.
+        shots_file: the shots, as `Shots.save` wrote them or as a published list of paths, instead of draws; `shots` is
+            then the number per class in it, and seeds move training and scoring alone.
         concept: what all classes are, such as "bird"; by default "aircraft" for bundled and fgvc; other data name it.
         trials: of the diffusion methods, over all timesteps; by default 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
@@ -56,6 +58,7 @@ class GridConfig:
     methods: tuple[str, ...] = ()
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
+    shots_file: Path | None = None
     concept: str = ""
     trials: int | None = None
     training_share: float = 1.0
@@ -68,7 +71,7 @@ class GridConfig:
         if not self.concept:
             if self.dataset.partition(":")[0] not in ("bundled", "fgvc"):
                 raise ValueError(
-                    f"What are all classes of {self.dataset}? Prompts name it: pass --concept, such as --concept bird."
+                    f"What are all classes of {self.dataset}? Prompts name it: pass concept, such as bird."
                 )
             object.__setattr__(self, "concept", "aircraft")
         if self.group is not None and self.shift != "none":
@@ -82,7 +85,7 @@ class GridConfig:
         if not self.has_siblings and SIBLINGS in self.methods:
             raise ValueError(
                 "The row siblings needs a network that was trained with labels of sibling classes; pass "
-                "--siblings local-dir:FOLDER (recipes/pocket/siblings.py trains one), or other --methods."
+                "siblings=local-dir:FOLDER (recipes/pocket/siblings.py trains one), or other methods."
             )
         for name in ("methods", "shots", "seeds"):
             values = getattr(self, name)
@@ -92,6 +95,10 @@ class GridConfig:
             value = getattr(self, name)
             if value is not None and np.min(value) < 1:
                 raise ValueError(f"{name}={value}; pass whole numbers of at least 1.")
+        if self.shots_file is not None and (len(self.shots) > 1 or self.shifted):
+            raise ValueError(
+                f"shots_file={self.shots_file} is one draw; pass one number of shots, and no group or shift."
+            )
         if not 0 < self.training_share <= 1:
             raise ValueError(f"training_share={self.training_share}; pass a number above 0, of at most 1.")
 

@@ -25,6 +25,7 @@ from fewshot_diti.data import (
     Shots,
     SplitError,
     load_images,
+    load_shots_file,
     sample_shots,
     sample_shots_of_one_value,
     shown_attribute,
@@ -72,8 +73,8 @@ class Grid:
         if config.shifted and lacking:
             raise ValueError(
                 f"{config.dataset} has no attribute {config.column!r} in its split {' and '.join(lacking)}; pass "
-                f"--group with one of {sorted(set(self.pool.attributes) & set(test.attributes))} (a manifest's further "
-                "columns, or attributes.csv beside FGVC's lists), or neither --group nor --shift."
+                f"group with one of {sorted(set(self.pool.attributes) & set(test.attributes))} (a manifest's further "
+                "columns, or attributes.csv beside FGVC's lists), or neither group nor shift."
             )
         if self.pool.class_names != test.class_names:
             raise ValueError(
@@ -86,7 +87,7 @@ class Grid:
         if counts.min() < max(config.shots):
             raise ValueError(
                 f"Class {self.pool.class_names[int(counts.argmin())]!r} of {config.dataset} has {counts.min()} train "
-                f"images, {max(config.shots)} are needed; pass fewer --shots, add images, or leave the class out."
+                f"images, {max(config.shots)} are needed; pass fewer shots, add images, or leave the class out."
             )
         if not len(test):
             raise ValueError(f"{config.dataset} has no test images; add some.")
@@ -179,9 +180,19 @@ class Grid:
         Raises:
             ValueError: a class has too few images.
         """
+        if self.config.shots_file is not None:
+            return self._listed(self.config.shots_file, num_shots)
         if self.of_one_value(num_shots):
             return sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
         return sample_shots(self.pool, num_shots, seed)
+
+    def _listed(self, file: Path, num_shots: int) -> Shots:
+        """The shots of a file; raises ValueError where a class has another number of them."""
+        listed = load_shots_file(file, self.pool)
+        wrong = {name: len(ids) for name, ids in listed.image_ids.items() if len(ids) != num_shots}
+        if wrong:
+            raise ValueError(f"shots={num_shots}, but {file} has other numbers per class: {wrong}; pass its number.")
+        return listed
 
     def task(self, num_shots: int, seed: int) -> Task:
         """The draw's shots with the test images.

@@ -43,6 +43,7 @@ class FewShotRun:
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32. It decides, not the
             mixed precision of `accelerate launch`: frozen weights are kept in it.
         num_shots: training images per class.
+        train_split: split that the shots come from; published lists of FGVC-Aircraft need trainval.
         shots_file: the shots, as `Shots.save` wrote them or as a published list of paths; None draws them.
         seed: of the draw of the shots, of training and of scoring.
         concept: what all classes are, in the singular; for the pocket "aircraft" where it is not given.
@@ -61,6 +62,7 @@ class FewShotRun:
     num_shots: int
     backbone: str = POCKET
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    train_split: str = "train"
     shots_file: Path | None = None
     seed: int = 1
     concept: str | None = None
@@ -120,7 +122,7 @@ def load_task(run: FewShotRun) -> tuple[Task, Shots]:
     Raises:
         FileNotFoundError, ValueError: the data cannot be read, a class has too few images, or a test image is a shot.
     """
-    pool, test = (load_images(run.dataset, split) for split in ("train", "test"))
+    pool, test = (load_images(run.dataset, split) for split in (run.train_split, "test"))
     if run.max_test_images is not None:
         test = test.first_of_each_class(run.max_test_images)
     if run.shots_file is None:
@@ -176,7 +178,7 @@ def describe(run: FewShotRun, task: Task, backbone: Backbone) -> dict[str, Any]:
 
 def claim(folder: Path, description: dict[str, Any], drawn: Shots) -> None:
     """Marks a folder as a run's; raises ValueError where it holds something else, naming what differs."""
-    path, way_out = folder / RUN, "pass another --output_dir, or remove that folder."
+    path, way_out = folder / RUN, "pass another output_dir, or remove that folder."
     description = json.loads(_json(description))
     if path.is_file():
         theirs, mine = _flat(_read_json(path)), _flat(description)
@@ -300,7 +302,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove its folder, or pass another --output_dir.") from error
+        raise ValueError(f"{path} is damaged ({error}); remove its folder, or pass another output_dir.") from error
 
 
 def _json(value: object) -> bytes:
