@@ -1,18 +1,23 @@
 """`fewshot-diti score`, run in-process and by two processes on a bank that `train` wrote."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from small_commands import CLASSES, read_lines, save_image, train_command
 
 from fewshot_diti import DiTiClassifier, cli
-from fewshot_diti.commands import score as score_command
 from fewshot_diti.data import image_id
+from fewshot_diti.elimination import Decision
+from fewshot_diti.encoding import PreparedImage
 
 pytestmark = pytest.mark.usefixtures("quick_train")
 
@@ -78,13 +83,16 @@ def test_score_goes_on_where_it_was_cut_short(
     lines = part.read_text().splitlines(keepends=True)
     part.write_text(lines[0] + lines[1] + lines[2][:40])
     (tmp_path / "out.jsonl").unlink()
-    scored: list[str] = []
-    predictions = score_command._predictions
-    monkeypatch.setattr(
-        score_command, "_predictions", lambda classifier, paths: scored.extend(paths) or predictions(classifier, paths)
-    )
+    decided: list[str] = []
+    decide = DiTiClassifier.decide
+
+    def recorded(self: DiTiClassifier, images: Sequence[PreparedImage]) -> list[Decision]:
+        decided.extend(image.id for image in images)
+        return decide(self, images)
+
+    monkeypatch.setattr(DiTiClassifier, "decide", recorded)
     assert cli.main(command) == 0
-    assert len(scored) == len(lines) - 2
+    assert len(decided) == len(lines) - 2
     assert read_lines(tmp_path / "out.jsonl") == whole
 
 
@@ -95,9 +103,11 @@ def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
     broken.write_bytes((tests / "0.png").read_bytes()[:200])
     command = ["score", "--bank", str(bank), str(broken), str(tests / "1.png"), "--output", str(tmp_path / "o.jsonl")]
     assert cli.main(command) == 1
-    assert [r["path"] for r in read_lines(tmp_path / "o.jsonl")] == [str(tests / "1.png")]
+    first, second = read_lines(tmp_path / "o.jsonl")
+    assert first.keys() == {"path", "error"} and first["path"] == str(broken) and str(broken) in first["error"]
+    assert second["path"] == str(tests / "1.png") and second["label"] in second["scores"]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("not scored: ") and str(broken) in last
+    assert last == f"not scored: {first['error']}"
 
 
 def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
@@ -115,7 +125,7 @@ def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
     assert "1 files are passed over (1 .txt)" in capsys.readouterr().out
 
 
-def test_two_processes_score_as_one_and_no_image_twice(
+def test_two_processes_score_as_one_and_neither_an_image_twice(
     bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "one.jsonl")]) == 0
@@ -127,11 +137,12 @@ def test_two_processes_score_as_one_and_no_image_twice(
     assert done.stdout.count("margin: second") == 1
     one, two = read_lines(tmp_path / "one.jsonl"), read_lines(tmp_path / "two.jsonl")
     parts = [read_lines(tmp_path / "two.jsonl.parts" / f"part-0000{rank}.jsonl") for rank in (0, 1)]
-    ids = [r["image_id"] for part in parts for r in part]
-    assert all(parts) and sorted(ids) == sorted({r["image_id"] for r in two})
+    ids = [[r["image_id"] for r in part] for part in parts]
+    assert all(len(part) == len(set(part)) > 0 for part in ids)
+    assert {*ids[0], *ids[1]} == {r["image_id"] for r in two}
     for a, b in zip(one, two, strict=True):
         assert (a["path"], a["image_id"]) == (b["path"], b["image_id"])
-        assert a["label"] == b["label"] or a["margin"] <= 1e-4
+        assert a["label"] == b["label"]
         assert max(abs(a["scores"][name] - b["scores"][name]) for name in CLASSES) <= 1e-5
 
 
@@ -147,6 +158,33 @@ def test_score_names_an_image_below_the_banner_and_a_path_that_is_no_utf8(
     images = [str(tests / "1.png"), str(tmp_path / "low.png"), str(odd)]
     assert cli.main(["score", "--bank", str(tmp_path / "bank"), *images, "--output", str(output)]) == 1
     assert "low.png is 4 pixels high" in capsys.readouterr().out
-    assert [line["path"] for line in read_lines(output)] == [images[0], images[2]]
+    records = read_lines(output)
+    assert [record["path"] for record in records] == images
+    assert ["error" in record for record in records] == [False, True, False]
     assert cli.main(["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path)]) == 2
     assert "is there already and no output of score" in capsys.readouterr().err
+
+
+def test_score_takes_the_prediction_that_was_saved_and_another_batch_size(
+    bank: Path, tests: Path, tmp_path: Path
+) -> None:
+    images = sorted(tests.glob("*.png"))
+    scores = []
+    for number, more in enumerate(((), ("--batch_size", "2"))):
+        output = tmp_path / f"{number}.jsonl"
+        command = ["score", "--bank", str(bank), *map(str, images), "--output", str(output), *more]
+        assert cli.main(command) == 0
+        scores.append([list(record["scores"].values()) for record in read_lines(output)])
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-5)
+
+
+def test_an_incomplete_classifier_scores_with_a_warning(
+    bank: Path, tests: Path, backbone_folder: Path, tmp_path: Path
+) -> None:
+    classifier = DiTiClassifier.from_pretrained(bank)
+    classifier.complete_ = False
+    classifier.save_pretrained(tmp_path / "bank_incomplete")
+    command = ["score", "--bank", str(tmp_path / "bank_incomplete"), str(tests / "0.png")]
+    with pytest.warns(UserWarning, match="was saved when its training was interrupted or failed"):
+        assert cli.main([*command, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert len(read_lines(tmp_path / "out.jsonl")) == 1

@@ -38,7 +38,7 @@ def tif_by_mpmath(abar: float, distances: range) -> list[float]:
         return [float(terms[d] / (tails[d] - tails.get(d + 501, nothing))) for d in distances]
 
 
-def test_tif_is_its_formula_at_thirty_digits_for_d_from_1_to_50_at_every_time_step():
+def test_tif_is_its_formula_at_thirty_digits_for_d_from_1_to_50_at_every_timestep():
     distances = range(1, 51)
     truth_TD = torch.tensor([tif_by_mpmath(abar, distances) for abar in ABAR.tolist()], dtype=torch.float64)
     weights_TD = torch.stack([ts.tif(ABAR, d) for d in distances], dim=1)
@@ -117,53 +117,26 @@ def test_tif_refuses_a_distance_that_is_none(d):
         ts.tif_released(d)
 
 
-def test_attribute_distances_are_percentiles_over_pairs_whatever_the_chunk(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(9, 4, 3, 5, generator=generator)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 2, 1])
-    left_out, set_to_100 = 0.0, 0.0
-    for h, w in itertools.product(range(3), range(5)):
-        squared = [
-            [(latents[i, :, h, w] - latents[j, :, h, w]).square().sum().item() for j in range(9)] for i in range(9)
-        ]
-        different = [squared[i][j] for i in range(9) for j in range(i) if labels[i] != labels[j]]
-        ordered = [squared[i][j] if labels[i] != labels[j] else 100.0 for i in range(9) for j in range(9)]
-        left_out += np.percentile(different, 0.1)
-        set_to_100 += np.percentile(ordered, 0.1)
-    for pairs_in_memory in (1, 81 * 4, 2**24):
-        monkeypatch.setattr(ts, "PAIRS_IN_MEMORY", pairs_in_memory)
-        assert ts.attribute_distance(latents, labels) == pytest.approx(math.sqrt(left_out), rel=1e-6)
-        assert ts.attribute_distance_released(latents, labels) == pytest.approx(math.sqrt(set_to_100), rel=1e-6)
-
-
-def test_attribute_distance_needs_two_classes_and_a_label_for_each_latent():
-    latents = torch.zeros(3, 4, 2, 2)
-    with pytest.raises(ValueError, match="all 3 shots are of one class"):
-        ts.attribute_distance(latents, torch.tensor([1, 1, 1]))
-    with pytest.raises(ValueError, match="labels"):
-        ts.attribute_distance_released(latents, torch.tensor([0, 1]))
-
-
-def test_spread_is_one_over_the_standard_deviation_over_classes_at_the_trials_time_steps():
+def test_spread_is_one_over_the_standard_deviation_over_classes_at_the_trials_timesteps():
     errors = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([10, 200, 450, 451, 900])
     weights = ts.spread(errors, steps, T)
     expected = 1 / errors.double().std(dim=1, correction=0).mean(dim=0)
     torch.testing.assert_close(weights[steps], expected)
     assert weights[0] == weights[10] and weights[999] == weights[900]
-    assert weights[105].item() == pytest.approx(math.sqrt(weights[10] * weights[200]))  # half-way, in the logarithm
+    assert weights[105].item() == pytest.approx(math.sqrt(weights[10] * weights[200]))  # halfway, in the logarithm
 
 
-def test_relative_is_one_over_the_mean_error_at_the_trials_time_steps():
+def test_relative_is_one_over_the_mean_error_at_the_trials_timesteps():
     errors = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([10, 200, 450, 451, 900])
     weights = ts.relative(errors, steps, T)
     torch.testing.assert_close(weights[steps], 1 / errors.double().mean(dim=(0, 1)))
-    scores = ts.score(errors, ts.trial_weights(weights, steps))
+    scores = ts.weighted_mean(errors, ts.trial_weights(weights, steps))
     assert scores.mean().item() == pytest.approx(1)  # in units of the usual error
 
 
-def test_spread_from_time_steps_of_each_image_finds_the_same_curve():
+def test_spread_from_timesteps_of_each_image_finds_the_same_curve():
     generator = torch.Generator().manual_seed(2)
     steps = torch.randint(0, T, (40, 50), generator=generator)
     truth = torch.exp(-torch.arange(T) / 250)
@@ -172,7 +145,7 @@ def test_spread_from_time_steps_of_each_image_finds_the_same_curve():
     assert 0.85 < ratio[50:950].min() / ratio[50:950].max() <= 1
 
 
-def test_spread_bounds_the_weight_of_a_time_step_at_which_classes_do_not_differ():
+def test_spread_bounds_the_weight_of_a_timestep_at_which_classes_do_not_differ():
     errors = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(3))
     errors[:, :, 2] = 0.5
     weights = ts.spread(errors, torch.tensor([1, 2, 3, 4, 5]), 10)
@@ -192,7 +165,7 @@ def test_an_even_grid_lies_inside_its_window_and_is_symmetric_about_the_middle(n
     assert abs(grid.double().mean() - (lo + width / 2)) <= 1
 
 
-def test_five_hundred_even_trials_are_the_published_odd_time_steps():
+def test_five_hundred_even_trials_are_the_published_odd_timesteps():
     assert even_grid(500, 0, 1000).tolist() == list(range(1, 1000, 2))
     for num_trials, lo, hi in [(0, 0, 10), (5, 10, 10), (5, -1, 10)]:
         with pytest.raises(ValueError, match="no grid"):
@@ -201,13 +174,13 @@ def test_five_hundred_even_trials_are_the_published_odd_time_steps():
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_score_is_the_weighted_mean_over_trials(seed, N, C, S, per_image, with_density):
+def test_a_score_is_the_weighted_mean_over_trials(seed, N, C, S, per_image, with_density):
     generator = torch.Generator().manual_seed(seed)
     errors = torch.rand(N, C, S, generator=generator)
     shape = (N, S) if per_image else (S,)
     weights = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.01
     density = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-    scores = ts.score(errors, weights, density if with_density else None)
+    scores = ts.weighted_mean(errors, weights, density if with_density else None)
     assert scores.dtype == torch.float64 and scores.shape == (N, C)
     for n, c in itertools.product(range(N), range(C)):
         w, q = (weights[n], density[n]) if per_image else (weights, density)
@@ -220,25 +193,25 @@ def test_a_broken_error_raises_and_names_its_class_even_where_its_weight_is_zero
     errors = torch.ones(2, 5, 3)
     errors[1, 3, 2] = value
     with pytest.raises(ValueError, match="class index 3 "):
-        ts.score(errors, torch.tensor([1.0, 1.0, 0.0]))
+        ts.weighted_mean(errors, torch.tensor([1.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="class index 3 "):
         ts.spread(errors, torch.arange(3), 10)
 
 
-def test_score_refuses_weights_that_cannot_rank_classes():
+def test_scores_refuse_weights_that_cannot_rank_classes():
     errors = torch.ones(2, 3, 4)
     with pytest.raises(ValueError, match="of image 1 are 0"):
-        ts.score(errors, torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
+        ts.weighted_mean(errors, torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
     for bad in (torch.tensor([1.0, -1, 1, 1]), torch.tensor([1.0, math.nan, 1, 1])):
         with pytest.raises(ValueError, match="not negative"):
-            ts.score(errors, bad)
+            ts.weighted_mean(errors, bad)
     with pytest.raises(ValueError, match="shape"):
-        ts.score(errors, torch.ones(3))
+        ts.weighted_mean(errors, torch.ones(3))
     with pytest.raises(ValueError, match="density"):
-        ts.score(errors, torch.ones(4), torch.tensor([1.0, 1, 1, 0]))
+        ts.weighted_mean(errors, torch.ones(4), torch.tensor([1.0, 1, 1, 0]))
 
 
-def test_trial_weights_are_looked_up_and_an_error_names_window_and_time_steps():
+def test_trial_weights_are_looked_up_and_an_error_names_window_and_timesteps():
     weights_T = ts.window(ABAR, 100, 200)
     assert ts.trial_weights(weights_T, torch.tensor([[99, 100], [199, 200]])).tolist() == [[0, 1], [1, 0]]
     with pytest.raises(ValueError, match="from 100 to 199, and the 3 trials have t from 300 to 700"):
@@ -314,8 +287,8 @@ def test_importance_sampling_gives_the_score_of_an_even_grid_with_equal_shares_o
     density = ts.importance(ts.where_weighted(weights, 0, 900), weights, ts.spread(errors, times, 1000))
     assert density[:900].mean() == pytest.approx(1) and not density[900:].any()
     grid = drawn_grid(density, 60)
-    sampled = ts.score(errors[:, :, grid], weights[grid], density[grid])
-    even = ts.score(errors[:, :, :900], weights[:900])
+    sampled = ts.weighted_mean(errors[:, :, grid], weights[grid], density[grid])
+    even = ts.weighted_mean(errors[:, :, :900], weights[:900])
     torch.testing.assert_close(sampled - sampled[:, :1], even - even[:, :1], rtol=0.02, atol=0)
     moved = (weights * size / density)[grid]
     assert moved[4:].max() / moved[4:].min() < 1.3  # but for the tenth that is even, all trials count alike
