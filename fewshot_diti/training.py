@@ -25,6 +25,7 @@ from fewshot_diti.distributed import gather, my_share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.lora import Layout, adapted, find_targets, gradients_on
 from fewshot_diti.memory import halved
+from fewshot_diti.presets import complete
 from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.progress import Progress
 from fewshot_diti.trials import torch_generator
@@ -210,12 +211,15 @@ def train_class_tokens(
     """Trains one class token for each class, all jointly, in this process.
 
     Args:
+        config: what is not given follows the preset.
         prior: generic prompt and prior latents [images, c, h, w], needed where `config.prior_weight` > 0.
 
     Raises:
         ValueError: no class, two classes of one label, timesteps beyond the schedule, prior images missing, or a
             backbone in float16.
     """
+    if classes:
+        config = complete(backbone.kind, max(len(c.mean) for c in classes), config).training
     labels = [c.label for c in classes]
     if not classes or len({(type(x), x) for x in labels}) < len(labels):
         raise ValueError(f"Class tokens need at least one class and distinct labels, got {labels}.")

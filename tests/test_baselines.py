@@ -98,10 +98,12 @@ def test_a_slice_of_a_set_decodes_nothing_and_batches_decode_as_they_are_asked_f
             names=tuple(map(str, range(6))),
         )
     )
+    ids = images.ids  # one pass
     decoded.clear()
     odd = images[1::2]
-    assert decoded == [] and len(odd) == 3 and odd.ids == images.ids[1::2]
+    assert decoded == [] and len(odd) == 3 and odd.ids == ids[1::2]
     batches = opened(odd, 2)
+    assert decoded == []
     assert [np.asarray(image)[0, 0, 0] for image in next(batches)] == [1, 3] and decoded == [1, 3]
     assert len(next(batches)) == 1 and next(batches, None) is None
 

@@ -110,7 +110,7 @@ def test_kohya_files_have_the_name_of_the_class_and_share_a_folder(bank: Bank, t
 
 
 def test_nothing_is_exported_over_a_bank_or_in_an_unknown_format(bank: Bank, tmp_path: Path) -> None:
-    bank.save(tmp_path)
+    bank.save_pretrained(tmp_path)
     before = {p.name for p in tmp_path.iterdir()}
     for form in ("diffusers", "kohya", "peft"):
         with pytest.raises(ValueError, match=r"manifest\.json is there already"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_classifier import TRAINING
 from test_lora import random_bank
 
 from eval.speed.published import PublishedProcedure
@@ -15,7 +17,6 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.data.images import ImageGeometry, image_id
 from fewshot_diti.elimination import published_stages
 from fewshot_diti.scoring import Scorer, decide
-from fewshot_diti.training import TrainingConfig
 from fewshot_diti.trials import even_grid
 
 
@@ -37,7 +38,7 @@ def test_switching_weights_class_after_class_gives_the_scores_of_the_stacked_ban
         torch.ones(500),
         published_stages(3),
     )[0]
-    assert (found.label, found.evaluations) == (expected.label, expected.evaluations)
+    assert (found.position, found.evaluations) == (expected.position, expected.evaluations)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
 
 
@@ -47,7 +48,7 @@ def test_it_learns_its_shots_and_leaves_the_backbone_alone(backbone_folder: Path
     bank = random_bank(backbone, 1, 2, 0)
     before = {k: v.clone() for k, v in backbone.unet.state_dict().items()}
     procedure = PublishedProcedure(backbone, bank.layout, ImageGeometry(size=backbone.image_size))
-    config = TrainingConfig(steps=3, rank=2, lr_unet=1e-2, lr_text_encoder=1e-2)
+    config = replace(TRAINING, lr_unet=1e-2, lr_text_encoder=1e-2)
     row = procedure.train([picture(1)], "a photo of a hta", ("a photo", [picture(2)]), config)
     assert row.shape == (bank.layout.num_parameters,) and row.isfinite().all()
     up = [piece for i, piece in enumerate(row.split(bank.layout.sizes)) if i % 2]

@@ -324,7 +324,7 @@ def test_a_recipe_of_fewer_shots_differs_in_what_depends_on_their_number_alone()
 
 def test_the_flags_of_a_recipe_are_these():
     assert [f.name for f in fields(FewShotRun)] == [
-        *("dataset", "output_dir", "num_shots", "backbone", "dtype", "shots_file", "seed", "concept"),
+        *("dataset", "output_dir", "num_shots", "backbone", "dtype", "train_split", "shots_file", "seed", "concept"),
         *("prompt_template", "generic_prompt", "resize", "banner_rows", "max_test_images", "training", "scoring"),
         "prediction",
     ]
