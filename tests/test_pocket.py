@@ -47,10 +47,10 @@ def test_its_clip_is_small_and_reads_the_sky_off_images_that_it_has_not_seen() -
     assert np.mean(np.array(skies)[scores.argmax(1)] == truth) > 0.9
 
 
-def test_the_demo_tells_bundled_aircraft_apart_better_than_chance(tmp_path: Path) -> None:
-    config = DemoConfig(shots=4, test_images=24, trials=8, zero_shot_trials=1, output_dir=tmp_path)
+def test_the_demo_tells_bundled_aircraft_apart(tmp_path: Path) -> None:
+    """17 of 24 on 2026-11-29 (15 with seed 1); the nearest neighbour gets 6, chance 2."""
+    config = DemoConfig(shots=4, test_images=24, trials=8, dtype="float32", output_dir=tmp_path)
     found = run_demo(config, Console(quiet=True)).results[0]
     assert found.name == "fewshot-diti"
-    # 2 of 24 by chance; 6 or more in 1 % of all draws
-    assert found.correct.sum() >= 6
+    assert found.correct.sum() >= 13
     assert (tmp_path / "bank" / "manifest.json").is_file() and (tmp_path / "predictions.png").is_file()
