@@ -125,7 +125,8 @@ def test_an_interrupted_train_leaves_the_bank_that_was_there_to_the_bit(
     before = contents(folder)
     fail_at(monkeypatch, 2, KeyboardInterrupt())  # in the first fold
     again = train_command(shots, backbone_folder, folder, "--folds", "2", "--seed", "5")
-    assert cli.main(again) == 130
+    with pytest.warns(UserWarning, match="what was trained before it stopped is in .*bank_incomplete"):
+        assert cli.main(again) == 130
     assert f"the bank in {folder} is as it was" in capsys.readouterr().out
     assert contents(folder) == before
     incomplete = tmp_path / "bank_incomplete"
@@ -171,7 +172,8 @@ def test_train_names_the_class_that_failed_and_saves_the_others_beside_the_outpu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison_gear(monkeypatch)
-    assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
+    with pytest.warns(UserWarning, match="what was trained before it stopped is in .*bank_incomplete"):
+        assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 2
     assert "error: The loss of 'gear'" in capsys.readouterr().err
     assert not (tmp_path / "bank" / "manifest.json").exists()
     assert Bank.from_pretrained(tmp_path / "bank_incomplete").labels == ("bolt", "nut")

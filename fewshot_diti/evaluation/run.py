@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -232,7 +233,9 @@ def fit_and_save(classifier: DiTiClassifier, shots: ImageSet, labels: Sequence[s
         classifier.fit(shots.decoded(), labels)
     except BaseException:
         if classifier.bank_ is not None:
-            classifier.save_pretrained(folder.with_name(f"{folder.name}_incomplete"))
+            incomplete = folder.with_name(f"{folder.name}_incomplete")
+            classifier.save_pretrained(incomplete)
+            warnings.warn(f"what was trained before it stopped is in {incomplete}, marked as incomplete", stacklevel=2)
         raise
     classifier.save_pretrained(folder)
 
