@@ -127,8 +127,11 @@ def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None
     temperature = None if scoring.temperature == "fit" else scoring.temperature
     accuracy = recall = None
     if scoring.folds:
-        log_p = held_out_log_probabilities(fit.groups, shot_features, scoring.folds) if shot_features else None
-        offsets = None if log_p is None else score_offsets(log_p, scoring.features_weight)
+        prediction, log_p, offsets = fit.settings.prediction, None, None
+        if shot_features and scoring.uses_features(prediction):
+            log_p = held_out_log_probabilities(fit.groups, shot_features, scoring.folds)
+        if log_p is not None and prediction.use_features:
+            offsets = score_offsets(log_p, scoring.features_weight)
         if held_out is not None:  # on its own even grid: training the folds once more would cost too much
             even = weightings.trial_weights(weights_T, even_grid(scoring.trials, *scoring.timesteps))
             scores, truth = weighted_mean(held_out[0], even / even.mean()), held_out[1]
@@ -136,8 +139,8 @@ def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None
         else:
             scores, truth = judge_held_out(fit, partial(shared_scores, fit, grid=grid, weights=weights), offsets)
         temperature = temperature or fit_temperature(scores, truth)
-        if log_p is not None and fit.settings.prediction.shortlist is not None:
-            off_the_list = score_offsets(log_p, 0.0, fit.settings.prediction.shortlist)
+        if log_p is not None and prediction.shortlist is not None:
+            off_the_list = score_offsets(log_p, 0.0, prediction.shortlist)
             recall = float(off_the_list[torch.arange(len(truth)), truth].isfinite().double().mean())
             scores = scores + off_the_list
         accuracy = float((scores.argmin(1) == truth).double().mean())

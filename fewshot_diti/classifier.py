@@ -112,13 +112,17 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         Where a class has one shot nothing can be held out, so `auto` and a temperature to fit fall back to those of the
         preset, with a warning. With a large backbone on a CPU it first prints how long it will take.
         """
-        self._load()
-        groups = group_shots(images, labels, self.encoder_.prepare)
-        if len(groups) < 2:
-            raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
-        self.settings_ = self._settings(groups)
-        self.settings_.check(self.backbone_.num_train_timesteps)
-        fixed_weights(self.settings_.scoring.weighting, self.backbone_.alphas_cumprod)  # refuses an impossible window
+        before = dict(self.__dict__)
+        try:
+            self._load()
+            groups = group_shots(images, labels, self.encoder_.prepare)
+            if len(groups) < 2:
+                raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
+            self.settings_ = self.checked_settings(max(len(shots) for shots in groups.values()))
+        except BaseException:  # a fit that is refused leaves the classifier as it was
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
         self._set_bank(None)
         training, scoring, _ = self.settings_
         shots = sum(len(x) for x in groups.values())
@@ -154,7 +158,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         known = [x for x in groups if x in bank.labels]
         if known:
             raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
-        self.decider().check_features(self.current_prediction())
+        prediction = self.current_prediction()
+        if len(bank):
+            self.decider().check_features(prediction)
         try:
             raise_failed(self._learn(groups))
         finally:
@@ -178,7 +184,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> Any:
         """The label of one image, or an array of labels of many."""
         one, many = as_list(images)
-        labels = self.classes_[[decision.position for decision in self.decide(many)]]
+        decider = self.decider()  # of one bank, whatever classes another thread adds meanwhile
+        decisions = decider.decide(as_images(many), self.current_prediction())
+        labels = np.array(decider.bank.labels)[[decision.position for decision in decisions]]
         return labels[0].item() if one else labels
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
@@ -307,6 +315,15 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         kind = (self.backbone if isinstance(self.backbone, Backbone) else self.backbone_).kind
         return complete(kind, num_shots, self.training, self.scoring, self.prediction)
 
+    def checked_settings(self, num_shots: int) -> Settings:
+        """As `settings_for`; raises ValueError where they do not go together or with the backbone."""
+        if not hasattr(self, "backbone_"):
+            self._load()
+        settings = self.settings_for(num_shots)
+        settings.check(self.backbone_.num_train_timesteps)
+        fixed_weights(settings.scoring.weighting, self.backbone_.alphas_cumprod)  # refuses an impossible window
+        return settings
+
     def _settings(self, groups: Groups) -> Settings:
         return self.settings_for(max(len(shots) for shots in groups.values()))
 
@@ -367,8 +384,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         return failed
 
     def _features_of(self, fit: Fit) -> dict[Label, Tensor]:
-        """The U-Net's features of the shots, where they may count; the processes share the classes."""
-        if not fit.settings.scoring.uses_features(fit.settings.prediction):
+        """The U-Net's features of the shots, where some prediction may use them; the processes share the classes."""
+        scoring, prediction = fit.settings.scoring, fit.settings.prediction
+        if not (scoring.features_weight > 0 or prediction.shortlist is not None or self._shot_features):
             return {}
         labels = sorted(fit.groups)
         mine = [labels[c] for c in my_share(len(labels))]

@@ -168,6 +168,8 @@ class ScoringConfig(_Config):
             self._check_weighting()
         if self.temperature == "fit" and self.folds < 2:
             raise ValueError("temperature='fit' needs held-out shots; pass folds=2 or more, or a temperature.")
+        if isinstance(self.temperature, str) and self.temperature != "fit":
+            raise ValueError(f"temperature={self.temperature!r}; pass a number above 0, or 'fit'.")
         if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; pass a number above 0, or 'fit'.")
 
@@ -217,6 +219,7 @@ class PredictionConfig(_Config):
         self._check(("batch_size",), 1, "a whole number of at least 1")
         if self.schedule not in (*get_args(Schedule), None):
             raise ValueError(f"schedule={self.schedule!r}; pass one of {get_args(Schedule)}.")
+        object.__setattr__(self, "stages", tuple(map(tuple, self.stages)))  # lists, too, as a file of settings has them
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence}; pass a probability between 0 and 1.")
         if self.shortlist is not None and self.shortlist < 2:

@@ -265,8 +265,8 @@ def adapted(backbone: Backbone, layout: Layout, rows_GP: Tensor) -> Iterator[Non
         try:
             for target, (a_GRI, b_GOR) in layout.split(rows_GP).items():
                 module = networks[target.network].get_submodule(target.name)
-                before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
                 adapters = a_GRI, b_GOR if layout.scale == 1 else b_GOR * layout.scale
+                before[module] = {name: module.__dict__.get(name) for name in ("adapters", "forward")}
                 module.__dict__.update(adapters=adapters, forward=MethodType(_adapted_forward, module))
             yield
         finally:

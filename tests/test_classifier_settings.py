@@ -12,6 +12,7 @@ import torch
 from small_classifier import PREDICTION, SCORING, TRAINING, make, shots_of
 
 from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, ScoringConfig, TrainingConfig, presets
+from fewshot_diti.data import ImageGeometry
 from fewshot_diti.presets import PRESETS, complete, interpolate_steps, kind_of, published, recommended
 
 ONE_STEP = replace(TRAINING, steps=1)
@@ -178,3 +179,64 @@ def test_setting_a_parameter_does_nothing_but_set_it(backbone: Backbone, field: 
     before = dict(vars(classifier))
     classifier.set_params(**{field: value})
     assert vars(classifier) == {**before, field: value}
+
+
+def test_a_fit_that_is_refused_leaves_the_classifier_as_it_was(
+    small: DiTiClassifier, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
+) -> None:
+    expected, images = small.scores(tests), shots_of(pictures, ["a320", "dc-9"])
+    small.set_params(scoring=replace(SCORING, seed=9), geometry=ImageGeometry(size=(32, 64)))
+    with pytest.raises(ValueError, match="two classes or more"):
+        small.fit(images[0][:1], images[1][:1])
+    small.prediction = PredictionConfig(schedule="published")
+    with pytest.raises(ValueError, match="must end with"):
+        small.fit(*images)
+    assert small.complete_ and small.settings_.scoring == SCORING and small.geometry_.size == (16, 32)
+    small.set_params(scoring=SCORING, prediction=PREDICTION)
+    assert torch.equal(small.scores(tests), expected)
+    with pytest.raises(ValueError, match="two classes or more"):
+        make(small.backbone).fit(images[0][:1], images[1][:1]).predict(tests)
+
+
+def test_features_are_kept_for_predictions_that_use_them_later(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
+) -> None:
+    scoring, without = replace(SCORING, features_weight=1e-2), PredictionConfig(use_features=False)
+    classifier = make(backbone, training=ONE_STEP, scoring=scoring, prediction=without)
+    classifier.fit(*shots_of(pictures, ["a320", "dc-9"]))
+    plain = classifier.scores(tests)
+    classifier.add_classes(*shots_of(pictures, ["tu-154"]))
+    classifier.save_pretrained(tmp_path)
+    again = DiTiClassifier.from_pretrained(tmp_path, backbone)
+    again.prediction = PREDICTION
+    assert (again.scores(tests)[:, :2] != plain).all()
+
+
+def test_features_that_do_not_count_do_not_change_the_calibration(
+    backbone: Backbone, pictures: dict[str, list[Path]]
+) -> None:
+    images = shots_of(pictures, ["a320", "dc-9", "tu-154"])
+    fits = [
+        make(
+            backbone,
+            training=ONE_STEP,
+            scoring=replace(SCORING, features_weight=weight, folds=2, temperature="fit"),
+            prediction=PredictionConfig(schedule="exhaustive", shortlist=3, use_features=False),
+        ).fit(*images)
+        for weight in (0.0, 1.0)
+    ]
+    assert fits[0].calibration_ == fits[1].calibration_
+
+
+def test_classes_can_be_added_after_all_were_removed(
+    small: DiTiClassifier, pictures: dict[str, list[Path]], tests: list[Path]
+) -> None:
+    expected = small.scores(tests)
+    small.remove_classes(["a320", "dc-9"]).add_classes(*shots_of(pictures, ["a320", "dc-9"]))
+    assert torch.equal(small.scores(tests), expected)
+
+
+def test_a_word_that_is_no_temperature_is_refused_and_stages_may_be_a_list() -> None:
+    with pytest.raises(ValueError, match="temperature='auto'; pass a number above 0, or 'fit'"):
+        ScoringConfig(temperature="auto")  # type: ignore[arg-type]
+    assert PredictionConfig(stages=[[2, 2], [5, 1]]).stages == ((2, 2), (5, 1))  # type: ignore[arg-type, list-item]

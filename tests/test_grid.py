@@ -256,9 +256,7 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
         page.count("| nn-latents |") == 4
         and "8 shots are drawn as ever: some class has too few images of any airline" in page
     )
-    with pytest.raises(
-        ValueError, match=r"no attribute 'colour' in its split train and test; pass group with one of"
-    ):
+    with pytest.raises(ValueError, match=r"no attribute 'colour' in its split train and test; pass group with one of"):
         Grid(replace(few, shift="none", group="colour"))
 
 

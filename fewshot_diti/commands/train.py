@@ -174,7 +174,7 @@ def train(config: TrainConfig, console: Console) -> None:
 
 def _check_output(folder: Path) -> list[str]:
     """The classes of the bank that the folder holds, if any; raises ValueError where it holds other files."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
         return []
     try:
         return [str(label) for label in Bank.from_pretrained(folder).labels]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
@@ -307,6 +308,7 @@ class Bench:
         )
 
     def made_by(self, settings: str, *images: str) -> dict[str, str]:
-        """What decides a file of kept errors, beside the code."""
+        """What decides a file of kept errors."""
+        version = metadata.version("fewshot-diti")
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
-        return {"backbone": backbone, "settings": settings, "images": " ".join(images)}
+        return {"fewshot_diti": version, "backbone": backbone, "settings": settings, "images": " ".join(images)}

@@ -25,7 +25,6 @@ from fewshot_diti.data import (
     Shots,
     SplitError,
     load_images,
-    load_shots_file,
     sample_shots,
     sample_shots_of_one_value,
     shown_attribute,
@@ -36,7 +35,7 @@ from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.evaluation.shipped import prepare_shipped
-from fewshot_diti.evaluation.task import Task, fingerprint, make_task
+from fewshot_diti.evaluation.task import Task, fingerprint, listed_shots, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.memory import peak_memory
 from fewshot_diti.progress import Progress
@@ -181,18 +180,10 @@ class Grid:
             ValueError: a class has too few images.
         """
         if self.config.shots_file is not None:
-            return self._listed(self.config.shots_file, num_shots)
+            return listed_shots(self.config.shots_file, self.pool, self.test, num_shots)
         if self.of_one_value(num_shots):
             return sample_shots_of_one_value(self.pool, self.test, num_shots, seed, self.config.column)
         return sample_shots(self.pool, num_shots, seed)
-
-    def _listed(self, file: Path, num_shots: int) -> Shots:
-        """The shots of a file; raises ValueError where a class has another number of them."""
-        listed = load_shots_file(file, self.pool)
-        wrong = {name: len(ids) for name, ids in listed.image_ids.items() if len(ids) != num_shots}
-        if wrong:
-            raise ValueError(f"shots={num_shots}, but {file} has other numbers per class: {wrong}; pass its number.")
-        return listed
 
     def task(self, num_shots: int, seed: int) -> Task:
         """The draw's shots with the test images.

@@ -19,18 +19,19 @@ from fewshot_diti.bank_files import MANIFEST, bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.cost import announce_time
-from fewshot_diti.data import ImageSet, Shots, load_images, load_shots_file, sample_shots
+from fewshot_diti.data import ImageSet, Shots, load_images, sample_shots
 from fewshot_diti.data.images import ImageGeometry, ResizeRule
 from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
 from fewshot_diti.encoding import PreparedImage
-from fewshot_diti.evaluation.task import Task, fingerprint, make_task
+from fewshot_diti.evaluation.task import Task, fingerprint, listed_shots, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import in_flight
 
 RUN, SHOTS, BANK, PREDICTIONS, RESULTS = "run.json", "shots.json", "bank", "predictions", "results.json"
 # Where things lie, and how many samples share a forward pass: none of them changes a result.
-_WITHOUT_EFFECT = {"dataset", "output_dir", "shots_file", "samples_per_batch", "gradient_checkpointing", "batch_size"}
+_WITHOUT_EFFECT = {"output_dir", "samples_per_batch", "gradient_checkpointing", "batch_size"}
+_WITHOUT_EFFECT |= {"dataset", "shots_file", "backbone"}  # hashes say what was in them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def load_task(run: FewShotRun) -> tuple[Task, Shots]:
     if run.shots_file is None:
         drawn = sample_shots(pool, run.num_shots, run.seed)
     else:
-        drawn = load_shots_file(run.shots_file, pool)
+        drawn = listed_shots(run.shots_file, pool, test, run.num_shots)
     return make_task(pool, test, drawn, run.num_shots, run.seed), drawn
 
 
@@ -145,9 +146,11 @@ def execute(run: FewShotRun) -> Result:
         TrainingError: a class token could not be trained.
     """
     task, drawn = load_task(run)
-    backbone = load_backbone(run.backbone, run.dtype)  # a wrong name claims no folder
+    backbone = load_backbone(run.backbone, run.dtype)
+    classifier = run.classifier(backbone)
+    classifier.checked_settings(run.num_shots)  # what cannot run claims no folder
     claim(run.output_dir, describe(run, task, backbone), drawn)
-    classifier = learn(run.classifier(backbone), task, run.output_dir / BANK)
+    classifier = learn(classifier, task, run.output_dir / BANK)
     records = classify(classifier, task.test, run.output_dir)
     predicted = [record["label"] for record in records]
     result = Result(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -76,7 +75,6 @@ def _classifier(bench: Bench, num_shots: int, seed: int) -> DiTiClassifier:
 
 
 def _file(bench: Bench, task: Task) -> tuple[Path, dict[str, str]]:
-    version = metadata.version("fewshot-diti")
-    settings = f"{shipped_settings(bench, task.num_shots, task.seed)} {bench.concept} {version}"
+    settings = f"{shipped_settings(bench, task.num_shots, task.seed)} {bench.concept}"
     path = bench.folder / f"shipped-{task.num_shots}-{task.seed}.safetensors"
     return path, bench.made_by(settings, fingerprint(task.shots), fingerprint(task.test))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewshot_diti.data import ImageSet, Shots, check_disjoint, warn_of_near_duplicates
+from fewshot_diti.data import ImageSet, Shots, check_disjoint, load_shots_file, warn_of_near_duplicates
 from fewshot_diti.data.image_set import LazyImages
 
 
@@ -59,6 +60,21 @@ class Outcome:
     training_seconds: float
     scoring_seconds: float
     chosen: dict[str, Any] = field(default_factory=dict)
+
+
+def listed_shots(file: Path, pool: ImageSet, test: ImageSet, num_shots: int) -> Shots:
+    """The shots that a file lists.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_shots_file`, a class has another number of shots, or one of the test
+            images' classes has none.
+    """
+    listed = load_shots_file(file, pool)
+    if wrong := {name: len(ids) for name, ids in listed.image_ids.items() if len(ids) != num_shots}:
+        raise ValueError(f"shots={num_shots}, but {file} has other numbers per class: {wrong}; pass its number.")
+    if missing := sorted(set(test.class_names) - set(listed.image_ids)):
+        raise ValueError(f"{file} lists no shots of {missing}, and there are test images of them.")
+    return listed
 
 
 def make_task(pool: ImageSet, test: ImageSet, drawn: Shots, num_shots: int, seed: int) -> Task:
