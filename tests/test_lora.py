@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -277,6 +278,24 @@ def test_adapters_are_multiplied_by_alpha_over_rank(backbone: Backbone) -> None:
     found = Scorer(backbone, twice).errors(x0, *how)
     assert torch.equal(found, Scorer(backbone, replace(bank, rows=rows)).errors(x0, *how))
     assert bank.layout == replace(bank.layout, alpha=4) and bank.layout.scale == 1
+
+
+def test_the_networks_are_left_as_they_were_where_memory_runs_out(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, calls = random_bank(backbone, 1, 4, 0).layout, itertools.count()
+    before = {name: set(module.__dict__) for name, module in backbone.unet.named_modules()}
+
+    def scale(_: object) -> float:
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 2.0
+
+    monkeypatch.setattr(type(layout), "scale", property(scale))
+    rows = random_bank(backbone, 1, 4, 0).rows
+    with pytest.raises(torch.OutOfMemoryError), adapted(backbone, layout, rows):
+        pass
+    assert {name: set(module.__dict__) for name, module in backbone.unet.named_modules()} == before
 
 
 def test_merged_banks_of_other_alphas_give_the_same_errors(backbone: Backbone) -> None:

@@ -226,6 +226,25 @@ def test_an_output_folder_of_another_run_is_refused(finished, monkeypatch):
         run_recipe(monkeypatch, AIRCRAFT, folder, *flags, "--seed", "2")
 
 
+def test_a_run_whose_settings_are_refused_claims_no_folder(finished, monkeypatch, tmp_path):
+    flags, _, _ = finished
+    with pytest.raises(SystemExit, match="timesteps"):
+        run_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags, "--scoring.timesteps", "900", "2000")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_list_of_shots_of_another_number_is_refused(finished, monkeypatch, tmp_path):
+    flags, folder, _ = finished
+    with pytest.raises(SystemExit, match=r"other numbers per class: .*; pass its number"):
+        run_recipe(
+            monkeypatch,
+            AIRCRAFT,
+            tmp_path / "out",
+            *flags,
+            *("--shots_file", str(folder / "shots.json"), "--num_shots", "3"),
+        )
+
+
 @pytest.mark.parametrize(
     ("recipe", "what"),
     [

@@ -199,6 +199,8 @@ def test_train_keeps_what_is_not_its_own_and_says_what_it_replaces(
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "project")) == 2
     assert "holds files and no whole bank" in capsys.readouterr().err
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / ".DS_Store").touch()  # of the system, no reason to refuse the folder
     for _ in range(2):
         assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 0
     assert capsys.readouterr().out.count("is replaced when this one is done") == 1
