@@ -49,16 +49,16 @@ def share(count: int, compute: Callable[[list[int]], Tensor], shape: tuple[int, 
     the whole.
 
     Raises:
-        ValueError: as `compute`, on all processes.
+        Exception: as `compute`, on all processes.
     """
     mine = my_share(count)
     try:
-        found: Tensor | ValueError = compute(mine) if mine else torch.empty(0, *shape)
-    except ValueError as error:  # the others wait for this process
+        found: Tensor | Exception = compute(mine) if mine else torch.empty(0, *shape)
+    except Exception as error:  # the others wait for this process
         found = error
     parts = gather([found])
     for part in parts:
-        if isinstance(part, ValueError):
+        if isinstance(part, Exception):
             raise part
     return torch.cat([part for part in parts if isinstance(part, Tensor) and len(part)] or [torch.empty(0, *shape)])
 

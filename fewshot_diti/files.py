@@ -40,7 +40,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; the finished file gets the mode that open() would have given it.
-        umask = os.umask(0)
+        umask = os.umask(0o077)  # reading it sets it; files that other threads make meanwhile are private
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
