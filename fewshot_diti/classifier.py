@@ -30,8 +30,8 @@ from fewshot_diti.distributed import gather, my_share, process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS, complete
-from fewshot_diti.prompts import with_article
-from fewshot_diti.training import Groups, Prompts, raise_failed
+from fewshot_diti.prompts import generic_prompt
+from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
 
 
@@ -118,7 +118,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             groups = group_shots(images, labels, self.encoder_.prepare)
             if len(groups) < 2:
                 raise ValueError(f"A classifier needs images of two classes or more, got {list(groups)}.")
-            self.settings_ = self.checked_settings(max(len(shots) for shots in groups.values()))
+            self.settings_ = self.checked_settings(most_shots(groups))
         except BaseException:  # a fit that is refused leaves the classifier as it was
             self.__dict__.clear()
             self.__dict__.update(before)
@@ -305,7 +305,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             )
         self.prompts_ = Prompts(
             template=self.prompt_template or f"a photo of a hta {{}}, a type of {concept}.",
-            generic=self.generic_prompt or f"a photo of {with_article(concept or '')}",
+            generic=self.generic_prompt or generic_prompt(concept or ""),
         )
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic)
         self.complete_, self._warned = False, False
@@ -323,9 +323,6 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         settings.check(self.backbone_.num_train_timesteps)
         fixed_weights(settings.scoring.weighting, self.backbone_.alphas_cumprod)  # refuses an impossible window
         return settings
-
-    def _settings(self, groups: Groups) -> Settings:
-        return self.settings_for(max(len(shots) for shots in groups.values()))
 
     def current_prediction(self) -> PredictionConfig:
         """The prediction as it is asked for now.
@@ -370,7 +367,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         return known
 
     def _fit(self, groups: Groups) -> Fit:
-        return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=self._settings(groups), groups=groups)
+        settings = self.settings_for(most_shots(groups))
+        return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=settings, groups=groups)
 
     def _learn(self, groups: Groups) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""

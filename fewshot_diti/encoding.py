@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,10 @@ class Encoder:
     def latents(self, images: Sequence[PreparedImage]) -> Tensor:
         """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
         return torch.cat([self.backbone.encode_images(image.values_CHW[None])[0] for image in images])
+
+    def flat_latents(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Latents float32 [N, c * h * w], as baselines take features."""
+        return self.latents([self.prepare(image) for image in images]).flatten(1).numpy()
 
     def variants(self, image: PreparedImage, training: TrainingConfig) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [K, c, h, w] of the latents of a shot's colour variants; kept until `forget`."""

@@ -33,6 +33,11 @@ from fewshot_diti.trials import torch_generator
 Groups: TypeAlias = Mapping[Label, Sequence[PreparedImage]]  # the shots of each class
 
 
+def most_shots(groups: Groups) -> int:
+    """How many shots the largest class has: presets go by it."""
+    return max(len(shots) for shots in groups.values())
+
+
 class TrainingError(RuntimeError):
     """Some class tokens could not be trained; the classifier holds the others."""
 

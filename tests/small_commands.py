@@ -7,38 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import small_classifier
 from PIL import Image
 
-from fewshot_diti import PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti import PredictionConfig
 from fewshot_diti.presets import PRESETS
 
 CLASSES = ("bolt", "gear", "nut")
-TRAINING = TrainingConfig(
-    steps=4,
-    rank=2,
-    blocks="all",
-    lr_unet=0.05,
-    lr_text_encoder=0.05,
-    lr_schedule="constant",
-    shots_per_step=1,
-    prior_weight=0.0,
-    colour_variants=2,
-    brightness=0.2,
-    hue=0.1,
-    permute_channels=False,
-    samples_per_batch=48,
-)
-SCORING = ScoringConfig(
-    trials=3,
-    timesteps=(0, 1000),
-    density="even",
-    weighting="uniform",
-    features_weight=0.001,
-    temperature=0.001,
-    calibration_images=3,
-    unet_scale=0.6,
-    text_encoder_scale=0.7,
-)
+TRAINING = replace(small_classifier.TRAINING, steps=4, shots_per_step=1, samples_per_batch=48)
+SCORING = replace(small_classifier.SCORING, trials=3, features_weight=0.001, temperature=0.001, calibration_images=3)
 PREDICTION = PredictionConfig(schedule="exhaustive", batch_size=96)
 PRESET = replace(
     PRESETS["pocket"],

@@ -22,7 +22,7 @@ VALIDATION_IMAGES = 6  # per class
 
 
 def training(m: Measurement) -> dict[str, Any]:
-    """Seconds a class, jointly and as published, over the same number of samples, and validation loss of both."""
+    """Seconds per class, jointly and as published, over the same number of samples, and validation loss of both."""
     config, encoder, prompts = m.config, m.encoder, m.classifier.prompts_
     names = list(m.bank.labels)
     groups = m.groups

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fewshot_diti.backbone import POCKET, load_backbone
+from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.config import ScoringConfig
 from fewshot_diti.data import ImageSet, load_bundled, sample_shots, seen_attribute
-from fewshot_diti.evaluation.run import BANK, FewShotRun, claim, classify, describe, learn
+from fewshot_diti.evaluation.run import BANK, FewShotRun, begin, classify, learn
 from fewshot_diti.evaluation.task import make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
@@ -103,8 +103,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
         # one calibration image per class is enough to weight the timesteps, and saves as many evaluations as a class
         scoring=ScoringConfig(trials=config.trials, calibration_images=len(names)),
     )
-    backbone = load_backbone(run.backbone, run.dtype)
-    claim(run.output_dir, describe(run, task, backbone), drawn)
+    classifier = begin(run, task, drawn)
     console.out(
         f"{len(names)} classes, {config.shots} shots each; {len(test)} test images, {seen.sum()} in liveries that the "
         f"shots of their class show, {(~seen).sum()} in others. No test image is a shot (compared by pixels)."
@@ -112,7 +111,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out(f"Training {len(names)} class tokens on backbone {config.backbone!r} ...")
     start = perf_counter()
-    classifier = learn(run.classifier(backbone), task, run.output_dir / BANK)
+    classifier = learn(classifier, task, run.output_dir / BANK)
     trained = perf_counter()
     console.out(f"{trained - start:.0f} s. Scoring {len(test)} images with up to {config.trials} trials per class ...")
     records = classify(classifier, test, run.output_dir)
@@ -125,10 +124,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
 
     console.out("The nearest shot in VAE latents ...")
     start = perf_counter()
-    encoder = classifier.encoder_
-    neighbour = NearestNeighbour(
-        lambda images: encoder.latents([encoder.prepare(x) for x in images]).flatten(1).numpy()
-    )
+    neighbour = NearestNeighbour(classifier.encoder_.flat_latents)
     nearest = MethodResult(
         name="nearest neighbour",
         correct=neighbour.fit(task.shot_images(), task.shot_labels()).predict(task.test_images()) == truth,

@@ -17,15 +17,12 @@ from fewshot_diti.backbone import CompileMode, DtypeName, load_backbone
 from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.cost import announce_time
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, is_image, passed_over, visible_files
-from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
+from fewshot_diti.distributed import Record, process_state
 from fewshot_diti.encoding import PreparedImage
-from fewshot_diti.evaluation.run import made_by
+from fewshot_diti.evaluation.run import predict_images
 from fewshot_diti.files import write_atomically
-from fewshot_diti.progress import Progress
 from fewshot_diti.reports import prediction_table, printable
-from fewshot_diti.scoring import in_flight
 
 _TOP = 3
 
@@ -92,7 +89,9 @@ def score(config: ScoreConfig, console: Console) -> int:
         classifier.prediction = replace(classifier.current_prediction(), batch_size=config.batch_size)
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    records = _score(classifier, paths, parts, config.bank)
+    predict = partial(_predictions, classifier)
+    found = predict_images(classifier, paths, lambda path: path, predict, parts, config.bank)
+    records: list[Record] = [{"path": path, **record} for path, record in zip(paths, found, strict=True)]
     scored = [record for record in records if "error" not in record]
     if process_state().is_main_process:
         # a link to nothing, or a file that has gone since, is no image; ASCII, because a path may be no UTF-8
@@ -108,26 +107,6 @@ def score(config: ScoreConfig, console: Console) -> int:
         console.out(f"{passed_over(others)}; images end in {', '.join(IMAGE_SUFFIXES)}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if len(scored) < len(records) else 0
-
-
-def _score(classifier: DiTiClassifier, paths: Sequence[str], parts: Path, bank: Path) -> list[Record]:
-    """A record for each path: path, image id and prediction, or path and error."""
-    prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
-    looks = prediction.looks(len(classifier.classes_), trials)
-    evaluations = len(paths) * prediction.evaluations(len(classifier.classes_), trials, features=True)
-    announce_time(classifier.backbone_, classifier.geometry_.size, evaluations, "scoring")
-    with Progress(len(my_share(len(paths))), "images", "image") as bar:
-        records = predict_shared(
-            paths,
-            classifier.encoder_.prepare,
-            lambda image: image.id,
-            partial(_predictions, classifier),
-            parts,
-            made_by(classifier, bank),
-            at_once=in_flight(looks),
-            advance=bar.update,
-        )
-    return [{"path": path, **record} for path, record in zip(paths, records, strict=True)]
 
 
 def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:

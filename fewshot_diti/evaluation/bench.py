@@ -9,9 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone, DtypeName, load_backbone
@@ -32,7 +30,7 @@ from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.presets import recommended
-from fewshot_diti.prompts import with_article
+from fewshot_diti.prompts import generic_prompt
 from fewshot_diti.training import Prompts
 from fewshot_diti.trials import even_grid
 
@@ -138,7 +136,7 @@ class Bench:
     @cached_property
     def unet_features(self) -> UnetFeatures:
         """Features of the backbone's U-Net."""
-        return UnetFeatures(self.backbone, self.geometry, f"a photo of {with_article(self.concept)}")
+        return UnetFeatures(self.backbone, self.geometry, generic_prompt(self.concept))
 
     def shot_features(self, task: Task) -> dict[Label, Tensor]:
         """The U-Net's features of the shots and of copies of them, as the classifier keeps them."""
@@ -152,17 +150,12 @@ class Bench:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self.backbone, self.geometry, f"a photo of {with_article(self.concept)}")
+        return Encoder(self.backbone, self.geometry, generic_prompt(self.concept))
 
     @cached_property
     def latents(self) -> KeptFeatures:
         """The backbone's latents, flattened."""
-
-        def encode(images: list[Image.Image]) -> np.ndarray:
-            pixels = (self.geometry.pixels(image)[None] for image in images)
-            return torch.cat([self.backbone.encode_images(p)[0] for p in pixels]).flatten(1).numpy()
-
-        return KeptFeatures(encode)
+        return KeptFeatures(self._encoder.flat_latents)
 
     def shot_latents(self, task: Task) -> Tensor:
         """Latents of the shots, [n, c, h, w]."""

@@ -6,11 +6,11 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -20,7 +20,7 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageSet, Shots, load_images, sample_shots
-from fewshot_diti.data.images import ImageGeometry, ResizeRule
+from fewshot_diti.data.images import ImageGeometry, ImageSource, ResizeRule
 from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.task import Task, fingerprint, listed_shots, make_task
@@ -30,6 +30,7 @@ from fewshot_diti.scoring import in_flight
 
 RUN, SHOTS, BANK, PREDICTIONS, RESULTS = "run.json", "shots.json", "bank", "predictions", "results.json"
 # Where things lie, and how many samples share a forward pass: none of them changes a result.
+T = TypeVar("T")
 _WITHOUT_EFFECT = {"output_dir", "samples_per_batch", "gradient_checkpointing", "batch_size"}
 _WITHOUT_EFFECT |= {"dataset", "shots_file", "backbone"}  # hashes say what was in them
 
@@ -146,11 +147,7 @@ def execute(run: FewShotRun) -> Result:
         TrainingError: a class token could not be trained.
     """
     task, drawn = load_task(run)
-    backbone = load_backbone(run.backbone, run.dtype)
-    classifier = run.classifier(backbone)
-    classifier.checked_settings(run.num_shots)  # what cannot run claims no folder
-    claim(run.output_dir, describe(run, task, backbone), drawn)
-    classifier = learn(classifier, task, run.output_dir / BANK)
+    classifier = learn(begin(run, task, drawn), task, run.output_dir / BANK)
     records = classify(classifier, task.test, run.output_dir)
     predicted = [record["label"] for record in records]
     result = Result(
@@ -165,6 +162,19 @@ def execute(run: FewShotRun) -> Result:
         record["versions"] = {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")}
         write_atomically(run.output_dir / RESULTS, _json(record))
     return result
+
+
+def begin(run: FewShotRun, task: Task, drawn: Shots) -> DiTiClassifier:
+    """The classifier that the run trains, and the run's folder marked as its own; what cannot run marks none.
+
+    Raises:
+        FileNotFoundError, ValueError: the backbone, the settings, or a folder that holds another run.
+    """
+    backbone = load_backbone(run.backbone, run.dtype)
+    classifier = run.classifier(backbone)
+    classifier.checked_settings(run.num_shots)
+    claim(run.output_dir, describe(run, task, backbone), drawn)
+    return classifier
 
 
 def describe(run: FewShotRun, task: Task, backbone: Backbone) -> dict[str, Any]:
@@ -258,25 +268,41 @@ def classify(classifier: DiTiClassifier, test: ImageSet, folder: Path) -> list[R
             {"label": names[d.position], "scores": d.json_scores(), "evaluations": d.evaluations} for d in decisions
         ]
 
-    prediction = classifier.current_prediction()
-    looks = prediction.looks(len(names), classifier.settings_.scoring.trials)
-    evaluations = prediction.evaluations(len(names), classifier.settings_.scoring.trials, features=True)
-    announce_time(classifier.backbone_, classifier.geometry_.size, len(test) * evaluations, "scoring")
-    with Progress(len(my_share(len(test))), "images", "image") as bar:
-        records = predict_shared(
-            range(len(test)),
-            lambda row: classifier.encoder_.prepare(test.decode(row)),
-            lambda image: image.id,
-            predict,
-            folder / PREDICTIONS,
-            made_by(classifier, folder / BANK),
-            at_once=in_flight(looks),
-            advance=bar.update,
-        )
+    rows, bank = range(len(test)), folder / BANK
+    records = predict_images(classifier, rows, test.decode, predict, folder / PREDICTIONS, bank)
     broken = [f"{test.names[row]}: {record['error']}" for row, record in enumerate(records) if "error" in record]
     if broken:
         raise ValueError(f"{len(broken)} test images cannot be read:\n" + "\n".join(broken[:20]))
     return records
+
+
+def predict_images(
+    classifier: DiTiClassifier,
+    images: Sequence[T],
+    decode: Callable[[T], ImageSource],
+    predict: Callable[[Sequence[PreparedImage]], list[Record]],
+    folder: Path,
+    bank: Path,
+) -> list[Record]:
+    """What `predict` gives for each image, or why it cannot be read; with progress and, first, how long it will take.
+
+    The processes share the images, and `folder` keeps what is known, as `predict_shared` says.
+    """
+    prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
+    looks = prediction.looks(len(classifier.classes_), trials)
+    evaluations = len(images) * prediction.evaluations(len(classifier.classes_), trials, features=True)
+    announce_time(classifier.backbone_, classifier.geometry_.size, evaluations, "scoring")
+    with Progress(len(my_share(len(images))), "images", "image") as bar:
+        return predict_shared(
+            images,
+            lambda image: classifier.encoder_.prepare(decode(image)),
+            lambda image: image.id,
+            predict,
+            folder,
+            made_by(classifier, bank),
+            at_once=in_flight(looks),
+            advance=bar.update,
+        )
 
 
 def made_by(classifier: DiTiClassifier, bank: Path) -> str:
