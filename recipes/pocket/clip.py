@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ from transformers import CLIPTokenizer
 from fewshot_diti.backbone import resolve
 from fewshot_diti.files import write_atomically
 from recipes.pocket.captions import Captioner
-from recipes.pocket.loop import LoopConfig, run_loop, step_generator
+from recipes.pocket.loop import FalseColourConfig, half_weights, run_loop, step_generator
 from recipes.pocket.renders import (
     HELD_OUT,
     KINDS,
     Renders,
+    as_batch,
     false_colour_copies,
     few_shot_accuracy,
     load_renders,
@@ -50,27 +52,19 @@ from recipes.pocket.renders import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig(LoopConfig):
+class ClipConfig(FalseColourConfig):
     """Everything that decides a CLIP run.
 
     Attributes:
-        data: folder of Parquet shards (see `load_renders`).
-        held_out: JSON list of variants that are never trained on.
         kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
         tokenizer: folder of a CLIP tokenizer whose end-of-text has the largest id, as the backbone's has.
         size: (height, width) of the images in pixels.
         image_tower: a timm architecture that ends in a map of a multiple of 64 features; attention pools it, which
             gives CLIP-LoRA something to adapt.
         embed_dim, text_width, text_layers: as in an open_clip configuration.
-        false_colours, false_copies: as in `UnetConfig`.
         zoom, shift: of the random crops: an image is enlarged by up to this share, and shifted by up to this share.
-
-    Raises:
-        ValueError: no false copies.
     """
 
-    data: Path
-    held_out: Path
     tokenizer: Path
     kinds: Path | None = None
     size: tuple[int, int] = (64, 128)
@@ -78,7 +72,6 @@ class ClipConfig(LoopConfig):
     embed_dim: int = 192
     text_width: int = 192
     text_layers: int = 3
-    false_colours: float = 0.5
     false_copies: int = 5
     zoom: float = 0.15
     shift: float = 0.06
@@ -87,10 +80,6 @@ class ClipConfig(LoopConfig):
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.995
-
-    def __post_init__(self) -> None:
-        if self.false_copies < 1:
-            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
 
 
 class _ImageToText(nn.Module):
@@ -183,10 +172,7 @@ def train_clip(config: ClipConfig) -> open_clip.CLIP:
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     module = accelerator.prepare_model(module)
-
-    def to_batch(pixels: Tensor) -> Tensor:
-        images = pixels.to(accelerator.device).float() / 127.5 - 1
-        return images.to(memory_format=torch.channels_last)
+    to_batch = partial(as_batch, device=accelerator.device)
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
@@ -215,9 +201,7 @@ def train_clip(config: ClipConfig) -> open_clip.CLIP:
     def save_clip() -> None:
         folder = config.output_dir / "clip"
         tokenizer.save_pretrained(folder)
-        state = clip.state_dict()
-        weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
-        write_atomically(folder / "open_clip_model.safetensors", save(weights))
+        write_atomically(folder / "open_clip_model.safetensors", save(half_weights(clip)))
         write_atomically(folder / "open_clip_config.json", (json.dumps(layout, indent=2) + "\n").encode())
 
     made_from = f"images {seen.fingerprint}, {len(tokenizer)} tokens"

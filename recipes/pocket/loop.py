@@ -48,9 +48,38 @@ class LoopConfig:
     save_seconds: float = 240.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class FalseColourConfig(LoopConfig):
+    """Settings of a run on renders, as they are and with shuffled colours: shape without livery.
+
+    Attributes:
+        data: folder of Parquet shards (see `load_renders`).
+        held_out: JSON list of variants that are never trained on.
+        false_colours: share of samples with shuffled colours.
+        false_copies: versions of each image in shuffled colours, to draw these samples from.
+
+    Raises:
+        ValueError: no false copies.
+    """
+
+    data: Path
+    held_out: Path
+    false_colours: float = 0.5
+    false_copies: int = 3
+
+    def __post_init__(self) -> None:
+        if self.false_copies < 1:
+            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
+
+
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The random stream of one step of one process: a resumed run draws what an uninterrupted one would."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+def half_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with its weights in float16, as it is saved to ship."""
+    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -111,6 +111,11 @@ def split_held_out(renders: Renders, held_out_file: Path) -> tuple[Renders, Rend
     return renders.subset(inside), renders.subset(outside)
 
 
+def as_batch(pixels_NCHW: Tensor, device: torch.device) -> Tensor:
+    """uint8 images as float32 in [-1, 1], channels last."""
+    return (pixels_NCHW.to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+
+
 def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
     """A uint8 image with its channels permuted (never the identity) and its hue turned, by `seed` alone."""
     g = torch.Generator().manual_seed(seed)

@@ -34,12 +34,12 @@ from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
 from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer
 from recipes.pocket.latents import cached_latents, encode_latents, image_size
-from recipes.pocket.loop import LoopConfig, run_loop, step_generator
+from recipes.pocket.loop import FalseColourConfig, run_loop, step_generator
 from recipes.pocket.renders import HELD_OUT, KINDS, Renders, load_renders, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnetConfig(LoopConfig):
+class UnetConfig(FalseColourConfig):
     """Everything that decides a U-Net run.
 
     Attributes:
@@ -48,18 +48,12 @@ class UnetConfig(LoopConfig):
             run begins with, whatever the sizes below; None begins from scratch.
         kinds: JSON object that names kinds of aircraft for a variant, which some captions use; None: none do.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
-        false_colours: share of samples with shuffled colours, captioned so; shape without livery.
-        false_copies: versions of each image in shuffled colours, to draw these samples from.
+        false_colours: captions of these samples say so.
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
         small_t: share of samples drawn from the lower 40 % of the timesteps, where fine attributes are lost.
-
-    Raises:
-        ValueError: no false copies.
     """
 
-    data: Path
-    held_out: Path
     vae: Path
     start_from: Path | None = None
     kinds: Path | None = None
@@ -71,8 +65,6 @@ class UnetConfig(LoopConfig):
     text_layers: int = 3
     vocab_size: int = 1024
     max_length: int = 32
-    false_colours: float = 0.5
-    false_copies: int = 3
     prediction_type: str = "v_prediction"
     small_t: float = 0.2
     steps: int = 5_000
@@ -80,10 +72,6 @@ class UnetConfig(LoopConfig):
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.998
-
-    def __post_init__(self) -> None:
-        if self.false_copies < 1:
-            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
 
 
 class _TextToNoise(nn.Module):

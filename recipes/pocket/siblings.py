@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewshot_diti.files import write_atomically
-from recipes.pocket.loop import LoopConfig, run_loop, step_generator
+from recipes.pocket.loop import FalseColourConfig, half_weights, run_loop, step_generator
 from recipes.pocket.renders import (
     HELD_OUT,
+    as_batch,
     false_colour_copies,
     few_shot_accuracy,
     load_renders,
@@ -43,28 +45,18 @@ from recipes.pocket.renders import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiblingsConfig(LoopConfig):
+class SiblingsConfig(FalseColourConfig):
     """Everything that decides a run.
 
     Attributes:
-        data: folder of Parquet shards (see `load_renders`).
-        held_out: JSON list of variants that are never trained on.
         size: (height, width) of the images in pixels.
         network: a timm architecture.
-        false_colours, false_copies: as in `UnetConfig`.
         zoom, shift: as in `ClipConfig`.
         label_smoothing: of the cross-entropy.
-
-    Raises:
-        ValueError: no false copies.
     """
 
-    data: Path
-    held_out: Path
     size: tuple[int, int] = (64, 128)
     network: str = "cs3darknet_s"
-    false_colours: float = 0.5
-    false_copies: int = 3
     zoom: float = 0.15
     shift: float = 0.06
     label_smoothing: float = 0.1
@@ -73,10 +65,6 @@ class SiblingsConfig(LoopConfig):
     lr: float = 2e-3
     warmup: int = 100
     ema_decay: float = 0.99
-
-    def __post_init__(self) -> None:
-        if self.false_copies < 1:
-            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
 
 
 def train_siblings(config: SiblingsConfig) -> nn.Module:
@@ -97,10 +85,7 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
     module: nn.Module = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.05, fused=True)
     module = accelerator.prepare_model(module)
-
-    def to_batch(pixels: Tensor) -> Tensor:
-        images = pixels.to(accelerator.device).float() / 127.5 - 1
-        return images.to(memory_format=torch.channels_last)
+    to_batch = partial(as_batch, device=accelerator.device)
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
@@ -125,8 +110,7 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
     def save_network() -> None:
         folder = config.output_dir / "network"
         head = network.pretrained_cfg["classifier"] + "."
-        kept = {k: v for k, v in network.state_dict().items() if not k.startswith(head)}
-        weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in kept.items()}
+        weights = {k: v for k, v in half_weights(network).items() if not k.startswith(head)}
         write_atomically(folder / "model.safetensors", save(weights))
         layout = {"network": config.network, "size": list(config.size)}
         write_atomically(folder / "config.json", (json.dumps(layout) + "\n").encode())

@@ -17,6 +17,7 @@ Expected: `first` 33.4 dB on the held-out variants, 32.5 dB on the 12 few-shot v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from fewshot_diti.hashes import hash_weights
 from recipes.pocket.linear_start import linear_start
 from recipes.pocket.loop import LoopConfig, run_loop, step_generator
 from recipes.pocket.losses import PerceptualLoss, weights_of_object
-from recipes.pocket.renders import HELD_OUT, load_renders, shuffle_colours, split_held_out
+from recipes.pocket.renders import HELD_OUT, as_batch, load_renders, shuffle_colours, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +148,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
     roundtrip: nn.Module = _Roundtrip(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(roundtrip.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     roundtrip = accelerator.prepare_model(roundtrip)
-
-    def to_batch(images: Tensor) -> Tensor:
-        images = images.to(accelerator.device).float() / 127.5 - 1
-        return images.to(memory_format=torch.channels_last)
+    to_batch = partial(as_batch, device=accelerator.device)
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
