@@ -60,7 +60,7 @@ def main(config: WindowsConfig) -> None:
             backbone,
             training=TrainingConfig(seed=config.seed, timesteps=trained_on),
             # nothing to calibrate: the errors are weighted below
-            scoring=ScoringConfig(weighting="uniform", density="even", features_weight=0.0, seed=config.seed),
+            scoring=ScoringConfig(weighting="uniform", density="even", witnesses=(), seed=config.seed),
         ).fit(shots.decoded(), labels)
         assert classifier.bank_ is not None, "fit raises where no class was learned"
         truth = torch.tensor([classifier.bank_.labels.index(judged.class_names[label]) for label in judged.labels])

@@ -11,12 +11,11 @@ from typing import Any
 
 from fewshot_diti.files import write_atomically
 
-WEIGHTS, CLASSES, CONFIG, SETTINGS, FEATURES, CARD, MANIFEST = (
+WEIGHTS, CLASSES, CONFIG, SETTINGS, CARD, MANIFEST = (
     "class_tokens.safetensors",
     "bank.json",
     "config.json",
     "classifier.json",
-    "shot_features.safetensors",
     "README.md",
     "manifest.json",
 )

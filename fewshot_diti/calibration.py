@@ -24,17 +24,17 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.config import Label, ScoringConfig, Settings
 from fewshot_diti.data.images import ImageSource
-from fewshot_diti.discriminant import fit_discriminant, score_offsets
 from fewshot_diti.distributed import gather, my_share, share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import Scorer, decide, error_tensor
-from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.temperature import fit_temperature, fit_weights
 from fewshot_diti.timesteps import weighted_mean
-from fewshot_diti.training import Groups, Prompts, raise_failed, train_bank
+from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed, train_bank
 from fewshot_diti.trials import drawn_grid, even_grid, stream
 from fewshot_diti.weighting import fixed_weights, timestep_weights
+from fewshot_diti.witnesses import FittedWitness, score_offsets
 
 CALIBRATION_TRIALS = 16  # of each shot, at most, for weights estimated on errors, which are smooth in t
 
@@ -49,10 +49,13 @@ class Calibration:
     Attributes:
         timesteps: of the trials [S].
         weights: of the trials [S].
+        witness_weights: what a nat of each witness's log-probability takes off a score.
+        token_temperature: of the class tokens' own scores, where no witness counts.
         temperature: of the softmax over -score.
         temperature_from: "shots" where held-out shots fitted it, "user" where it was given, else "preset".
         accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it is too high, since
-            the window was chosen on the same errors.
+            the window was chosen on the same errors. In a race a little too low where witnesses count: it is the class
+            tokens alone that drop classes.
         shortlist_recall: share of held-out shots whose class is on the shortlist, None where no folds or no shortlist
             were asked for. No accuracy can be above it. The temperature is fitted on all classes, with the shortlist
             or without.
@@ -61,6 +64,8 @@ class Calibration:
     timesteps: tuple[int, ...]
     weights: tuple[float, ...]
     temperature: float
+    witness_weights: tuple[float, ...] = ()
+    token_temperature: float = 1.0
     temperature_from: Literal["shots", "user", "preset"] = "user"
     accuracy: float | None = None
     shortlist_recall: float | None = None
@@ -92,20 +97,20 @@ class Fit:
         return train_bank(self.encoder, groups, self.prompts, self.settings, desc=desc)
 
 
-def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None = None) -> Calibration:
+def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> Calibration:
     """Weights and temperature from the shots of the bank's classes.
 
-    Where a class has one shot nothing can be held out: `auto` and a temperature to fit fall back to the preset's, with
-    a warning.
+    Where a class has one shot nothing can be held out: what should be fitted on held-out shots falls back to the
+    preset's, with a warning.
 
     Args:
-        shot_features: [n, V, D] of each class, as `Encoder.shot_features` gives them, where they count.
+        witnesses: that have learned the same classes.
 
     Raises:
         TrainingError: a class's loss was not finite in a fold.
     """
     if len(fit.groups) < 2:
-        return uncalibrated(fit.backbone, fit.settings)
+        return uncalibrated(fit.backbone, fit.settings, most_shots(fit.groups))
     fit = _without_impossible_folds(fit)
     scoring, published = fit.settings.scoring, fit.settings.prediction.schedule == "published"
     weighting, grid = weightings.parse_weighting(scoring.weighting), even_grid(scoring.trials, *scoring.timesteps)
@@ -124,51 +129,70 @@ def calibrate(fit: Fit, bank: Bank, shot_features: Mapping[Label, Tensor] | None
         latents=partial(_shot_latents, fit),
     )
     grid, weights = _trials(scoring, weights_T, shot_errors, keep_grid=published)
-    temperature = None if scoring.temperature == "fit" else scoring.temperature
+    alone, mix, temperature = _mix(fit.backbone, without_folds(scoring, fit.backbone, most_shots(fit.groups)))
     accuracy = recall = None
     if scoring.folds:
-        prediction, log_p, offsets = fit.settings.prediction, None, None
-        if shot_features and scoring.uses_features(prediction):
-            log_p = held_out_log_probabilities(fit.groups, shot_features, scoring.folds)
-        if log_p is not None and prediction.use_features:
-            offsets = score_offsets(log_p, scoring.features_weight)
+        prediction = fit.settings.prediction
+        log_p = []
+        if witnesses and scoring.uses_witnesses(prediction):
+            log_p = [held_out_log_probabilities(fit, witness) for witness in witnesses]
         if held_out is not None:  # on its own even grid: training the folds once more would cost too much
             even = weightings.trial_weights(weights_T, even_grid(scoring.trials, *scoring.timesteps))
             scores, truth = weighted_mean(held_out[0], even / even.mean()), held_out[1]
-            scores = scores if offsets is None else scores + offsets
         else:
-            scores, truth = judge_held_out(fit, partial(shared_scores, fit, grid=grid, weights=weights), offsets)
-        temperature = temperature or fit_temperature(scores, truth)
-        if log_p is not None and prediction.shortlist is not None:
-            off_the_list = score_offsets(log_p, 0.0, prediction.shortlist)
+            scores, truth = judge_held_out(fit, partial(shared_scores, fit, grid=grid, weights=weights))
+        if scoring.temperature == "fit":
+            fitted = fit_temperature(scores, truth)
+            alone, mix, temperature = fitted, tuple(w * fitted / alone for w in mix), temperature * fitted / alone
+        if log_p and prediction.use_witnesses:
+            if scoring.witness_weights == "fit":
+                mix = fit_weights(scores, log_p, truth, mix, temperature)
+            scores = scores + score_offsets(log_p, mix)
+            if "fit" in (scoring.temperature, scoring.witness_weights):
+                temperature = fit_temperature(scores, truth)
+        if log_p and prediction.shortlist is not None:
+            off_the_list = score_offsets(log_p, (0.0,) * len(log_p), prediction.shortlist)
             recall = float(off_the_list[torch.arange(len(truth)), truth].isfinite().double().mean())
             scores = scores + off_the_list
         accuracy = float((scores.argmin(1) == truth).double().mean())
     return Calibration(
         timesteps=tuple(grid.tolist()),
         weights=tuple(weights.tolist()),
-        temperature=temperature or 1.0,
+        witness_weights=mix,
+        token_temperature=alone,
+        temperature=temperature,
         temperature_from=_source(fit, scoring),
         accuracy=accuracy,
         shortlist_recall=recall,
     )
 
 
-def uncalibrated(backbone: Backbone, settings: Settings) -> Calibration:
-    """What needs no shots: all trials count the same unless the weighting is fixed (`pdae`, `window`); the temperature
-    is the one given, or the preset's."""
-    scoring = without_folds(settings.scoring, backbone)
+def uncalibrated(backbone: Backbone, settings: Settings, num_shots: int) -> Calibration:
+    """What needs no shots: all trials count the same unless the weighting is fixed (`pdae`, `window`); temperature and
+    weights of the witnesses are those given, or the preset's for so many shots per class."""
+    scoring = without_folds(settings.scoring, backbone, num_shots)
     fixed_T = fixed_weights(scoring.weighting, backbone.alphas_cumprod)
     weights_T = weightings.uniform(backbone.alphas_cumprod) if fixed_T is None else fixed_T
     even = replace(scoring, density="even")
     grid, weights = _trials(even, weights_T, None, keep_grid=settings.prediction.schedule == "published")
-    assert not isinstance(scoring.temperature, str), "replaced above"
+    alone, mix, temperature = _mix(backbone, scoring)
     return Calibration(
         timesteps=tuple(grid.tolist()),
         weights=tuple(weights.tolist()),
-        temperature=scoring.temperature,
+        witness_weights=mix,
+        token_temperature=alone,
+        temperature=temperature,
         temperature_from="preset",
     )
+
+
+def _mix(backbone: Backbone, scoring: ScoringConfig) -> tuple[float, tuple[float, ...], float]:
+    """The temperature of the class tokens alone, what a nat of each witness takes off a score, and the temperature of
+    the whole decision; nothing is to fit."""
+    assert not isinstance(scoring.temperature, str) and not isinstance(scoring.witness_weights, str), "replaced"
+    relative, overlap = scoring.witness_weights, PRESETS[backbone.kind].overlap
+    mix = tuple(weight * scoring.temperature for weight in relative)
+    return scoring.temperature, mix, scoring.temperature * (1 + overlap * sum(relative))
 
 
 def _trials(
@@ -187,15 +211,17 @@ def _trials(
     return grid, weights / weights.mean()  # a temperature then means the same under every weighting
 
 
-def without_folds(scoring: ScoringConfig, backbone: Backbone) -> ScoringConfig:
+def without_folds(scoring: ScoringConfig, backbone: Backbone, num_shots: int) -> ScoringConfig:
     """The scoring without what must be fitted on held-out shots; the preset's values stand in for that."""
-    preset = PRESETS[backbone.kind].scoring
+    preset = PRESETS[backbone.kind]
     auto = weightings.parse_weighting(scoring.weighting).name == "auto"
+    fits = scoring.witness_weights == "fit"
     return replace(
         scoring,
         folds=0,
-        weighting=preset["weighting"] if auto else scoring.weighting,
-        temperature=preset["temperature"] if scoring.temperature == "fit" else scoring.temperature,
+        weighting=preset.scoring["weighting"] if auto else scoring.weighting,
+        witness_weights=preset.weights_of(scoring.witnesses, num_shots) if fits else scoring.witness_weights,
+        temperature=preset.scoring["temperature"] if scoring.temperature == "fit" else scoring.temperature,
     )
 
 
@@ -204,7 +230,7 @@ def _without_impossible_folds(fit: Fit) -> Fit:
     scoring, single = fit.settings.scoring, sorted(x for x, shots in fit.groups.items() if len(shots) < 2)
     if not scoring.folds or not single:
         return fit
-    possible = without_folds(scoring, fit.backbone)
+    possible = without_folds(scoring, fit.backbone, most_shots(fit.groups))
     warnings.warn(
         f"Classes {single} have one shot, so none can be held out: folds={scoring.folds} is ignored, the weighting is "
         f"{possible.weighting!r}, the temperature {possible.temperature}.",
@@ -232,14 +258,11 @@ def split_folds(groups: Mapping[K, Sequence[X]], folds: int) -> Iterator[tuple[d
         yield kept, [(c, s) for c, x in enumerate(order) for i, s in enumerate(groups[x]) if i % folds == fold]
 
 
-def judge_held_out(fit: Fit, judge: Callable[..., Tensor], offsets_NC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def judge_held_out(fit: Fit, judge: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """What `judge(bank, images)` gives for every shot under class tokens trained without it, [N, ...], fold by fold,
     and the shots' classes [N].
 
     Every class has two shots or more. Costs one training of the bank on the other shots per fold.
-
-    Args:
-        offsets_NC: of each held-out shot in the same order; passed to `judge` as `offsets`, where given.
 
     Raises:
         TrainingError: a class's loss was not finite.
@@ -250,8 +273,7 @@ def judge_held_out(fit: Fit, judge: Callable[..., Tensor], offsets_NC: Tensor | 
     for number, (kept, held) in enumerate(parts, start=1):
         bank, failed = fit.train(kept, f"fold {number} of {len(parts)}")
         raise_failed(failed, "that was in cross-validation, the class tokens are trained and kept", "or pass folds=0")
-        these = {} if offsets_NC is None else {"offsets": offsets_NC[len(truth) : len(truth) + len(held)]}
-        judged.append(judge(bank, [shot for _, shot in held], **these))
+        judged.append(judge(bank, [shot for _, shot in held]))
         truth += [c for c, _ in held]
     return torch.cat(judged), torch.tensor(truth)
 
@@ -273,21 +295,14 @@ def shared_errors(fit: Fit, bank: Bank, images: Sequence[ImageSource | PreparedI
     return share(len(images), errors, (len(bank), len(grid)))
 
 
-def shared_scores(
-    fit: Fit,
-    bank: Bank,
-    images: Sequence[PreparedImage],
-    grid: Tensor,
-    weights: Tensor,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """Scores [N, C] by the configured schedule, with `weights` [S] and `offsets` [N, C]; shared as `shared_errors`."""
+def shared_scores(fit: Fit, bank: Bank, images: Sequence[PreparedImage], grid: Tensor, weights: Tensor) -> Tensor:
+    """Scores [N, C] of the class tokens by the configured schedule, with `weights` [S]; shared as `shared_errors`."""
     looks = fit.settings.prediction.looks(len(bank), len(grid))
 
     def scores(rows: list[int]) -> Tensor:
-        mine, added = [images[row] for row in rows], None if offsets is None else offsets[rows]
+        mine = [images[row] for row in rows]
         ids, latents = [image.id for image in mine], fit.encoder.latents(mine)
-        decisions = decide(_scorer(fit, bank), latents, ids, grid.tolist(), weights, looks, added)
+        decisions = decide(_scorer(fit, bank), latents, ids, grid.tolist(), weights, looks)
         return torch.stack([decision.scores for decision in decisions])
 
     return share(len(images), scores, (len(bank),))
@@ -298,13 +313,15 @@ def _scorer(fit: Fit, bank: Bank) -> Scorer:
     return Scorer(fit.backbone, bank, seed=scoring.seed, batch_size=prediction.batch_size)
 
 
-def held_out_log_probabilities(groups: Groups, shot_features: Mapping[Label, Tensor], folds: int) -> Tensor:
-    """Log-probabilities [N, C] of each held-out shot by the features of the others, ordered as by `judge_held_out`."""
+def held_out_log_probabilities(fit: Fit, fitted: FittedWitness) -> Tensor:
+    """Log-probabilities [N, C] of each held-out shot by a witness of the others, ordered as by `judge_held_out`."""
     rows: list[Tensor] = []
-    for kept, held in split_folds({x: list(shot_features[x]) for x in groups}, folds):
-        discriminant = fit_discriminant({x: torch.stack(kept[x]) for x in sorted(kept)})
-        rows += discriminant.log_probabilities(torch.stack([views[0] for _, views in held]))
-    return torch.stack(rows)
+    _, scoring, _ = fit.settings
+    for kept, held in split_folds({x: list(fitted.shots[x]) for x in fit.groups}, scoring.folds):
+        shots = {x: torch.stack(kept[x]) for x in sorted(kept)}
+        judge = FittedWitness.fit(fitted.name, fitted.witness, shots, fit.settings.training).judge
+        rows.append(judge.log_probabilities(torch.stack([views[0] for _, views in held])))
+    return torch.cat(rows)
 
 
 def _shot_latents(fit: Fit) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,27 +20,28 @@ from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.backbone_search import find_backbone, remember_folder
 from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
-from fewshot_diti.classifier_files import Saved, load_classifier, save_classifier
+from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.arguments import as_images, as_list, group_shots, plain_labels
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.decider import Decider
-from fewshot_diti.distributed import gather, my_share, process_state
+from fewshot_diti.distributed import process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import generic_prompt
 from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
+from fewshot_diti.witnesses import FittedWitness, make_witness, read_groups
 
 
 class DiTiClassifier(ClassifierMixin, BaseEstimator):
     """A few-shot classifier on the denoising errors of a Stable Diffusion, with the API of scikit-learn.
 
-    Where the scoring gives them a weight (as is recommended for small backbones), the frozen U-Net's own features of an
-    image count beside the class tokens; those of the shots and of three copies in other colours are then kept with the
-    bank (8 x 16 values per channel: 655 KB per shot with Stable Diffusion 2.0 at 512 pixels).
+    Witnesses, where they have a weight, decide together with the class tokens: the frozen U-Net's own features of an
+    image, or a network that was trained on ImageNet and is fine-tuned on the shots (both are recommended for small
+    backbones). What they have read of the shots and what they have learned is kept with the bank.
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
@@ -55,6 +56,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             more training per fold.
         prediction: how an image is decided; may be changed between predictions.
         geometry: size and resize rule; by default the backbone's size, cropped.
+        witnesses: a short way to say `ScoringConfig(witnesses=...)`.
 
     Attributes:
         classes_: the labels, sorted.
@@ -72,6 +74,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     geometry_: ImageGeometry
     prompts_: Prompts
     complete_: bool = False
+    _witnesses: tuple[FittedWitness, ...] = ()
     _warned = False
     _made: Decider | None = None
 
@@ -86,6 +89,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         scoring: ScoringConfig | None = None,
         prediction: PredictionConfig | None = None,
         geometry: ImageGeometry | None = None,
+        witnesses: Sequence[str] | None = None,
     ) -> None:
         self.backbone = backbone
         self.concept = concept
@@ -95,6 +99,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         self.scoring = scoring
         self.prediction = prediction
         self.geometry = geometry
+        self.witnesses = witnesses
 
     def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
         """Learns one class token per label from the shots.
@@ -132,10 +137,10 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             failed = self._learn(groups)
             learned = {x: g for x, g in groups.items() if x not in failed}
             # whatever happens from here on, the class tokens can be used
-            self.calibration_ = uncalibrated(self.backbone_, self.settings_)
+            self.calibration_ = uncalibrated(self.backbone_, self.settings_, most_shots(groups))
             try:
                 if learned:
-                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._shot_features)
+                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._witnesses)
                     self.complete_ = not failed
             finally:  # whatever else went wrong, the classes that failed are named
                 raise_failed(failed)
@@ -146,10 +151,10 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def add_classes(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
 
-        What the U-Net's own features say, where they count, is always relative to all classes.
+        Witnesses learn all classes anew, from what they have kept of the shots.
 
         Raises:
-            ValueError: as `fit`, a class that the bank has already, or features count and the bank has none.
+            ValueError: as `fit`, a class that the bank has already, or witnesses count and the bank has none.
         """
         bank = self._fitted()
         groups = group_shots(images, labels, self.encoder_.prepare)
@@ -160,7 +165,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"Classes {known} are in the bank already; call remove_classes first, or leave them out.")
         prediction = self.current_prediction()
         if len(bank):
-            self.decider().check_features(prediction)
+            self.decider().check_witnesses(prediction)
         try:
             raise_failed(self._learn(groups))
         finally:
@@ -173,7 +178,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: a class is not in the bank.
         """
-        self._set_bank(self._fitted().remove(labels), self._shot_features)
+        self._set_bank(self._fitted().remove(labels), self._witnesses)
         return self
 
     @property
@@ -243,13 +248,21 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
         return self.decider().errors(as_images(images), self.current_prediction())
 
+    def evidence(self, images: Sequence[ImageSource | PreparedImage]) -> dict[str, Tensor]:
+        """What each witness says by itself, and what the class tokens say: log-probabilities [N, C] by name.
+
+        Those of the class tokens ("class tokens") have the precision of the schedule: under "racing" they are coarse
+        for classes that were dropped early.
+        """
+        return self.decider().evidence(as_images(images), self.current_prediction())
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
         waits for it: after a failure the others may be anywhere."""
         bank, settings = self._fitted(), self.settings_._replace(prediction=self.current_prediction())
         saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
         if process_state().is_main_process:
-            save_classifier(bank, saved, self._shot_features, folder)
+            save_classifier(bank, saved, self._witnesses, folder)
             remember_folder(self.backbone_)
 
     @classmethod
@@ -263,11 +276,11 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
-        bank, saved, shot_features = load_classifier(folder)
+        bank, saved = load_classifier(folder)
         found = find_backbone(bank.backbone_name, bank.backbone_hash) if backbone is None else backbone
         classifier = cls(found, geometry=bank.geometry)
         if saved is None:
-            classifier.prediction = PredictionConfig(use_features=False)
+            classifier.prediction = PredictionConfig(use_witnesses=False)
             classifier.concept = "object"  # in prompts of classes that are added
         else:
             classifier.concept, classifier.training = saved.concept, saved.given
@@ -277,9 +290,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         bank.check_backbone(classifier.backbone_)
         kind, most = classifier.backbone_.kind, max((token.num_shots for token in bank.tokens), default=1)
         classifier.settings_ = saved.settings if saved else complete(kind, most)
-        calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_)
+        calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_, most)
         classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete
-        classifier._set_bank(bank, shot_features)
+        classifier._set_bank(bank, load_witnesses(folder, bank.labels, classifier._by_name) if saved else ())
         return classifier
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -307,13 +320,25 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             template=self.prompt_template or f"a photo of a hta {{}}, a type of {concept}.",
             generic=self.generic_prompt or generic_prompt(concept or ""),
         )
-        self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic)
+        names = self.settings_for(1).scoring.witnesses
+        self._by_name = {name: make_witness(name, self.geometry_) for name in names}
+        others = [witness.geometry for witness in self._by_name.values() if witness.geometry is not None]
+        self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic, others)
         self.complete_, self._warned = False, False
 
     def settings_for(self, num_shots: int) -> Settings:
         """The configurations that `fit` would use for so many shots per class; the backbone is loaded."""
         kind = (self.backbone if isinstance(self.backbone, Backbone) else self.backbone_).kind
-        return complete(kind, num_shots, self.training, self.scoring, self.prediction)
+        return complete(kind, num_shots, self.training, self._given_scoring(), self.prediction)
+
+    def _given_scoring(self) -> ScoringConfig:
+        """The scoring as it is given, with `witnesses` in it."""
+        scoring = self.scoring or ScoringConfig()
+        if self.witnesses is None:
+            return scoring
+        if scoring.witnesses not in (None, tuple(self.witnesses)):
+            raise ValueError(f"witnesses={self.witnesses}, and {scoring.witnesses} in scoring; pass them once.")
+        return replace(scoring, witnesses=tuple(self.witnesses))
 
     def checked_settings(self, num_shots: int) -> Settings:
         """As `settings_for`; raises ValueError where they do not go together or with the backbone."""
@@ -331,7 +356,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             ValueError: the scoring is another one than `fit` calibrated for.
         """
         preset, fitted = PRESETS[self.backbone_.kind], self.settings_.scoring
-        scoring = (self.scoring or ScoringConfig()).resolve(preset.scoring)
+        scoring = self._given_scoring().resolve(preset.scoring)
+        if scoring.witness_weights is None and scoring.witnesses == fitted.witnesses:  # the preset's go by the shots
+            scoring = replace(scoring, witness_weights=fitted.witness_weights)
         if scoring != fitted:
             changed = ", ".join(
                 f"{f.name}={getattr(scoring, f.name)!r}, {getattr(fitted, f.name)!r} at fit"
@@ -352,9 +379,11 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             raise NotFittedError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
         return self.bank_
 
-    def _set_bank(self, bank: Bank | None, shot_features: Mapping[Label, Tensor] | None = None) -> None:
-        known = shot_features or {}
-        self.bank_, self._shot_features = bank, {x: known[x] for x in (bank.labels if bank else ()) if x in known}
+    def _set_bank(self, bank: Bank | None, witnesses: Sequence[FittedWitness] = ()) -> None:
+        """Takes a bank, and the witnesses that know its classes, in its order."""
+        labels = bank.labels if bank else ()
+        self.bank_ = bank
+        self._witnesses = tuple(x.select(labels) for x in witnesses if set(labels) <= set(x.shots))
 
     def decider(self) -> Decider:
         """The bank ready to decide, made anew where the bank or the calibration is another one."""
@@ -362,8 +391,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         if not len(bank):
             raise NotFittedError("All class tokens were removed; add some with add_classes.")
         if known is None or known.bank is not bank or known.calibration is not self.calibration_:
-            scoring, features = self.settings_.scoring, self._shot_features
-            self._made = known = Decider(self.encoder_, bank, scoring, self.calibration_, features)
+            scoring, witnesses = self.settings_.scoring, self._witnesses
+            self._made = known = Decider(self.encoder_, bank, scoring, self.calibration_, witnesses)
         return known
 
     def _fit(self, groups: Groups) -> Fit:
@@ -373,19 +402,22 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def _learn(self, groups: Groups) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
         fit = self._fit(groups)
-        features = self._shot_features | self._features_of(fit)  # first: a failure loses no training
+        witnesses = self._witnesses_of(fit)  # first: a failure loses no training
         new, failed = fit.train(groups)
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
-        self._set_bank(bank.select(sorted(bank.labels)), features)
+        self._set_bank(bank.select(sorted(bank.labels)), witnesses)
         return failed
 
-    def _features_of(self, fit: Fit) -> dict[Label, Tensor]:
-        """The U-Net's features of the shots, where some prediction may use them; the processes share the classes."""
-        scoring, prediction = fit.settings.scoring, fit.settings.prediction
-        if not (scoring.features_weight > 0 or prediction.shortlist is not None or self._shot_features):
-            return {}
-        labels = sorted(fit.groups)
-        mine = [labels[c] for c in my_share(len(labels))]
-        return dict(gather([(x, self.encoder_.shot_features(fit.groups[x], fit.settings.training)) for x in mine]))
+    def _witnesses_of(self, fit: Fit) -> list[FittedWitness]:
+        """The witnesses, where some prediction may use them, of the bank's classes and of those of the fit."""
+        later = replace(fit.settings.prediction, use_witnesses=True)
+        if not (fit.settings.scoring.uses_witnesses(later) or self._witnesses):
+            return []
+        known, training = {x.name: x.shots for x in self._witnesses}, fit.settings.training
+        found = []
+        for name, witness in self._by_name.items():
+            shots = {**known.get(name, {}), **read_groups(witness, self.encoder_, fit.groups, training)}
+            found.append(FittedWitness.fit(name, witness, shots, training))
+        return found

@@ -1,4 +1,4 @@
-"""What a saved classifier has beside its bank: settings, calibration, and features of the shots."""
+"""What a saved classifier has beside its bank: settings, calibration, and its witnesses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import load, save
-from torch import Tensor
 
 from fewshot_diti.bank import Bank
-from fewshot_diti.bank_files import FEATURES, SETTINGS, read_files, to_json, written_here
+from fewshot_diti.bank_files import SETTINGS, read_files, to_json, written_here
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.training import Prompts
+from fewshot_diti.witnesses import FittedWitness, Witness
 
 
 class Saved(NamedTuple):
-    """What a saved classifier has beside bank and features.
+    """What a saved classifier has beside bank and witnesses.
 
     Attributes:
         concept: what all classes are; None where prompts were given instead.
@@ -38,24 +38,47 @@ class Saved(NamedTuple):
     complete: bool
 
 
-def save_classifier(bank: Bank, saved: Saved, shot_features: Mapping[Label, Tensor], folder: str | Path) -> None:
-    """Writes a classifier; its features only where every class has them."""
+def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness], folder: str | Path) -> None:
+    """Writes a classifier; its witnesses only where they know every class."""
     extra = {SETTINGS: _settings_file(saved)}
-    if shot_features.keys() == set(bank.labels):
-        extra[FEATURES] = save({str(c): shot_features[x].contiguous() for c, x in enumerate(bank.labels)})
+    for number, fitted in enumerate(x for x in witnesses if list(x.shots) == list(bank.labels)):
+        shots = {f"shots.{c}": shots.contiguous() for c, shots in enumerate(fitted.shots.values())}
+        learned = {f"learned.{name}": value for name, value in fitted.learned.items()}
+        extra[_witness_file(number)] = save(shots | learned, {"witness": fitted.name})
     bank.save_pretrained(folder, extra=extra)
 
 
-def load_classifier(folder: str | Path) -> tuple[Bank, Saved | None, dict[Label, Tensor]]:
-    """What `save_classifier` wrote: bank, settings (None, with a warning, of a bank alone) and features (none where the
-    classifier was saved without).
+def load_classifier(folder: str | Path) -> tuple[Bank, Saved | None]:
+    """What `save_classifier` wrote: bank, and settings (None, with a warning, of a bank alone).
 
     Raises:
         FileNotFoundError: no complete bank in the folder.
         ValueError: a file was changed or cut short, or another version wrote it.
     """
-    bank = Bank.from_pretrained(folder)
-    return bank, read_settings(folder), _read_features(folder, bank.labels)
+    return Bank.from_pretrained(folder), read_settings(folder)
+
+
+def load_witnesses(
+    folder: str | Path, labels: Sequence[Label], witnesses: Mapping[str, Witness]
+) -> tuple[FittedWitness, ...]:
+    """The witnesses by their names as they were saved, none where the classifier was saved without; errors as
+    `load_classifier`."""
+    found = []
+    for number, (name, witness) in enumerate(witnesses.items()):
+        file = _witness_file(number)
+        try:
+            tensors = load(read_files(folder, [file])[file])
+        except FileNotFoundError:
+            return ()
+        with written_here(folder):
+            shots = {x: tensors[f"shots.{c}"] for c, x in enumerate(labels)}
+        learned = {k.removeprefix("learned."): v for k, v in tensors.items() if k.startswith("learned.")}
+        found.append(FittedWitness(name, witness, shots, learned))
+    return tuple(found)
+
+
+def _witness_file(number: int) -> str:
+    return f"witness-{number}.safetensors"
 
 
 def _settings_file(saved: Saved) -> bytes:
@@ -106,16 +129,6 @@ def read_settings(folder: str | Path) -> Saved | None:
             stacklevel=3,
         )
     return saved
-
-
-def _read_features(folder: str | Path, labels: Sequence[Label]) -> dict[Label, Tensor]:
-    """Features [n, V, D] of the shots of each class and of copies of them, where the bank was saved with them."""
-    try:
-        found = load(read_files(folder, [FEATURES])[FEATURES])
-    except FileNotFoundError:
-        return {}
-    with written_here(folder):
-        return {x: found[str(c)] for c, x in enumerate(labels)}
 
 
 def _tuples(value: Any) -> Any:

@@ -128,10 +128,13 @@ class ScoringConfig(_Config):
         density: "even", or "importance": more trials where the weighted errors of the shots differ more between
             classes (`timesteps.importance`); the score averages w / q times the error.
         weighting: as `timesteps.parse_weighting` reads it.
-        features_weight: what each nat of a class's log-probability by the U-Net's own features of an image
-            (`features.fit_discriminant`) takes off its score, in units of the score as `weighting` makes it; 0 leaves
-            the decision to the class tokens alone.
-        temperature: of the softmax over -score; "fit" fits it on held-out scores of the shots.
+        witnesses: what decides beside the class tokens, by name (`witnesses.WITNESSES`): "features" of the U-Net,
+            "network", "linear-network"; none: the class tokens alone.
+        witness_weights: of each witness: how much a nat of its log-probabilities counts beside a nat of the class
+            tokens' (their -score / temperature); at 0 it does not count, at 1 both count alike. "fit" chooses the
+            weights under which held-out shots are most likely.
+        temperature: of the softmax over minus the class tokens' own scores; "fit" fits that of the whole decision on
+            held-out shots.
         calibration_images: shots whose errors `spread`, `relative` and the importance density read, spread over the
             classes; where there are more classes than that, of as many classes, drawn by the seed.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
@@ -146,7 +149,8 @@ class ScoringConfig(_Config):
     timesteps: tuple[int, int] = FROM_PRESET
     density: Density = FROM_PRESET
     weighting: str = FROM_PRESET
-    features_weight: float = FROM_PRESET
+    witnesses: tuple[str, ...] = FROM_PRESET
+    witness_weights: tuple[float, ...] | Literal["fit"] = FROM_PRESET
     temperature: float | Literal["fit"] = FROM_PRESET
     calibration_images: int = 24
     folds: int = 0
@@ -160,8 +164,7 @@ class ScoringConfig(_Config):
             _check_range(self.timesteps)
         if self.density not in (*get_args(Density), None):
             raise ValueError(f"density={self.density!r}; pass one of {get_args(Density)}.")
-        if self.features_weight is not None and not 0 <= self.features_weight < float("inf"):
-            raise ValueError(f"features_weight={self.features_weight}; pass a number of at least 0.")
+        self._check_witnesses()
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 2 or more, or 0 for no cross-validation.")
         if self.weighting is not None:
@@ -173,9 +176,28 @@ class ScoringConfig(_Config):
         if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; pass a number above 0, or 'fit'.")
 
-    def uses_features(self, prediction: PredictionConfig) -> bool:
-        """Whether the U-Net's own features count in a prediction, or draw up its shortlist."""
-        return (self.features_weight > 0 and prediction.use_features) or prediction.shortlist is not None
+    def uses_witnesses(self, prediction: PredictionConfig) -> bool:
+        """Whether witnesses count in a prediction, or draw up its shortlist."""
+        count = prediction.use_witnesses and (self.witness_weights == "fit" or any(self.witness_weights))
+        return bool(self.witnesses) and (count or prediction.shortlist is not None)
+
+    def _check_witnesses(self) -> None:
+        for name in ("witnesses", "witness_weights"):
+            if isinstance(getattr(self, name), list):  # as a file of settings has them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        names, weights = self.witnesses, self.witness_weights
+        if isinstance(names, str):
+            raise ValueError(f"witnesses={names!r} is one text; pass a tuple of names, ({names!r},).")
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError(f"witnesses={names}; name each once.")
+        if weights is None or weights == "fit":
+            if weights == "fit" and self.folds < 2:
+                raise ValueError("witness_weights='fit' needs held-out shots; pass folds=2 or more, or weights.")
+            return
+        if isinstance(weights, str) or not all(0 <= w < float("inf") for w in weights):
+            raise ValueError(f"witness_weights={weights!r}; pass numbers of at least 0, or 'fit'.")
+        if names is not None and len(names) != len(weights):
+            raise ValueError(f"witness_weights={weights} for witnesses={names}; pass one weight for each.")
 
     def _check_weighting(self) -> None:
         weighting = parse_weighting(self.weighting)
@@ -199,9 +221,9 @@ class PredictionConfig(_Config):
         confidence: of "racing", about the probability, at least, that it ends with the label of all trials, where the
             assumptions of `racing.Look` hold.
         stages: of "published", (trials so far, classes kept) each.
-        shortlist: classes that get trials at all, the most probable ones by the U-Net's own features; None: all. Bounds
-            accuracy by its recall, which cross-validation reports.
-        use_features: whether these features count in the decision, with the weight that `fit` was given.
+        shortlist: classes that get trials at all, the most probable ones by the witnesses; None: all. Bounds accuracy
+            by its recall, which cross-validation reports.
+        use_witnesses: whether the witnesses count in the decision, with the weights of `fit`.
         batch_size: evaluations per forward pass; decides memory and speed, never the result beyond rounding.
 
     Raises:
@@ -212,7 +234,7 @@ class PredictionConfig(_Config):
     confidence: float = 0.9
     stages: tuple[tuple[int, int], ...] = PUBLISHED_STAGES
     shortlist: int | None = None
-    use_features: bool = True
+    use_witnesses: bool = True
     batch_size: int = FROM_PRESET
 
     def __post_init__(self) -> None:
@@ -237,10 +259,10 @@ class PredictionConfig(_Config):
             return published_stages(num_classes, trials, self.stages)
         return racing(trials, confidence=self.confidence) if self.schedule == "racing" else exhaustive(trials)
 
-    def evaluations(self, num_classes: int, trials: int, *, features: bool) -> int:
-        """What an image costs at most, in evaluations; `features`: whether the U-Net's features are read."""
+    def evaluations(self, num_classes: int, trials: int) -> int:
+        """What the trials of an image cost at most, in evaluations; the U-Net's features cost one more."""
         scored = min(num_classes, self.shortlist or num_classes)
-        return count_evaluations(self.looks(num_classes, trials), scored) + features
+        return count_evaluations(self.looks(num_classes, trials), scored)
 
 
 class Settings(NamedTuple):
@@ -264,6 +286,11 @@ class Settings(NamedTuple):
             raise ValueError(f"weighting={scoring.weighting!r} exceeds the backbone's {num_train_timesteps} timesteps.")
         if prediction.schedule == "published" and scoring.density == "importance":
             raise ValueError("Published stages need an even grid; pass density='even', or schedule='racing'.")
+        if prediction.shortlist is not None and not scoring.witnesses:
+            raise ValueError(
+                f"shortlist={prediction.shortlist} is drawn up by witnesses, and there are none; pass "
+                "witnesses=('features',), with weight 0 where they should not decide."
+            )
         prediction.looks(2, scoring.trials)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration
-from fewshot_diti.config import Label, PredictionConfig, ScoringConfig
+from fewshot_diti.config import PredictionConfig, ScoringConfig
 from fewshot_diti.data.images import ImageSource
-from fewshot_diti.discriminant import Discriminant, fit_discriminant, score_offsets
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
+from fewshot_diti.witnesses import FittedWitness, score_offsets
 
 _REMEMBERED = 128  # decisions
 
@@ -28,7 +29,7 @@ class Decider:
 
     Args:
         scoring: that the calibration was made for.
-        shot_features: [n, V, D] of the shots of each class, where the U-Net's features may count.
+        witnesses: that have learned the bank's classes, in their order.
     """
 
     def __init__(
@@ -37,12 +38,11 @@ class Decider:
         bank: Bank,
         scoring: ScoringConfig,
         calibration: Calibration,
-        shot_features: Mapping[Label, Tensor],
+        witnesses: Sequence[FittedWitness] = (),
     ) -> None:
         self.encoder, self.bank, self.scoring, self.calibration = encoder, bank, scoring, calibration
-        self._shot_features = shot_features
+        self.witnesses = witnesses
         self._scorer: Scorer | None = None
-        self._discriminant: Discriminant | None = None
         self._decisions: OrderedDict[tuple[str, PredictionConfig], Decision] = OrderedDict()
 
     def decide(self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig) -> list[Decision]:
@@ -65,34 +65,62 @@ class Decider:
         if new:
             scorer, latents = self._ready(prediction.batch_size), self.encoder.latents(list(new.values()))
             weights = torch.tensor(self.calibration.weights, dtype=torch.float64)
-            looks, offsets = prediction.looks(len(self.bank), self.scoring.trials), self.offsets(latents, prediction)
+            looks = prediction.looks(len(self.bank), self.scoring.trials)
+            offsets = self.offsets(list(new.values()), latents, prediction)
             decisions = decide(scorer, latents, list(new), self.calibration.timesteps, weights, looks, offsets)
-            if offsets is not None:  # one evaluation gave the features
-                decisions = [x._replace(evaluations=x.evaluations + 1) for x in decisions]
+            spent = sum(fitted.witness.evaluations for fitted, _ in self._asked(prediction))
+            decisions = [x._replace(evaluations=x.evaluations + spent) for x in decisions]
             known |= dict(zip(new, decisions, strict=True))
             self._decisions.update({keys[i]: decision for i, decision in known.items()})
             while len(self._decisions) > _REMEMBERED:
                 self._decisions.popitem(last=False)
         return [known[image.id] for image in images]
 
-    def offsets(self, latents_Nchw: Tensor, prediction: PredictionConfig) -> Tensor | None:
-        """What the U-Net's own features add to the scores [N, C]; None where they do not count."""
-        if len(self.bank) < 2 or not self.scoring.uses_features(prediction):
+    def offsets(
+        self, images: Sequence[PreparedImage], latents_Nchw: Tensor, prediction: PredictionConfig
+    ) -> Tensor | None:
+        """What the witnesses add to the scores [N, C]; None where none counts."""
+        if not (asked := self._asked(prediction)):
             return None
-        self.check_features(prediction)
-        if self._discriminant is None:
-            self._discriminant = fit_discriminant(self._shot_features)
-        log_p = self._discriminant.log_probabilities(self.encoder.features(latents_Nchw))
-        weight = self.scoring.features_weight if prediction.use_features else 0.0
-        return score_offsets(log_p, weight, prediction.shortlist)
+        log_p = [fitted.log_probabilities(self.encoder, images, latents_Nchw) for fitted, _ in asked]
+        return score_offsets(log_p, [weight for _, weight in asked], prediction.shortlist)
 
-    def check_features(self, prediction: PredictionConfig) -> None:
-        """Raises a ValueError where features are to count and the bank has not those of every class."""
-        if self.scoring.uses_features(prediction) and set(self._shot_features) != set(self.bank.labels):
+    def evaluations(self, prediction: PredictionConfig) -> int:
+        """What an image costs at most, in evaluations."""
+        trials = prediction.evaluations(len(self.bank), self.scoring.trials)
+        return trials + sum(fitted.witness.evaluations for fitted, _ in self._asked(prediction))
+
+    def evidence(
+        self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig
+    ) -> dict[str, Tensor]:
+        """Log-probabilities [N, C] of each witness, and of the class tokens by their own scores, by name."""
+        decisions = self.decide(images, prediction)
+        prepared = [self.encoder.prepare(image) for image in images]
+        with self.encoder.backbone.lock:
+            latents = self.encoder.latents(prepared)
+            found = {x.name: x.log_probabilities(self.encoder, prepared, latents) for x in self.witnesses}
+            offsets = self.offsets(prepared, latents, replace(prediction, shortlist=None))
+        scores = torch.stack([decision.scores for decision in decisions])
+        own = scores if offsets is None else scores - offsets
+        return {"class tokens": (-own / self.calibration.token_temperature).log_softmax(1)} | found
+
+    def _asked(self, prediction: PredictionConfig) -> list[tuple[FittedWitness, float]]:
+        """The witnesses that count in a prediction, with their weights in units of the score."""
+        if len(self.bank) < 2 or not self.scoring.uses_witnesses(prediction):
+            return []
+        self.check_witnesses(prediction)
+        weights = self.calibration.witness_weights if prediction.use_witnesses else (0.0,) * len(self.witnesses)
+        pairs = zip(self.witnesses, weights, strict=True)
+        return [(x, weight) for x, weight in pairs if weight or prediction.shortlist is not None]
+
+    def check_witnesses(self, prediction: PredictionConfig) -> None:
+        """Raises a ValueError where witnesses are to count and have not learned every class."""
+        known = [x.name for x in self.witnesses if set(x.shots) == set(self.bank.labels)]
+        if self.scoring.uses_witnesses(prediction) and known != list(self.scoring.witnesses):
             raise ValueError(
-                f"features_weight={self.scoring.features_weight} and shortlist={prediction.shortlist} need features of "
-                "the shots, and this bank has not those of every class: it was learned without. Set prediction to "
-                "PredictionConfig(use_features=False) without a shortlist, or fit again."
+                f"witnesses={self.scoring.witnesses} are to count in the decision or to draw up the shortlist, and "
+                f"those of this bank, {tuple(known)}, have not learned every class: it was learned without them. Set "
+                "prediction to PredictionConfig(use_witnesses=False) without a shortlist, or fit again."
             )
 
     def errors(self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig) -> Tensor:

@@ -116,12 +116,3 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
         log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(features_nVD[fold_n == fold, 0])
     temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
     return judge(every_n, temperature)
-
-
-def score_offsets(log_probabilities_NC: Tensor, weight: float, shortlist: int | None = None) -> Tensor:
-    """What the features add to scores, [N, C]: -weight x log-probability, and infinity off the shortlist."""
-    offsets_NC = -weight * log_probabilities_NC
-    if shortlist is None:
-        return offsets_NC
-    ranks_NC = (-log_probabilities_NC).argsort(dim=1, stable=True).argsort(dim=1)
-    return offsets_NC.masked_fill(ranks_NC >= shortlist, torch.inf)

@@ -63,6 +63,24 @@ def share(count: int, compute: Callable[[list[int]], Tensor], shape: tuple[int, 
     return torch.cat([part for part in parts if isinstance(part, Tensor) and len(part)] or [torch.empty(0, *shape)])
 
 
+def by_main(compute: Callable[[], T]) -> T:
+    """What `compute` gives on the main process; all get it.
+
+    Raises:
+        Exception: as `compute`, on all processes.
+    """
+    found: list[T | Exception] = []
+    if process_state().is_main_process:
+        try:
+            found = [compute()]
+        except Exception as error:  # the others wait for this process
+            found = [error]
+    result = gather(found)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def predict_shared(
     items: Sequence[T],
     read: Callable[[T], P],

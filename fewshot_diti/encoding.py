@@ -5,8 +5,8 @@ Shapes in names: N images, K colour variants, V views of a shot, c, h, w latents
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ class PreparedImage:
         id: of the decoded pixels, before any resize.
         name: for messages: the path, or the id.
         pixels_CHW: uint8 [3, height, width].
+        resized: uint8 pixels in the other geometries that the encoder was asked for.
     """
 
     id: str
     name: str
     pixels_CHW: Tensor
+    resized: Mapping[ImageGeometry, Tensor] = field(default_factory=dict)
 
     @property
     def values_CHW(self) -> Tensor:
@@ -46,10 +48,17 @@ class Encoder:
     Args:
         geometry: the size and resize rule that all images get.
         generic_prompt: the text that the U-Net reads when its features are taken.
+        others: further geometries that images are wanted in.
     """
 
-    def __init__(self, backbone: Backbone, geometry: ImageGeometry, generic_prompt: str) -> None:
-        self.backbone, self.geometry, self.generic_prompt = backbone, geometry, generic_prompt
+    def __init__(
+        self,
+        backbone: Backbone,
+        geometry: ImageGeometry,
+        generic_prompt: str,
+        others: Sequence[ImageGeometry] = (),
+    ) -> None:
+        self.backbone, self.geometry, self.generic_prompt, self.others = backbone, geometry, generic_prompt, others
         self._variants: dict[tuple[str, object], tuple[Tensor, Tensor]] = {}
 
     def prepare(self, image: ImageSource | PreparedImage) -> PreparedImage:
@@ -61,7 +70,8 @@ class Encoder:
         if isinstance(image, PreparedImage):
             return image
         decoded = decode(image)
-        return PreparedImage(decoded.id, decoded.name, self.geometry.resized(decoded.rgb, decoded.name))
+        pixels, *others = (g.resized(decoded.rgb, decoded.name) for g in (self.geometry, *self.others))
+        return PreparedImage(decoded.id, decoded.name, pixels, dict(zip(self.others, others, strict=True)))
 
     @torch.no_grad()
     def latents(self, images: Sequence[PreparedImage]) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fewshot_diti.config import PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.elimination import PUBLISHED_STAGES, PUBLISHED_TRIALS
 
+T = TypeVar("T")
 Kind = Literal["pocket", "stable-diffusion"]  # of backbones
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 LARGE_UNET = 200_000_000  # parameters; from here on a U-Net is of Stable Diffusion's kind
@@ -45,6 +46,9 @@ class Preset:
         measured: whether they were chosen by measurement on a backbone of this kind.
         steps, blocks: of training, at each of `PUBLISHED_SHOTS`; steps are interpolated between.
         training, scoring, prediction: values of the configurations' fields.
+        witness_weights: by the kind of witness, at each of `PUBLISHED_SHOTS`, or one for all; of others 1.
+        overlap: by how much witnesses repeat what class tokens and other witnesses say: of a decision with weights that
+            sum to W beside the class tokens' 1, the temperature is 1 + overlap x W times that of the class tokens.
         features: of the U-Net.
         concept: what all classes are; None: the user has to say.
     """
@@ -55,8 +59,15 @@ class Preset:
     training: Mapping[str, Any]
     scoring: Mapping[str, Any]
     prediction: Mapping[str, Any]
+    witness_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    overlap: float = 1.0
     features: FeatureConfig = field(default_factory=FeatureConfig)
     concept: str | None = None
+
+    def weights_of(self, witnesses: Sequence[str], num_shots: int) -> tuple[float, ...]:
+        """The weights of witnesses by their names, at this number of shots per class."""
+        kinds = [name.partition(":")[0] for name in witnesses]
+        return tuple(_at(num_shots, self.witness_weights.get(kind, (1.0,))) for kind in kinds)
 
 
 PRESETS: dict[Kind, Preset] = {
@@ -81,13 +92,15 @@ PRESETS: dict[Kind, Preset] = {
             "timesteps": (0, 900),
             "density": "importance",
             "weighting": "relative",
-            "features_weight": 0.0002,  # the most accurate on held-out shots of 2 to 16
-            # fitted at 16 shots on images of the val split, in races (0.00026), 1.15 of it with the features
-            "temperature": 0.0003,
+            "witnesses": ("features", "network"),
+            "temperature": 0.00026,  # fitted at 16 shots on images of the val split, in races
             "unet_scale": 1.0,
             "text_encoder_scale": 1.0,
         },
         prediction={"schedule": "racing", "batch_size": 96},
+        # features: the most accurate on held-out shots of 2 to 16
+        witness_weights={"features": (0.77,), "network": (1.0,)},
+        overlap=0.2,
         concept="aircraft",
     ),
     # The published settings, with a falling learning rate, races, and weights that need no shots.
@@ -112,12 +125,13 @@ PRESETS: dict[Kind, Preset] = {
             "timesteps": (0, 1000),
             "density": "even",
             "weighting": "pdae",
-            "features_weight": 0.0,
+            "witnesses": ("features",),  # which draws up a shortlist where one is asked for
             "temperature": 0.001,
             "unet_scale": 0.6,
             "text_encoder_scale": 0.7,
         },
         prediction={"schedule": "racing", "batch_size": 32},
+        witness_weights={"features": (0.0,)},
     ),
 }
 
@@ -132,9 +146,10 @@ def complete(
     """The configurations given, their missing fields filled from the preset for this kind and number of shots."""
     preset = PRESETS[kind]
     by_shots = {"steps": interpolate_steps(num_shots, preset.steps), "blocks": _at(num_shots, preset.blocks)}
+    scoring = (scoring or ScoringConfig()).resolve(preset.scoring)
     return Settings(
         (training or TrainingConfig()).resolve({**preset.training, **by_shots}),
-        (scoring or ScoringConfig()).resolve(preset.scoring),
+        scoring.resolve({"witness_weights": preset.weights_of(scoring.witnesses, num_shots)}),
         (prediction or PredictionConfig()).resolve(preset.prediction),
     )
 
@@ -170,6 +185,6 @@ def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:
     raise ValueError(f"num_shots={num_shots}; pass a whole number of at least 1.")
 
 
-def _at(num_shots: int, values: tuple[str, ...]) -> str:
-    """The value at the next lower of the published numbers of shots."""
-    return [v for k, v in zip(PUBLISHED_SHOTS, values, strict=True) if k <= max(1, num_shots)][-1]
+def _at(num_shots: int, values: tuple[T, ...]) -> T:
+    """The value at the next lower of the published numbers of shots; a single one holds for all."""
+    return [v for k, v in zip(PUBLISHED_SHOTS, values, strict=False) if k <= max(1, num_shots)][-1]

@@ -5,8 +5,11 @@ Shapes in names: N images, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from scipy.optimize import minimize_scalar
+import torch
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
 
@@ -41,6 +44,36 @@ def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
         loss, bounds=(-LOG_TEMPERATURE_RANGE, LOG_TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-7}
     )
     return float(spread * np.exp(found.x))
+
+
+def fit_weights(
+    scores_NC: Tensor,
+    log_probabilities: Sequence[Tensor],
+    labels_N: Tensor,
+    start: Sequence[float],
+    temperature: float,
+) -> tuple[float, ...]:
+    """Weights, 0 or more, that make softmax(-(score - sum of weight x log-probability) / some temperature) most likely
+    on held-out shots.
+
+    A multinomial logistic regression on the scores and the log-probabilities [N, C] of each witness, whose coefficients
+    are held near those of `start` and `temperature` as if one nat of likelihood spoke for these.
+
+    Args:
+        start: weights in units of the score, as those returned.
+        temperature: of the whole decision with these.
+    """
+    _check(scores_NC, labels_N)
+    inputs_KNC = torch.stack([-scores_NC / temperature, *log_probabilities]).double().cpu().numpy()
+    expected_K = np.array([1.0, *(weight / temperature for weight in start)])
+    rows, labels = np.arange(len(labels_N)), labels_N.cpu().numpy()
+
+    def loss(coefficients_K: np.ndarray) -> float:
+        log_p_NC = log_softmax(np.tensordot(coefficients_K, inputs_KNC, 1), axis=1)
+        return float(-log_p_NC[rows, labels].sum() + np.square(coefficients_K - expected_K).sum())
+
+    found_K = minimize(loss, expected_K, bounds=[(1e-3, None)] + [(0, None)] * len(start), method="L-BFGS-B").x
+    return tuple((found_K[1:] / found_K[0] * temperature).tolist())
 
 
 def negative_log_likelihood(scores_NC: Tensor, labels_N: Tensor, temperature: float) -> float:

@@ -67,12 +67,12 @@ def kinds() -> dict[str, dict[str, Any]]:
         "exhaustive": {"training": TRAINING, "scoring": SCORING, "prediction": PREDICTION},
         "as shipped": {
             "training": TRAINING,
-            "scoring": replace(shipped, features_weight=0.001),
+            "scoring": replace(shipped, witnesses=("features",), witness_weights=(0.1,)),
             "prediction": PredictionConfig(schedule="racing", confidence=0.7),
         },
         "held out": {
             "training": TRAINING,
-            "scoring": replace(shipped, features_weight=0.001, **held_out),
+            "scoring": replace(shipped, witnesses=("features",), witness_weights=(0.1,), **held_out),
             "prediction": PredictionConfig(schedule="racing", shortlist=2),
         },
         "window from held-out shots": {

@@ -15,7 +15,14 @@ from fewshot_diti.presets import PRESETS
 
 CLASSES = ("bolt", "gear", "nut")
 TRAINING = replace(small_classifier.TRAINING, steps=4, shots_per_step=1, samples_per_batch=48)
-SCORING = replace(small_classifier.SCORING, trials=3, features_weight=0.001, temperature=0.001, calibration_images=3)
+SCORING = replace(
+    small_classifier.SCORING,
+    trials=3,
+    witnesses=("features",),
+    witness_weights=(1.0,),
+    temperature=0.001,
+    calibration_images=3,
+)
 PREDICTION = PredictionConfig(schedule="exhaustive", batch_size=96)
 PRESET = replace(
     PRESETS["pocket"],

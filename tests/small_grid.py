@@ -20,7 +20,9 @@ from fewshot_diti.commands.evaluate import EvalConfig
 from fewshot_diti.presets import PRESETS
 
 TRAINING = replace(small_commands.TRAINING, steps=3)
-SCORING = replace(small_commands.SCORING, trials=24, weighting="relative", features_weight=0.0, calibration_images=24)
+SCORING = replace(
+    small_commands.SCORING, trials=24, weighting="relative", witnesses=(), witness_weights=(), calibration_images=24
+)
 PRESET = replace(small_commands.PRESET, steps=(TRAINING.steps,) * 5, training=asdict(TRAINING), scoring=asdict(SCORING))
 COLOURS = {"nut": (200, 80, 80), "bolt": (80, 200, 80), "gear": (80, 80, 200)}
 QUIET = Console(quiet=True)

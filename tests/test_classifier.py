@@ -183,7 +183,7 @@ def test_a_merged_bank_is_scored_uncalibrated_with_a_warning(
     assert len(merged.calibration_.timesteps) == preset["trials"]
     assert set(merged.calibration_.weights) == {1.0}
     assert merged.calibration_.temperature == preset["temperature"]
-    merged.prediction = PredictionConfig(schedule="exhaustive", use_features=False)
+    merged.prediction = PredictionConfig(schedule="exhaustive", use_witnesses=False)
     torch.testing.assert_close(merged.scores(tests), merged.errors(tests).double().mean(2))
 
 

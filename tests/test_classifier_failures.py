@@ -210,7 +210,7 @@ def test_settings_that_do_not_go_together_are_refused_before_training(
         ({"folds": -1}, "folds=-1"),
         ({"weighting": "window(900, 1000)", "timesteps": (0, 900)}, "lies inside window"),
         ({"weighting": "nonsense"}, "no such weighting"),
-        ({"features_weight": -1}, "features_weight=-1"),
+        ({"witnesses": ("features",), "witness_weights": (-1,)}, "witness_weights="),
     ],
 )
 def test_a_scoring_config_names_the_value_that_is_out_of_range(changes: dict, message: str) -> None:

@@ -191,7 +191,8 @@ def test_a_fit_that_is_refused_leaves_the_classifier_as_it_was(
     small.prediction = PredictionConfig(schedule="published")
     with pytest.raises(ValueError, match="must end with"):
         small.fit(*images)
-    assert small.complete_ and small.settings_.scoring == SCORING and small.geometry_.size == (16, 32)
+    fitted = replace(SCORING, witness_weights=())
+    assert small.complete_ and small.settings_.scoring == fitted and small.geometry_.size == (16, 32)
     small.set_params(scoring=SCORING, prediction=PREDICTION)
     assert torch.equal(small.scores(tests), expected)
     with pytest.raises(ValueError, match="two classes or more"):
@@ -201,7 +202,8 @@ def test_a_fit_that_is_refused_leaves_the_classifier_as_it_was(
 def test_features_are_kept_for_predictions_that_use_them_later(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
 ) -> None:
-    scoring, without = replace(SCORING, features_weight=1e-2), PredictionConfig(use_features=False)
+    scoring = replace(SCORING, witnesses=("features",), witness_weights=(1.0,))
+    without = PredictionConfig(use_witnesses=False)
     classifier = make(backbone, training=ONE_STEP, scoring=scoring, prediction=without)
     classifier.fit(*shots_of(pictures, ["a320", "dc-9"]))
     plain = classifier.scores(tests)
@@ -220,12 +222,13 @@ def test_features_that_do_not_count_do_not_change_the_calibration(
         make(
             backbone,
             training=ONE_STEP,
-            scoring=replace(SCORING, features_weight=weight, folds=2, temperature="fit"),
-            prediction=PredictionConfig(schedule="exhaustive", shortlist=3, use_features=False),
+            scoring=replace(SCORING, witnesses=("features",), witness_weights=(weight,), folds=2, temperature="fit"),
+            prediction=PredictionConfig(schedule="exhaustive", shortlist=3, use_witnesses=False),
         ).fit(*images)
         for weight in (0.0, 1.0)
     ]
-    assert fits[0].calibration_ == fits[1].calibration_
+    calibrations = [replace(fit.calibration_, witness_weights=()) for fit in fits]
+    assert calibrations[0] == calibrations[1]
 
 
 def test_classes_can_be_added_after_all_were_removed(

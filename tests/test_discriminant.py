@@ -9,8 +9,9 @@ from scipy.special import log_softmax
 from sklearn.covariance import ledoit_wolf
 from sklearn.preprocessing import normalize
 
-from fewshot_diti.discriminant import Discriminant, fit_discriminant, score_offsets
+from fewshot_diti.discriminant import Discriminant, fit_discriminant
 from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.witnesses import score_offsets
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (1, 5, 2), (1, 16, 16), (6, 6)])
@@ -90,10 +91,10 @@ def mahalanobis_squares(points: np.ndarray, mean: np.ndarray, covariance: np.nda
 
 def test_the_shortlist_holds_the_likeliest() -> None:
     log_p = torch.log_softmax(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), 1)
-    torch.testing.assert_close(score_offsets(log_p, 0.5), -0.5 * log_p)
-    listed = score_offsets(log_p, 0.0, 2).isfinite()
+    torch.testing.assert_close(score_offsets([log_p], [0.5]), -0.5 * log_p)
+    listed = score_offsets([log_p], [0.0], 2).isfinite()
     assert (listed.sum(1) == 2).all() and (log_p[listed].view(7, 2).amin(1) > log_p[~listed].view(7, 3).amax(1)).all()
-    assert score_offsets(log_p, 0.5, 9).isfinite().all()
+    assert score_offsets([log_p], [0.5], 9).isfinite().all()
 
 
 def test_a_discriminant_is_as_sure_as_held_out_shots_allow_and_refuses_shots_that_are_all_the_same() -> None:

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from fewshot_diti import Backbone, DiTiClassifier
 from fewshot_diti.calibration import Fit, judge_held_out, shared_errors, split_folds
-from fewshot_diti.discriminant import fit_discriminant, score_offsets
+from fewshot_diti.discriminant import fit_discriminant
 from fewshot_diti.elimination import eliminate, exhaustive
 from fewshot_diti.features import block_features
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.racing import racing
 from fewshot_diti.temperature import fit_temperature
 from fewshot_diti.training import class_shots
+from fewshot_diti.witnesses import score_offsets
 
 CLASSES = ["747", "a320", "dc-9", "tu-154"]
-WITH_FEATURES = replace(SCORING, features_weight=0.02)
+WITH_FEATURES = replace(SCORING, witnesses=("features",), witness_weights=(2.0,))
 SHORT = replace(PREDICTION, shortlist=2)
 VIEWS = PRESETS["pocket"].features.views
 
@@ -71,14 +72,14 @@ def test_features_are_saved_with_the_bank_follow_its_classes_and_are_not_made_up
     without = make(backbone).fit(*shots_of(pictures, ["a320", "dc-9"]))
     without.prediction = SHORT
     for ask in (lambda: without.predict(tests), lambda: without.add_classes(*shots_of(pictures, ["747"]))):
-        with pytest.raises(ValueError, match=r"shortlist=2.*not those of every class"):
+        with pytest.raises(ValueError, match="shortlist=2 is drawn up by witnesses, and there are none"):
             ask()
     bank_of(classifier).save_pretrained(tmp_path / "bank alone")
     with pytest.warns(UserWarning, match="without a classifier's settings"):
         alone = DiTiClassifier.from_pretrained(tmp_path / "bank alone", backbone)
     assert alone.predict(tests).tolist() == alone.classes_[alone.scores(tests).argmin(1).numpy()].tolist()
-    alone.prediction = replace(PREDICTION, use_features=True)
-    with pytest.raises(ValueError, match=r"features_weight=0.0002.*not those of every class"):
+    alone.prediction = replace(PREDICTION, use_witnesses=True)
+    with pytest.raises(ValueError, match="have not learned every class"):
         alone.predict(tests)
 
 
@@ -118,8 +119,11 @@ def test_cross_validation_asks_features_of_the_other_shots_alone(
     for kept, held in split_folds({x: list(encoder.shot_features(g, TRAINING)) for x, g in groups.items()}, 2):
         judge = fit_discriminant({x: torch.stack(f) for x, f in kept.items()})
         log_p.append(judge.log_probabilities(torch.stack([views[0] for _, views in held])))
-    scores = errors.double().mean(2) + score_offsets(torch.cat(log_p), 0.02)
-    listed = score_offsets(torch.cat(log_p), 0.02, 3).isfinite()
+    tokens = errors.double().mean(2)
+    alone = fit_temperature(tokens, truth)
+    assert calibration.token_temperature == pytest.approx(alone, rel=1e-3)
+    scores = tokens + score_offsets([torch.cat(log_p)], [2.0 * alone])
+    listed = score_offsets([torch.cat(log_p)], [0.0], 3).isfinite()
     assert calibration.temperature == pytest.approx(fit_temperature(scores, truth), rel=1e-3)
     assert calibration.shortlist_recall == pytest.approx(listed[range(12), truth].double().mean())
     right = scores.masked_fill(~listed, torch.inf).argmin(1) == truth
@@ -129,7 +133,9 @@ def test_cross_validation_asks_features_of_the_other_shots_alone(
 def test_auto_chooses_on_errors_and_judges_with_features(backbone: Backbone, pictures: dict[str, list[Path]]) -> None:
     scoring = replace(WITH_FEATURES, trials=10, folds=3, temperature="fit", weighting="auto")
     images = shots_of(pictures, CLASSES, 3)
-    without, with_them = (make(backbone, scoring=replace(scoring, features_weight=w)).fit(*images) for w in (0.0, 1e9))
+    without, with_them = (
+        make(backbone, scoring=replace(scoring, witness_weights=(w,))).fit(*images) for w in (0.0, 1e9)
+    )
     alone, both = without.calibration_, with_them.calibration_
     assert alone.timesteps == both.timesteps and alone.weights == both.weights
     assert alone.temperature != both.temperature
@@ -146,7 +152,7 @@ def test_features_that_a_prediction_leaves_out_for_a_while_are_kept_and_saved(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
 ) -> None:
     classifier = make(backbone, scoring=WITH_FEATURES).fit(*shots_of(pictures, ["a320", "dc-9"]))
-    classifier.prediction = replace(PREDICTION, use_features=False)
+    classifier.prediction = replace(PREDICTION, use_witnesses=False)
     torch.testing.assert_close(classifier.scores(tests), classifier.errors(tests).double().mean(2))
     classifier.add_classes(*shots_of(pictures, ["747"])).save_pretrained(tmp_path)
     again = DiTiClassifier.from_pretrained(tmp_path, backbone)

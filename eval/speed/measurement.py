@@ -24,7 +24,7 @@ from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shot
 from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.data.images import DecodedImage, ImageSource
 from fewshot_diti.elimination import Stage
-from fewshot_diti.encoding import Encoder
+from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.files import write_atomically
 from fewshot_diti.presets import recommended
 from fewshot_diti.racing import Look
@@ -165,7 +165,8 @@ class Measurement:
     @property
     def reads_features(self) -> bool:
         """Whether an evaluation per image goes to the U-Net's features."""
-        return self.settings.scoring.uses_features(self.settings.prediction)
+        scoring, prediction = self.settings.scoring, self.settings.prediction
+        return scoring.uses_witnesses(prediction) and "features" in scoring.witnesses
 
     @cached_property
     def groups(self) -> Groups:
@@ -189,12 +190,13 @@ class Measurement:
 
     @cached_property
     def offsets(self) -> Tensor | None:
-        """What the U-Net's own features add to the scores of the test images [N, C]."""
-        return self.offsets_of(self.latents(range(len(self.test))))
+        """What the witnesses add to the scores of the test images [N, C]."""
+        return self.offsets_of([self.encoder.prepare(self.test.decode(row)) for row in range(len(self.test))])
 
-    def offsets_of(self, latents_Nchw: Tensor) -> Tensor | None:
-        """What the U-Net's own features add to the scores of images [N, C]."""
-        return self.classifier.decider().offsets(latents_Nchw, self.settings.prediction)
+    def offsets_of(self, images: Sequence[PreparedImage], latents_Nchw: Tensor | None = None) -> Tensor | None:
+        """What the witnesses add to the scores of images [N, C]."""
+        latents = self.encoder.latents(images) if latents_Nchw is None else latents_Nchw
+        return self.classifier.decider().offsets(images, latents, self.settings.prediction)
 
     @cached_property
     def errors(self) -> Tensor:

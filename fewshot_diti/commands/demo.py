@@ -119,7 +119,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
     probabilities = classifier.probabilities(torch.tensor([record["scores"] for record in records]))
     few_shot = MethodResult(name="fewshot-diti", correct=predicted == truth, seconds=perf_counter() - start)
     spent = np.mean([record["evaluations"] for record in records])
-    whole = classifier.current_prediction().evaluations(len(names), config.trials, features=True)
+    whole = classifier.decider().evaluations(classifier.current_prediction())
     console.out(f"{perf_counter() - trained:.0f} s, {spent:.0f} of {whole} evaluations per image.")
 
     console.out("The nearest shot in VAE latents ...")

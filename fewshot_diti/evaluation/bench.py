@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -15,7 +14,7 @@ from torch import Tensor
 from fewshot_diti.backbone import Backbone, DtypeName, load_backbone
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
-from fewshot_diti.baselines.imagenet import ImageNetwork
+from fewshot_diti.baselines.imagenet import ImageNetwork, size_for
 from fewshot_diti.baselines.presets import Preset, preset_of
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
@@ -37,7 +36,6 @@ from fewshot_diti.trials import even_grid
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
 POCKET_TRIALS = 16  # a table of three seeds takes hours
-PIXELS = 224 * 448  # of an image for the ImageNet network
 
 
 class Bench:
@@ -93,11 +91,8 @@ class Bench:
 
     @cached_property
     def network(self) -> ImageNetwork:
-        """The ImageNet network, for images in the backbone's aspect with about `PIXELS` pixels."""
-        height, width = self.backbone.image_size
-        side = math.sqrt(PIXELS / (height * width))
-        size = round(side * height / 32) * 32, round(side * width / 32) * 32
-        return ImageNetwork(self._names["network"], size=size)
+        """The ImageNet network."""
+        return ImageNetwork(self._names["network"], size=size_for(self.backbone.image_size))
 
     @cached_property
     def clip_preset(self) -> Preset:
@@ -111,12 +106,9 @@ class Bench:
 
     @cached_property
     def network_to_tune(self) -> ImageNetwork:
-        """The ImageNet network at the size that it is fine-tuned at: that of its preset, if it still shows the network
-        more pixels than the backbone sees."""
-        height, width = (round(self.network_preset.tuning_scale * n) for n in self.network.geometry.size)
-        if (height, width) == self.network.geometry.size or height * width < math.prod(self.geometry.size):
-            return self.network
-        return ImageNetwork(self._names["network"], size=(height, width))
+        """The ImageNet network at the size that it is fine-tuned at."""
+        size = size_for(self.backbone.image_size, self.network_preset.tuning_scale)
+        return self.network if size == self.network.geometry.size else ImageNetwork(self._names["network"], size=size)
 
     @cached_property
     def network_features(self) -> KeptFeatures:
@@ -189,7 +181,7 @@ class Bench:
             timesteps=(0, self.backbone.num_train_timesteps),
             density="even",
             weighting="uniform",
-            features_weight=0.0,
+            witnesses=(),
             seed=seed,
         )
 

@@ -290,7 +290,7 @@ def predict_images(
     """
     prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
     looks = prediction.looks(len(classifier.classes_), trials)
-    evaluations = len(images) * prediction.evaluations(len(classifier.classes_), trials, features=True)
+    evaluations = len(images) * classifier.decider().evaluations(prediction)
     announce_time(classifier.backbone_, classifier.geometry_.size, evaluations, "scoring")
     with Progress(len(my_share(len(images))), "images", "image") as bar:
         return predict_shared(
