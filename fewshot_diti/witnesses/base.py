@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Protocol, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewshot_diti.config import Label, TrainingConfig
@@ -101,6 +102,11 @@ class FittedWitness:
         order = list(self.shots)
         learned = self.witness.select(self.learned, [order.index(x) for x in labels])
         return FittedWitness(self.name, self.witness, {x: self.shots[x] for x in labels}, learned)
+
+
+def as_picture(pixels_CHW: Tensor) -> Image.Image:
+    """uint8 pixels [3, height, width] as a PIL image."""
+    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
 
 
 def read_groups(witness: Witness, encoder: Encoder, groups: Groups, training: TrainingConfig) -> dict[Label, Tensor]:
