@@ -9,17 +9,18 @@ weights for each number of shots over all draws. A fold at 16 shots has 8 to lea
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fewshot_diti.backbone import Backbone
 from fewshot_diti.calibration import Fit, held_out_log_probabilities
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.config import ScoringConfig
 from fewshot_diti.data import load_bundled, sample_shots
 from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.evaluation.bench import FOLDS
@@ -53,9 +54,9 @@ def judge(config: Config, num_shots: int, seed: int, names: list[str]) -> dict[s
     """Log-probabilities [N, C] of held-out shots by each witness, in the order of the kept errors."""
     pool = load_bundled("train")
     classifier = DiTiClassifier(concept="aircraft", witnesses=names)
-    classifier.settings_ = settings = classifier.checked_settings(num_shots)
-    training = classifier.settings_.training.__class__(**{**vars(settings.training), "seed": seed})
-    settings = settings._replace(training=training, scoring=ScoringConfig(**{**vars(settings.scoring), "folds": FOLDS}))
+    settings = classifier.checked_settings(num_shots)
+    training, scoring = replace(settings.training, seed=seed), replace(settings.scoring, folds=FOLDS)
+    settings = settings._replace(training=training, scoring=scoring)
     drawn = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
     labels = [drawn.class_names[c] for c in drawn.labels]
     groups = group_shots(drawn.decoded(), labels, classifier.encoder_.prepare)
@@ -71,15 +72,13 @@ def judge(config: Config, num_shots: int, seed: int, names: list[str]) -> dict[s
 
 def token_scores(path: Path, weighting: str, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [N, C] of held-out shots by the class tokens alone, columns in sorted order, and their classes [N]."""
-    from safetensors.torch import load_file
-
     kept = load_file(path)
     errors, times = kept["held_out"], kept["timesteps"]
     weights = trial_weights(timestep_weights(weighting, alphas_cumprod, shot_errors=(errors, times)), times)
     return weighted_mean(errors, weights / weights.mean()), kept["held_out_labels"]
 
 
-def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor, temperature: float) -> dict[str, Any]:
+def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
     """Accuracy and likelihood of the class tokens, of each witness, and of both together, with the weights fitted."""
 
     def judged(scores: Tensor) -> dict[str, float]:
@@ -115,33 +114,28 @@ def main(config: Config) -> None:
             known = kept["judged"].setdefault(f"{num_shots}-{seed}", {})
             if missing := [name for name in config.witnesses if name not in known]:
                 found = judge(config, num_shots, seed, missing)
-                known |= {name: p.float().tolist() for name, p in found.items()}
+                known |= {name: [[round(x, 4) for x in row] for row in p.tolist()] for name, p in found.items()}
                 write_atomically(config.output, json.dumps(kept).encode())
                 print(f"judged {num_shots}-{seed}", flush=True)
-    preset = PRESETS["pocket"]
-    from fewshot_diti.backbone import Backbone
-
-    alphas = Backbone.from_pretrained("pocket").alphas_cumprod
+    weighting = PRESETS["pocket"].scoring["weighting"]
+    alphas_cumprod = Backbone.from_pretrained("pocket").alphas_cumprod
     for num_shots in config.shots:
-        tokens, truths, log_p = [], [], {name: [] for name in config.witnesses}  # type: ignore[var-annotated]
-        for seed in config.seeds:
-            path = config.errors / f"diti-{num_shots}-{seed}.safetensors"
-            scores, truth = token_scores(path, preset.scoring["weighting"], alphas)
-            tokens.append(scores)
-            truths.append(truth)
-            for name in config.witnesses:
-                log_p[name].append(torch.tensor(kept["judged"][f"{num_shots}-{seed}"][name], dtype=torch.float64))
-        parts = {name: torch.cat(p) for name, p in log_p.items()}
-        kept[str(num_shots)] = report(torch.cat(tokens), parts, torch.cat(truths), preset.scoring["temperature"])
-        print(
-            f"\n{num_shots} shots ({num_shots // FOLDS} of them to learn from), {sum(map(len, truths))} held-out shots"
-        )
-        for name, row in kept[str(num_shots)].items():
-            more = (
-                f"weights {[round(w, 2) for w in row['weights']]}, {row['softer']:.2f} x as soft"
-                if "weights" in row
-                else ""
+        draws = [
+            (*token_scores(config.errors / f"diti-{num_shots}-{seed}.safetensors", weighting, alphas_cumprod), seed)
+            for seed in config.seeds
+        ]
+        parts = {
+            name: torch.cat(
+                [torch.tensor(kept["judged"][f"{num_shots}-{s}"][name], dtype=torch.float64) for s in config.seeds]
             )
+            for name in config.witnesses
+        }
+        truth = torch.cat([truth for _, truth, _ in draws])
+        kept[str(num_shots)] = report(torch.cat([scores for scores, _, _ in draws]), parts, truth)
+        print(f"\n{num_shots} shots, {num_shots // FOLDS} of them to learn from; {len(truth)} held-out shots")
+        for name, row in kept[str(num_shots)].items():
+            weights = [round(weight, 2) for weight in row.get("weights", ())]
+            more = f"weights {weights}, {row['softer']:.2f} x as soft" if weights else ""
             print(f"{name:45s} {100 * row['accuracy']:5.1f} % {row['nats']:.3f} nats {row['temperature']:.3g} {more}")
     write_atomically(config.output, json.dumps(kept).encode())
 

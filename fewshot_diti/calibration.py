@@ -221,7 +221,7 @@ def without_folds(scoring: ScoringConfig, backbone: Backbone, num_shots: int) ->
         folds=0,
         weighting=preset.scoring["weighting"] if auto else scoring.weighting,
         witness_weights=preset.weights_of(scoring.witnesses, num_shots) if fits else scoring.witness_weights,
-        temperature=preset.scoring["temperature"] if scoring.temperature == "fit" else scoring.temperature,
+        temperature=preset.temperature_of(num_shots) if scoring.temperature == "fit" else scoring.temperature,
     )
 
 
@@ -242,7 +242,8 @@ def _without_impossible_folds(fit: Fit) -> Fit:
 def _source(fit: Fit, scoring: ScoringConfig) -> Literal["shots", "user", "preset"]:
     if scoring.temperature == "fit":
         return "shots"
-    return "preset" if scoring.temperature == PRESETS[fit.backbone.kind].scoring["temperature"] else "user"
+    expected = PRESETS[fit.backbone.kind].temperature_of(most_shots(fit.groups))
+    return "preset" if scoring.temperature == expected else "user"
 
 
 def split_folds(groups: Mapping[K, Sequence[X]], folds: int) -> Iterator[tuple[dict[K, list[X]], list[tuple[int, X]]]]:

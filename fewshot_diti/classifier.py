@@ -356,7 +356,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             ValueError: the scoring is another one than `fit` calibrated for.
         """
         preset, fitted = PRESETS[self.backbone_.kind], self.settings_.scoring
-        scoring = self._given_scoring().resolve(preset.scoring)
+        scoring = self._given_scoring().resolve({**preset.scoring, "temperature": fitted.temperature})
         if scoring.witness_weights is None and scoring.witnesses == fitted.witnesses:  # the preset's go by the shots
             scoring = replace(scoring, witness_weights=fitted.witness_weights)
         if scoring != fitted:

@@ -46,6 +46,7 @@ class Preset:
         measured: whether they were chosen by measurement on a backbone of this kind.
         steps, blocks: of training, at each of `PUBLISHED_SHOTS`; steps are interpolated between.
         training, scoring, prediction: values of the configurations' fields.
+        temperatures: of the class tokens' scores, at each of `PUBLISHED_SHOTS`, or one for all.
         witness_weights: by the kind of witness, at each of `PUBLISHED_SHOTS`, or one for all; of others 1.
         overlap: by how much witnesses repeat what class tokens and other witnesses say: of a decision with weights that
             sum to W beside the class tokens' 1, the temperature is 1 + overlap x W times that of the class tokens.
@@ -59,10 +60,15 @@ class Preset:
     training: Mapping[str, Any]
     scoring: Mapping[str, Any]
     prediction: Mapping[str, Any]
+    temperatures: tuple[float, ...]
     witness_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     overlap: float = 1.0
     features: FeatureConfig = field(default_factory=FeatureConfig)
     concept: str | None = None
+
+    def temperature_of(self, num_shots: int) -> float:
+        """The temperature of the class tokens' scores at this number of shots per class."""
+        return _at(num_shots, self.temperatures)
 
     def weights_of(self, witnesses: Sequence[str], num_shots: int) -> tuple[float, ...]:
         """The weights of witnesses by their names, at this number of shots per class."""
@@ -92,15 +98,17 @@ PRESETS: dict[Kind, Preset] = {
             "timesteps": (0, 900),
             "density": "importance",
             "weighting": "relative",
-            "witnesses": ("features", "network"),
-            "temperature": 0.00026,  # fitted at 16 shots on images of the val split, in races
+            "witnesses": ("features", "network", "linear-network"),
             "unet_scale": 1.0,
             "text_encoder_scale": 1.0,
         },
         prediction={"schedule": "racing", "batch_size": 96},
-        # features: the most accurate on held-out shots of 2 to 16
-        witness_weights={"features": (0.77,), "network": (1.0,)},
-        overlap=0.2,
+        # 1.3 times what held-out shots gave class tokens of 1, 2, 4 and 8 shots at 16 even trials (0.00061, 0.00036, 0.00024,
+        # 0.00016), since a race has fewer trials and more noise; 16 is extrapolated
+        temperatures=(0.0008, 0.00047, 0.00031, 0.00021, 0.00018),
+        # within 2 points of the best on held-out shots over a wide range (docs/experiments/witnesses.md)
+        witness_weights={"features": (2.0, 2.0, 1.0, 0.5, 0.25), "network": (1.0,), "linear-network": (1.0,)},
+        overlap=0.3,
         concept="aircraft",
     ),
     # The published settings, with a falling learning rate, races, and weights that need no shots.
@@ -126,11 +134,11 @@ PRESETS: dict[Kind, Preset] = {
             "density": "even",
             "weighting": "pdae",
             "witnesses": ("features",),  # which draws up a shortlist where one is asked for
-            "temperature": 0.001,
             "unet_scale": 0.6,
             "text_encoder_scale": 0.7,
         },
         prediction={"schedule": "racing", "batch_size": 32},
+        temperatures=(0.001,),
         witness_weights={"features": (0.0,)},
     ),
 }
@@ -146,7 +154,7 @@ def complete(
     """The configurations given, their missing fields filled from the preset for this kind and number of shots."""
     preset = PRESETS[kind]
     by_shots = {"steps": interpolate_steps(num_shots, preset.steps), "blocks": _at(num_shots, preset.blocks)}
-    scoring = (scoring or ScoringConfig()).resolve(preset.scoring)
+    scoring = (scoring or ScoringConfig()).resolve({**preset.scoring, "temperature": preset.temperature_of(num_shots)})
     return Settings(
         (training or TrainingConfig()).resolve({**preset.training, **by_shots}),
         scoring.resolve({"witness_weights": preset.weights_of(scoring.witnesses, num_shots)}),

@@ -29,6 +29,7 @@ PRESET = replace(
     steps=(TRAINING.steps,) * 5,
     training=asdict(TRAINING),
     scoring=asdict(SCORING),
+    temperatures=(SCORING.temperature,),
     prediction=asdict(PREDICTION),
 )
 

@@ -156,9 +156,7 @@ def test_witnesses_come_with_the_recommended_weights_and_are_checked() -> None:
 def test_an_unknown_witness_is_refused_and_witnesses_are_passed_once(
     backbone: Backbone, pictures: dict[str, list[Path]]
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"no witness .oracle.; pass some of features, network"
-    ):
+    with pytest.raises(ValueError, match=r"no witness .oracle.; pass some of features, network"):
         make(backbone, scoring=replace(SCORING, witnesses=("oracle",), witness_weights=(1.0,))).fit(
             *shots_of(pictures, CLASSES)
         )

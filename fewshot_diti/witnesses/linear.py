@@ -1,0 +1,132 @@
+"""Logistic regression on the features of a frozen network, of the shots and of copies of them in other colours.
+
+Shapes in names: N images, n shots, V views of a shot, D values of a feature.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.pipeline import Pipeline
+from torch import Tensor
+
+from fewshot_diti.baselines.clip import VIT_H, OpenClip
+from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork, size_for
+from fewshot_diti.baselines.probe import COPIES, fit_logistic
+from fewshot_diti.baselines.views import ColourJitter
+from fewshot_diti.config import TrainingConfig
+from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture
+
+FOLDS = 4  # in which the temperature is fitted
+
+
+class _Linear(Witness):
+    """What reads features, and fits logistic regression on them."""
+
+    @abstractmethod
+    def features(self, pictures: list[Image.Image]) -> np.ndarray:
+        """Features [N, D], float32."""
+
+    @abstractmethod
+    def pixels(self, image: PreparedImage) -> Tensor:
+        """uint8 [3, height, width], as the features are read from."""
+
+    def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
+        """Features float32 [n, V, D]."""
+        recolour, rows = ColourJitter.of(training), []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(training.seed)
+            for shot in shots:
+                picture = as_picture(self.pixels(shot))
+                rows.append(torch.from_numpy(self.features([picture, *(recolour(picture) for _ in range(COPIES))])))
+        return torch.stack(rows)
+
+    def read(self, encoder: Encoder, images: Sequence[PreparedImage], latents_Nchw: Tensor) -> Tensor:
+        """Features float32 [N, D]."""
+        return torch.from_numpy(self.features([as_picture(self.pixels(image)) for image in images]))
+
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> LogisticJudge:
+        """Fitted on the shots."""
+        return LogisticJudge(shots)
+
+
+class LinearNetwork(_Linear):
+    """On mean features of a network that was trained on ImageNet.
+
+    Args:
+        model: as `ImageNetwork` takes it; "" for the one whose weights come in packages.
+        geometry: of the bank; the network sees the whole image, without the bank's banner.
+    """
+
+    geometry: ImageGeometry
+
+    def __init__(self, model: str, geometry: ImageGeometry) -> None:
+        self.network = ImageNetwork(model or PACKAGED, size=size_for(geometry.size))
+        self.geometry = replace(self.network.geometry, banner_rows=geometry.banner_rows)
+
+    def features(self, pictures: list[Image.Image]) -> np.ndarray:
+        """Mean features [N, D]."""
+        return self.network.features(pictures)
+
+    def pixels(self, image: PreparedImage) -> Tensor:
+        """In the size that the network reads."""
+        return image.resized[self.geometry]
+
+
+class LinearClip(_Linear):
+    """On the image features of an OpenCLIP model, of images in the bank's geometry.
+
+    Args:
+        model: as `OpenClip` takes it; "" for the one of the published figures.
+        geometry: of the bank.
+    """
+
+    def __init__(self, model: str, geometry: ImageGeometry) -> None:
+        self.clip = OpenClip(model or VIT_H)
+
+    def features(self, pictures: list[Image.Image]) -> np.ndarray:
+        """Unit vectors [N, D]."""
+        return self.clip.encode_images(pictures)
+
+    def pixels(self, image: PreparedImage) -> Tensor:
+        """As the backbone has them."""
+        return image.pixels_CHW
+
+
+class LogisticJudge:
+    """Logistic regression, with the temperature that is most likely on shots held out of it."""
+
+    def __init__(self, shots: ShotsRead) -> None:
+        views_nVD = torch.cat(list(shots.values())).numpy()
+        labels_n = np.arange(len(shots)).repeat([len(views) for views in shots.values()])
+        self._model = fit_logistic(views_nVD, labels_n)
+        self._temperature = _held_out_temperature(views_nVD, labels_n)
+
+    def log_probabilities(self, features_ND: Tensor) -> Tensor:
+        """Log-probabilities [N, C], float64."""
+        return torch.from_numpy(_logits(self._model, features_ND.numpy()) / self._temperature).log_softmax(1)
+
+
+def _held_out_temperature(views_nVD: np.ndarray, labels_n: np.ndarray) -> float:
+    """1 where a class has one shot."""
+    counts = np.bincount(labels_n)
+    if counts.min() < 2:
+        return 1.0
+    rank_n = np.concatenate([np.arange(count) for count in counts])
+    fold_n, logits_nC = rank_n % min(FOLDS, counts.min()), np.zeros((len(labels_n), len(counts)))
+    for fold in set(fold_n):
+        kept_n, held_n = fold_n != fold, fold_n == fold
+        logits_nC[held_n] = _logits(fit_logistic(views_nVD[kept_n], labels_n[kept_n]), views_nVD[held_n, 0])
+    return fit_temperature(torch.from_numpy(-logits_nC), torch.from_numpy(labels_n))
+
+
+def _logits(model: Pipeline, features_ND: np.ndarray) -> np.ndarray:
+    return np.asarray(model.predict_log_proba(features_ND), dtype=np.float64)
