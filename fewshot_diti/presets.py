@@ -103,8 +103,8 @@ PRESETS: dict[Kind, Preset] = {
             "text_encoder_scale": 1.0,
         },
         prediction={"schedule": "racing", "batch_size": 96},
-        # 1.3 times what held-out shots gave class tokens of 1, 2, 4 and 8 shots at 16 even trials (0.00061, 0.00036, 0.00024,
-        # 0.00016), since a race has fewer trials and more noise; 16 is extrapolated
+        # held-out shots gave 0.00061, 0.00036, 0.00024, 0.00016 for class tokens of 1, 2, 4, 8 shots at 16 even trials;
+        # 1.3 of it, since a race has fewer trials and more noise; 16 is extrapolated
         temperatures=(0.0008, 0.00047, 0.00031, 0.00021, 0.00018),
         # within 2 points of the best on held-out shots over a wide range (docs/experiments/witnesses.md)
         witness_weights={"features": (2.0, 2.0, 1.0, 0.5, 0.25), "network": (1.0,), "linear-network": (1.0,)},
