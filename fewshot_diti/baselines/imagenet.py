@@ -26,6 +26,7 @@ from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
+from fewshot_diti.progress import Progress
 
 PACKAGED = "efficientnet-lite0"
 PIXELS = 224 * 448  # of an image
@@ -174,7 +175,7 @@ class FineTuned(Baseline):
         steps = max(settings.steps, settings.least_epochs * -(-len(images) // settings.batch_size))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         labels = torch.from_numpy(labels_N)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), Progress(steps, "network", "step") as bar:
             torch.manual_seed(self.seed)
             for _ in range(steps):
                 rows = torch.randperm(len(images))[: settings.batch_size]
@@ -185,6 +186,7 @@ class FineTuned(Baseline):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                bar.update()
         self._module = nn.Sequential(module, head).requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
