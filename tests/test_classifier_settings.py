@@ -110,7 +110,8 @@ def test_the_batch_size_changes_no_score_beyond_rounding(small: DiTiClassifier, 
 def test_what_was_not_given_at_fit_is_filled_in_and_saved(
     backbone: Backbone, pictures: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    quick = replace(PRESETS["pocket"], steps=(2,) * 5, scoring={**PRESETS["pocket"].scoring, "trials": 4})
+    few = {"trials": 4, "witnesses": ("features",)}
+    quick = replace(PRESETS["pocket"], steps=(2,) * 5, scoring={**PRESETS["pocket"].scoring, **few})
     monkeypatch.setitem(PRESETS, "pocket", quick)
     images = shots_of(pictures, ["a320", "dc-9"], 1)
     classifier = DiTiClassifier(backbone, training=TrainingConfig(rank=2), scoring=ScoringConfig(seed=1)).fit(*images)
