@@ -63,7 +63,7 @@ def judge(config: Config, num_shots: int, seed: int, names: list[str]) -> dict[s
     fit = Fit(encoder=classifier.encoder_, prompts=classifier.prompts_, settings=settings, groups=groups)
     found = {}
     for name in names:
-        witness = classifier._by_name[name]
+        witness = classifier.witnesses_[name]
         shots = read_groups(witness, classifier.encoder_, groups, training)
         fitted = FittedWitness(name, witness, {x: shots[x] for x in sorted(shots)}, {})
         found[name] = held_out_log_probabilities(fit, fitted)

@@ -51,7 +51,7 @@ class Calibration:
         weights: of the trials [S].
         witness_weights: what a nat of each witness's log-probability takes off a score.
         token_temperature: of the class tokens' own scores, where no witness counts.
-        temperature: of the softmax over -score.
+        temperature: of the softmax over -score, where witnesses count.
         temperature_from: "shots" where held-out shots fitted it, "user" where it was given, else "preset".
         accuracy: cross-validated on the shots, None where no folds were asked for. Under `auto` it is too high, since
             the window was chosen on the same errors. In a race a little too low where witnesses count: it is the class
@@ -134,7 +134,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
     if scoring.folds:
         prediction = fit.settings.prediction
         log_p = []
-        if witnesses and scoring.uses_witnesses(prediction):
+        if witnesses and (scoring.uses_witnesses(prediction) or scoring.witness_weights == "fit"):
             log_p = [held_out_log_probabilities(fit, witness) for witness in witnesses]
         if held_out is not None:  # on its own even grid: training the folds once more would cost too much
             even = weightings.trial_weights(weights_T, even_grid(scoring.trials, *scoring.timesteps))
@@ -144,12 +144,14 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
         if scoring.temperature == "fit":
             fitted = fit_temperature(scores, truth)
             alone, mix, temperature = fitted, tuple(w * fitted / alone for w in mix), temperature * fitted / alone
-        if log_p and prediction.use_witnesses:
+        if log_p:
             if scoring.witness_weights == "fit":
                 mix = fit_weights(scores, log_p, truth, mix, temperature)
-            scores = scores + score_offsets(log_p, mix)
+            together = scores + score_offsets(log_p, mix)
             if "fit" in (scoring.temperature, scoring.witness_weights):
-                temperature = fit_temperature(scores, truth)
+                temperature = fit_temperature(together, truth)
+            if prediction.use_witnesses:
+                scores = together
         if log_p and prediction.shortlist is not None:
             off_the_list = score_offsets(log_p, (0.0,) * len(log_p), prediction.shortlist)
             recall = float(off_the_list[torch.arange(len(truth)), truth].isfinite().double().mean())
@@ -233,14 +235,15 @@ def _without_impossible_folds(fit: Fit) -> Fit:
     possible = without_folds(scoring, fit.backbone, most_shots(fit.groups))
     warnings.warn(
         f"Classes {single} have one shot, so none can be held out: folds={scoring.folds} is ignored, the weighting is "
-        f"{possible.weighting!r}, the temperature {possible.temperature}.",
+        f"{possible.weighting!r}, the temperature {possible.temperature}, the witnesses' weights "
+        f"{possible.witness_weights}.",
         stacklevel=4,
     )
     return replace(fit, settings=fit.settings._replace(scoring=possible))
 
 
 def _source(fit: Fit, scoring: ScoringConfig) -> Literal["shots", "user", "preset"]:
-    if scoring.temperature == "fit":
+    if "fit" in (scoring.temperature, scoring.witness_weights):
         return "shots"
     expected = PRESETS[fit.backbone.kind].temperature_of(most_shots(fit.groups))
     return "preset" if scoring.temperature == expected else "user"

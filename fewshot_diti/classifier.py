@@ -33,7 +33,7 @@ from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import generic_prompt
 from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
-from fewshot_diti.witnesses import FittedWitness, make_witness, read_groups
+from fewshot_diti.witnesses import FittedWitness, Witness, make_witness, read_groups
 
 
 class DiTiClassifier(ClassifierMixin, BaseEstimator):
@@ -60,21 +60,21 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: the labels, sorted.
-        bank_: the class tokens, in the order of `classes_`.
         calibration_: weights of the trials and temperature.
         settings_: the three configurations as `fit` completed them.
+        witnesses_: by name.
         backbone_, geometry_, prompts_: loaded and completed.
         complete_: whether all that `fit` does was done.
     """
 
-    bank_: Bank | None = None
     calibration_: Calibration
     settings_: Settings
     backbone_: Backbone
     geometry_: ImageGeometry
     prompts_: Prompts
+    witnesses_: dict[str, Witness]
     complete_: bool = False
-    _witnesses: tuple[FittedWitness, ...] = ()
+    _held: tuple[Bank | None, tuple[FittedWitness, ...]] = (None, ())
     _warned = False
     _made: Decider | None = None
 
@@ -128,7 +128,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        self._set_bank(None)
+        self._hold(None)
         training, scoring, _ = self.settings_
         shots = sum(len(x) for x in groups.values())
         evaluations = training_evaluations(training, scoring, shots, len(groups))
@@ -140,7 +140,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             self.calibration_ = uncalibrated(self.backbone_, self.settings_, most_shots(groups))
             try:
                 if learned:
-                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._witnesses)
+                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._held[1])
                     self.complete_ = not failed
             finally:  # whatever else went wrong, the classes that failed are named
                 raise_failed(failed)
@@ -151,7 +151,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def add_classes(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
 
-        Witnesses learn all classes anew, from what they have kept of the shots.
+        Witnesses learn all classes anew, from what they have kept of the shots; a network takes as long as in `fit`.
 
         Raises:
             ValueError: as `fit`, a class that the bank has already, or witnesses count and the bank has none.
@@ -173,12 +173,12 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def remove_classes(self, labels: Sequence[Label]) -> Self:
-        """Takes classes out of the bank; the others, and the calibration, stay as they are to the bit.
+        """Takes classes out of the bank; other class tokens, and the calibration, stay as they are to the bit.
 
         Raises:
             ValueError: a class is not in the bank.
         """
-        self._set_bank(self._fitted().remove(labels), self._witnesses)
+        self.bank_ = self._fitted().remove(labels)
         return self
 
     @property
@@ -211,7 +211,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
                     stacklevel=3,
                 )
             self._warned = True
-        return (-scores_NC / self.calibration_.temperature).softmax(1).numpy()
+        temperature = self.decider().temperature(self.current_prediction())
+        return (-scores_NC / temperature).softmax(1).numpy()
 
     def score(self, images: Sequence[ImageSource], labels: Sequence[Label], sample_weight: Any = None) -> float:
         """Accuracy, 0 to 1.
@@ -249,20 +250,33 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         return self.decider().errors(as_images(images), self.current_prediction())
 
     def evidence(self, images: Sequence[ImageSource | PreparedImage]) -> dict[str, Tensor]:
-        """What each witness says by itself, and what the class tokens say: log-probabilities [N, C] by name.
+        """Log-probabilities [N, C] of each witness alone, by its name, and of the class tokens alone ("class tokens").
 
-        Those of the class tokens ("class tokens") have the precision of the schedule: under "racing" they are coarse
-        for classes that were dropped early.
+        Those of the class tokens have the precision of the schedule: under "racing" they are coarse for classes that
+        were dropped early.
         """
         return self.decider().evidence(as_images(images), self.current_prediction())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the bank with the classifier's settings beside it; of several processes the main one does, and none
-        waits for it: after a failure the others may be anywhere."""
+        """Writes the bank with the classifier's settings and witnesses beside it.
+
+        With the witness "network" that includes the shots, in the size that the network reads, since it learns them
+        again when a class is added. `bank_.save_pretrained` writes class tokens alone.
+
+        Of several processes the main one writes, and none waits for it: after a failure the others may be anywhere.
+        """
         bank, settings = self._fitted(), self.settings_._replace(prediction=self.current_prediction())
-        saved = Saved(self.concept, self.prompts_, self.training, settings, self.calibration_, self.complete_)
+        saved = Saved(
+            concept=self.concept,
+            prompts=self.prompts_,
+            given_training=self.training,
+            given_scoring=self._given_scoring(),
+            settings=settings,
+            calibration=self.calibration_,
+            complete=self.complete_,
+        )
         if process_state().is_main_process:
-            save_classifier(bank, saved, self._witnesses, folder)
+            save_classifier(bank, saved, self._held[1], folder)
             remember_folder(self.backbone_)
 
     @classmethod
@@ -280,19 +294,19 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         found = find_backbone(bank.backbone_name, bank.backbone_hash) if backbone is None else backbone
         classifier = cls(found, geometry=bank.geometry)
         if saved is None:
-            classifier.prediction = PredictionConfig(use_witnesses=False)
+            classifier.scoring = ScoringConfig(witnesses=())
             classifier.concept = "object"  # in prompts of classes that are added
         else:
-            classifier.concept, classifier.training = saved.concept, saved.given
+            classifier.concept, classifier.training = saved.concept, saved.given_training
             classifier.prompt_template, classifier.generic_prompt = saved.prompts.template, saved.prompts.generic
-            classifier.scoring, classifier.prediction = saved.settings.scoring, saved.settings.prediction
+            classifier.scoring, classifier.prediction = saved.given_scoring, saved.settings.prediction
         classifier._load()
         bank.check_backbone(classifier.backbone_)
         kind, most = classifier.backbone_.kind, max((token.num_shots for token in bank.tokens), default=1)
-        classifier.settings_ = saved.settings if saved else complete(kind, most)
+        classifier.settings_ = saved.settings if saved else complete(kind, most, scoring=classifier.scoring)
         calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_, most)
         classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete
-        classifier._set_bank(bank, load_witnesses(folder, bank.labels, classifier._by_name) if saved else ())
+        classifier._hold(bank, load_witnesses(folder, bank.labels, classifier.witnesses_) if saved else ())
         return classifier
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -321,8 +335,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             generic=self.generic_prompt or generic_prompt(concept or ""),
         )
         names = self.settings_for(1).scoring.witnesses
-        self._by_name = {name: make_witness(name, self.geometry_) for name in names}
-        others = [witness.geometry for witness in self._by_name.values() if witness.geometry is not None]
+        self.witnesses_ = {name: make_witness(name, self.geometry_) for name in names}
+        others = [witness.geometry for witness in self.witnesses_.values() if witness.geometry is not None]
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic, others)
         self.complete_, self._warned = False, False
 
@@ -338,7 +352,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             return scoring
         if scoring.witnesses not in (None, tuple(self.witnesses)):
             raise ValueError(f"witnesses={self.witnesses}, and {scoring.witnesses} in scoring; pass them once.")
-        return replace(scoring, witnesses=tuple(self.witnesses))
+        # a text is refused there
+        names: Any = self.witnesses if isinstance(self.witnesses, str) else tuple(self.witnesses)
+        return replace(scoring, witnesses=names)
 
     def checked_settings(self, num_shots: int) -> Settings:
         """As `settings_for`; raises ValueError where they do not go together or with the backbone."""
@@ -353,45 +369,50 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         """The prediction as it is asked for now.
 
         Raises:
-            ValueError: the scoring is another one than `fit` calibrated for.
+            ValueError: a field of the scoring is given, and is another one than `fit` calibrated for.
         """
-        preset, fitted = PRESETS[self.backbone_.kind], self.settings_.scoring
-        scoring = self._given_scoring().resolve({**preset.scoring, "temperature": fitted.temperature})
-        if scoring.witness_weights is None and scoring.witnesses == fitted.witnesses:  # the preset's go by the shots
-            scoring = replace(scoring, witness_weights=fitted.witness_weights)
-        if scoring != fitted:
-            changed = ", ".join(
-                f"{f.name}={getattr(scoring, f.name)!r}, {getattr(fitted, f.name)!r} at fit"
-                for f in fields(scoring)
-                if getattr(scoring, f.name) != getattr(fitted, f.name)
-            )
+        given, fitted = self._given_scoring(), self.settings_.scoring
+        names = [f.name for f in fields(fitted) if getattr(given, f.name) not in (None, getattr(fitted, f.name))]
+        if names:
+            changed = ", ".join(f"{x}={getattr(given, x)!r}, {getattr(fitted, x)!r} at fit" for x in names)
             raise ValueError(
                 f"The scoring was changed after fit ({changed}), and weights and temperature are calibrated for that "
                 "of fit. Call fit again, or set scoring back to settings_.scoring; how images are decided is set in "
                 "prediction."
             )
-        prediction = (self.prediction or PredictionConfig()).resolve(preset.prediction)
+        prediction = (self.prediction or PredictionConfig()).resolve(PRESETS[self.backbone_.kind].prediction)
         Settings(self.settings_.training, fitted, prediction).check(self.backbone_.num_train_timesteps)
         return prediction
 
     def _fitted(self) -> Bank:
-        if self.bank_ is None:
+        bank = self.bank_
+        if bank is None:
             raise NotFittedError("This classifier has no class tokens yet; call fit, or load one with from_pretrained.")
-        return self.bank_
+        return bank
 
-    def _set_bank(self, bank: Bank | None, witnesses: Sequence[FittedWitness] = ()) -> None:
-        """Takes a bank, and the witnesses that know its classes, in its order."""
+    @property
+    def bank_(self) -> Bank | None:
+        """The class tokens, in the order of `classes_`; None before `fit`."""
+        return self._held[0]
+
+    @bank_.setter
+    def bank_(self, bank: Bank | None) -> None:
+        self._hold(bank, self._held[1])
+
+    def _hold(self, bank: Bank | None, witnesses: Sequence[FittedWitness] = ()) -> None:
+        """Takes a bank, and the witnesses that know its classes, in its order; at once, for threads that predict."""
         labels = bank.labels if bank else ()
-        self.bank_ = bank
-        self._witnesses = tuple(x.select(labels) for x in witnesses if set(labels) <= set(x.shots))
+        self._held = bank, tuple(x.select(labels) for x in witnesses if set(labels) <= set(x.shots))
 
     def decider(self) -> Decider:
         """The bank ready to decide, made anew where the bank or the calibration is another one."""
-        bank, known = self._fitted(), self._made
-        if not len(bank):
+        (bank, witnesses), known = self._held, self._made
+        if bank is None or not len(bank):
+            self._fitted()
             raise NotFittedError("All class tokens were removed; add some with add_classes.")
-        if known is None or known.bank is not bank or known.calibration is not self.calibration_:
-            scoring, witnesses = self.settings_.scoring, self._witnesses
+        same = known is not None and known.bank is bank and known.witnesses is witnesses
+        if known is None or not same or known.calibration is not self.calibration_:
+            scoring = self.settings_.scoring
             self._made = known = Decider(self.encoder_, bank, scoring, self.calibration_, witnesses)
         return known
 
@@ -407,17 +428,18 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
-        self._set_bank(bank.select(sorted(bank.labels)), witnesses)
+        self._hold(bank.select(sorted(bank.labels)), witnesses)
         return failed
 
     def _witnesses_of(self, fit: Fit) -> list[FittedWitness]:
         """The witnesses, where some prediction may use them, of the bank's classes and of those of the fit."""
-        later = replace(fit.settings.prediction, use_witnesses=True)
-        if not (fit.settings.scoring.uses_witnesses(later) or self._witnesses):
+        bank, fitted = self._held
+        later, training = replace(fit.settings.prediction, use_witnesses=True), fit.settings.training
+        if not (fitted if bank is not None and len(bank) else fit.settings.scoring.uses_witnesses(later)):
             return []
-        known, training = {x.name: x.shots for x in self._witnesses}, fit.settings.training
+        known = {x.name: x.shots for x in fitted}
         found = []
-        for name, witness in self._by_name.items():
+        for name, witness in self.witnesses_.items():
             shots = {**known.get(name, {}), **read_groups(witness, self.encoder_, fit.groups, training)}
             found.append(FittedWitness.fit(name, witness, shots, training))
         return found

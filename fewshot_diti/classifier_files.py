@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from safetensors.torch import load, save
 
@@ -18,6 +18,8 @@ from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings
 from fewshot_diti.training import Prompts
 from fewshot_diti.witnesses import FittedWitness, Witness
 
+C = TypeVar("C", TrainingConfig, ScoringConfig)
+
 
 class Saved(NamedTuple):
     """What a saved classifier has beside bank and witnesses.
@@ -25,14 +27,15 @@ class Saved(NamedTuple):
     Attributes:
         concept: what all classes are; None where prompts were given instead.
         prompts: of the class tokens.
-        given: the training configuration that the user gave, for classes that are added later.
+        given_training, given_scoring: as the user gave them: what is not given goes by the number of shots.
         settings: complete, as fitted.
         complete: False where the fit was interrupted or failed: classes or the calibration are missing.
     """
 
     concept: str | None
     prompts: Prompts
-    given: TrainingConfig | None
+    given_training: TrainingConfig | None
+    given_scoring: ScoringConfig | None
     settings: Settings
     calibration: Calibration
     complete: bool
@@ -44,7 +47,7 @@ def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness]
     for number, fitted in enumerate(x for x in witnesses if list(x.shots) == list(bank.labels)):
         shots = {f"shots.{c}": shots.contiguous() for c, shots in enumerate(fitted.shots.values())}
         learned = {f"learned.{name}": value for name, value in fitted.learned.items()}
-        extra[_witness_file(number)] = save(shots | learned, {"witness": fitted.name})
+        extra[_witness_file(number)] = save(shots | learned)
     bank.save_pretrained(folder, extra=extra)
 
 
@@ -86,7 +89,8 @@ def _settings_file(saved: Saved) -> bytes:
         {
             "concept": saved.concept,
             "prompts": asdict(saved.prompts),
-            "given": None if saved.given is None else asdict(saved.given),
+            "given_training": None if saved.given_training is None else asdict(saved.given_training),
+            "given_scoring": None if saved.given_scoring is None else asdict(saved.given_scoring),
             "settings": saved.settings.to_dict(),
             "calibration": asdict(saved.calibration),
             "complete": saved.complete,
@@ -113,7 +117,8 @@ def read_settings(folder: str | Path) -> Saved | None:
         saved = Saved(
             concept=found["concept"],
             prompts=Prompts(**found["prompts"]),
-            given=None if found["given"] is None else TrainingConfig(**_tuples(found["given"])),
+            given_training=_given(TrainingConfig, found["given_training"]),
+            given_scoring=_given(ScoringConfig, found["given_scoring"]),
             settings=Settings(
                 TrainingConfig(**settings["training"]),
                 ScoringConfig(**settings["scoring"]),
@@ -129,6 +134,10 @@ def read_settings(folder: str | Path) -> Saved | None:
             stacklevel=3,
         )
     return saved
+
+
+def _given(config: type[C], values: dict[str, Any] | None) -> C | None:
+    return None if values is None else config(**_tuples(values))
 
 
 def _tuples(value: Any) -> Any:

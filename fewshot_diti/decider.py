@@ -85,6 +85,11 @@ class Decider:
         log_p = [fitted.log_probabilities(self.encoder, images, latents_Nchw) for fitted, _ in asked]
         return score_offsets(log_p, [weight for _, weight in asked], prediction.shortlist)
 
+    def temperature(self, prediction: PredictionConfig) -> float:
+        """Of the softmax over minus the scores of a prediction."""
+        counts = any(weight for _, weight in self._asked(prediction))
+        return self.calibration.temperature if counts else self.calibration.token_temperature
+
     def evaluations(self, prediction: PredictionConfig) -> int:
         """What an image costs at most, in evaluations."""
         trials = prediction.evaluations(len(self.bank), self.scoring.trials)
@@ -94,15 +99,25 @@ class Decider:
         self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig
     ) -> dict[str, Tensor]:
         """Log-probabilities [N, C] of each witness, and of the class tokens by their own scores, by name."""
-        decisions = self.decide(images, prediction)
-        prepared = [self.encoder.prepare(image) for image in images]
-        with self.encoder.backbone.lock:
-            latents = self.encoder.latents(prepared)
-            found = {x.name: x.log_probabilities(self.encoder, prepared, latents) for x in self.witnesses}
-            offsets = self.offsets(prepared, latents, replace(prediction, shortlist=None))
-        scores = torch.stack([decision.scores for decision in decisions])
-        own = scores if offsets is None else scores - offsets
-        return {"class tokens": (-own / self.calibration.token_temperature).log_softmax(1)} | found
+        prediction = replace(prediction, shortlist=None)
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("class tokens", *(x.name for x in self.witnesses))}
+        for source in images:
+            image = self.encoder.prepare(source)
+            [decision] = self.decide([image], prediction)
+            with self.encoder.backbone.lock:
+                latents = self.encoder.latents([image])
+                found = {
+                    x.name: x.log_probabilities(self.encoder, [image], latents)
+                    for x in self.witnesses
+                    if len(self.bank) > 1
+                }
+            own = decision.scores[None]
+            if asked := self._asked(prediction):
+                own = own - score_offsets([found[x.name] for x, _ in asked], [weight for _, weight in asked])
+            tokens = (-own / self.calibration.token_temperature).log_softmax(1)
+            for name, log_p in ({"class tokens": tokens} | found).items():
+                rows[name].append(log_p)
+        return {name: torch.cat(parts) for name, parts in rows.items() if parts}
 
     def _asked(self, prediction: PredictionConfig) -> list[tuple[FittedWitness, float]]:
         """The witnesses that count in a prediction, with their weights in units of the score."""
@@ -115,7 +130,7 @@ class Decider:
 
     def check_witnesses(self, prediction: PredictionConfig) -> None:
         """Raises a ValueError where witnesses are to count and have not learned every class."""
-        known = [x.name for x in self.witnesses if set(x.shots) == set(self.bank.labels)]
+        known = [x.name for x in self.witnesses if list(x.shots) == list(self.bank.labels)]
         if self.scoring.uses_witnesses(prediction) and known != list(self.scoring.witnesses):
             raise ValueError(
                 f"witnesses={self.scoring.witnesses} are to count in the decision or to draw up the shortlist, and "

@@ -44,6 +44,25 @@ def gather(items: Sequence[T]) -> list[T]:
     return list(gather_object(list(items)))
 
 
+def gather_from(compute: Callable[[], Sequence[T]]) -> list[T]:
+    """The items that `compute` gives on all processes, in their order.
+
+    Raises:
+        Exception: as `compute`, on all processes.
+    """
+    found: list[T | Exception]
+    try:
+        found = list(compute())
+    except Exception as error:  # the others wait for this process
+        found = [error]
+    items: list[T] = []
+    for item in gather(found):
+        if isinstance(item, Exception):
+            raise item
+        items.append(item)
+    return items
+
+
 def share(count: int, compute: Callable[[list[int]], Tensor], shape: tuple[int, ...]) -> Tensor:
     """What `compute` gives for each of `count` positions, [count, *shape]: each process computes its share, all get
     the whole.
@@ -52,15 +71,8 @@ def share(count: int, compute: Callable[[list[int]], Tensor], shape: tuple[int, 
         Exception: as `compute`, on all processes.
     """
     mine = my_share(count)
-    try:
-        found: Tensor | Exception = compute(mine) if mine else torch.empty(0, *shape)
-    except Exception as error:  # the others wait for this process
-        found = error
-    parts = gather([found])
-    for part in parts:
-        if isinstance(part, Exception):
-            raise part
-    return torch.cat([part for part in parts if isinstance(part, Tensor) and len(part)] or [torch.empty(0, *shape)])
+    parts = gather_from(lambda: [compute(mine)] if mine else [])
+    return torch.cat(parts) if parts else torch.empty(0, *shape)
 
 
 def by_main(compute: Callable[[], T]) -> T:
@@ -69,16 +81,7 @@ def by_main(compute: Callable[[], T]) -> T:
     Raises:
         Exception: as `compute`, on all processes.
     """
-    found: list[T | Exception] = []
-    if process_state().is_main_process:
-        try:
-            found = [compute()]
-        except Exception as error:  # the others wait for this process
-            found = [error]
-    result = gather(found)[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return gather_from(lambda: [compute()] if process_state().is_main_process else [])[0]
 
 
 def predict_shared(

@@ -68,6 +68,8 @@ class Encoder:
             FileNotFoundError, ValueError, TypeError: as `data.images.decode` and `ImageGeometry.pixels`.
         """
         if isinstance(image, PreparedImage):
+            if not set(self.others) <= set(image.resized):
+                raise ValueError(f"{image.name} was prepared by another classifier's encoder; pass the image itself.")
             return image
         decoded = decode(image)
         pixels, *others = (g.resized(decoded.rgb, decoded.name) for g in (self.geometry, *self.others))

@@ -137,13 +137,13 @@ PRESETS: dict[Kind, Preset] = {
             "timesteps": (0, 1000),
             "density": "even",
             "weighting": "pdae",
-            "witnesses": ("features",),  # which draws up a shortlist where one is asked for
+            "witnesses": ("features",),  # they draw up a shortlist where one is asked for
+            "witness_weights": (0.0,),
             "unet_scale": 0.6,
             "text_encoder_scale": 0.7,
         },
         prediction={"schedule": "racing", "batch_size": 32},
         temperatures=(0.001,),
-        witness_weights={"features": (0.0,)},
     ),
 }
 
@@ -158,10 +158,15 @@ def complete(
     """The configurations given, their missing fields filled from the preset for this kind and number of shots."""
     preset = PRESETS[kind]
     by_shots = {"steps": interpolate_steps(num_shots, preset.steps), "blocks": _at(num_shots, preset.blocks)}
-    scoring = (scoring or ScoringConfig()).resolve({**preset.scoring, "temperature": preset.temperature_of(num_shots)})
+    given = scoring or ScoringConfig()
+    values = {**preset.scoring, "temperature": preset.temperature_of(num_shots)}
+    if given.witnesses is not None or "witness_weights" not in values:  # of those that the user names, or by the shots
+        values["witness_weights"] = preset.weights_of(
+            values["witnesses"] if given.witnesses is None else given.witnesses, num_shots
+        )
     return Settings(
         (training or TrainingConfig()).resolve({**preset.training, **by_shots}),
-        scoring.resolve({"witness_weights": preset.weights_of(scoring.witnesses, num_shots)}),
+        given.resolve(values),
         (prediction or PredictionConfig()).resolve(preset.prediction),
     )
 
@@ -199,4 +204,5 @@ def interpolate_steps(num_shots: int, steps: tuple[int, ...]) -> int:
 
 def _at(num_shots: int, values: tuple[T, ...]) -> T:
     """The value at the next lower of the published numbers of shots; a single one holds for all."""
+    assert len(values) in (1, len(PUBLISHED_SHOTS)), values
     return [v for k, v in zip(PUBLISHED_SHOTS, values, strict=False) if k <= max(1, num_shots)][-1]

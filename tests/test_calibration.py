@@ -206,10 +206,10 @@ def test_one_shot_falls_back_to_the_preset_and_says_so(backbone: Backbone, pictu
     classifier = make(backbone, training=ONE_STEP, scoring=scoring)
     with pytest.warns(UserWarning, match=r"Classes \['dc-9'\] have one shot, .* folds=3 is ignored"):
         classifier.fit([*pictures["a320"][:2], pictures["dc-9"][0]], ["a320", "a320", "dc-9"])
-    calibration, preset = classifier.calibration_, PRESETS["pocket"].scoring
+    calibration, preset = classifier.calibration_, PRESETS["pocket"]
     assert calibration.accuracy is None
-    assert (calibration.temperature, calibration.temperature_from) == (preset["temperature"], "preset")
-    relative = make(backbone, training=ONE_STEP, scoring=replace(SCORING, weighting=preset["weighting"]))
+    assert (calibration.temperature, calibration.temperature_from) == (preset.temperature_of(2), "preset")
+    relative = make(backbone, training=ONE_STEP, scoring=replace(SCORING, weighting=preset.scoring["weighting"]))
     relative.fit([*pictures["a320"][:2], pictures["dc-9"][0]], ["a320", "a320", "dc-9"])
     assert calibration.weights == relative.calibration_.weights
 
@@ -268,4 +268,4 @@ def test_the_source_of_the_temperature_is_told(backbone: Backbone, pictures: dic
         scoring = replace(SCORING, temperature=temperature)
         classifier = make(backbone, training=ONE_STEP, scoring=scoring).fit(images, labels)
         assert classifier.calibration_.temperature_from == source
-        assert classifier.calibration_.temperature == (temperature or PRESETS["pocket"].scoring["temperature"])
+        assert classifier.calibration_.temperature == (temperature or PRESETS["pocket"].temperature_of(2))

@@ -179,11 +179,11 @@ def test_a_merged_bank_is_scored_uncalibrated_with_a_warning(
     with pytest.warns(UserWarning, match=r"a bank without a classifier's settings.*uncalibrated"):
         merged = DiTiClassifier.from_pretrained(tmp_path, backbone)
     assert merged.classes_.tolist() == fitted.classes_.tolist() and not merged.complete_
-    preset = PRESETS["pocket"].scoring
-    assert len(merged.calibration_.timesteps) == preset["trials"]
+    preset = PRESETS["pocket"]
+    assert len(merged.calibration_.timesteps) == preset.scoring["trials"]
     assert set(merged.calibration_.weights) == {1.0}
-    assert merged.calibration_.temperature == preset["temperature"]
-    merged.prediction = PredictionConfig(schedule="exhaustive", use_witnesses=False)
+    assert merged.calibration_.temperature == preset.temperature_of(2)
+    merged.prediction = PredictionConfig(schedule="exhaustive")
     torch.testing.assert_close(merged.scores(tests), merged.errors(tests).double().mean(2))
 
 

@@ -135,7 +135,7 @@ def test_a_temperature_that_nobody_measured_is_told_once(
     images = shots_of(pictures, ["a320", "dc-9"], 1)
     scoring = replace(SCORING, temperature=None)
     classifier = make(backbone, training=ONE_STEP, scoring=scoring, concept="aircraft").fit(*images)
-    assert classifier.calibration_.temperature == PRESETS["stable-diffusion"].scoring["temperature"]
+    assert classifier.calibration_.temperature == PRESETS["stable-diffusion"].temperature_of(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         classifier.predict(tests)  # labels do not depend on it
@@ -228,7 +228,7 @@ def test_features_that_do_not_count_do_not_change_the_calibration(
         ).fit(*images)
         for weight in (0.0, 1.0)
     ]
-    calibrations = [replace(fit.calibration_, witness_weights=()) for fit in fits]
+    calibrations = [replace(fit.calibration_, witness_weights=(), temperature=1.0) for fit in fits]
     assert calibrations[0] == calibrations[1]
 
 

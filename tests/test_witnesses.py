@@ -10,14 +10,18 @@ import pytest
 import timm
 import torch
 from small_classifier import PREDICTION, SCORING, TRAINING, make, shots_of
+from small_clip import save_tiny_clip
 
-from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig
+from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
 from fewshot_diti.baselines import presets as baseline_presets
 from fewshot_diti.baselines.imagenet import TuningSettings
+from fewshot_diti.baselines.probe import fit_logistic
+from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.temperature import fit_weights
 from fewshot_diti.witnesses import make_witness, score_offsets
-from fewshot_diti.witnesses.network import TEMPERATURE
+from fewshot_diti.witnesses.network import TEMPERATURE, TunedNetwork
 
 CLASSES = ["a320", "dc-9", "tu-154"]
 NAMES = ("features", "network:test_resnet", "linear-network:test_resnet")
@@ -111,16 +115,34 @@ def test_a_class_that_is_removed_leaves_the_others_in_proportion(classifier: DiT
     classifier.remove_classes(["dc-9"])
     after = classifier.evidence(tests)["network:test_resnet"]
     torch.testing.assert_close(after, before[:, [0, 2]].log_softmax(1), rtol=0, atol=1e-6)
-    assert classifier.predict(tests).tolist() != ["dc-9"] * 3
+    assert classifier.remove_classes(["a320"]).evidence(tests).keys() == {"class tokens"}
 
 
+@pytest.mark.parametrize("counts", [True, False])
 def test_weights_are_fitted_on_held_out_shots_of_which_no_witness_has_learned(
-    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
+    backbone: Backbone,
+    pictures: dict[str, list[Path]],
+    tests: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    counts: bool,
 ) -> None:
-    scoring = replace(SCORING, witnesses=NAMES, witness_weights="fit", temperature="fit", folds=2)
-    classifier = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES, 4))
-    weights = classifier.calibration_.witness_weights
-    assert len(weights) == 3 and all(weight >= 0 for weight in weights)
+    learned: list[set[bytes]] = []
+    learn = TunedNetwork.learn
+
+    def watched(self: TunedNetwork, shots: dict[str, torch.Tensor], training: TrainingConfig) -> dict:
+        learned.append({x[0].numpy().tobytes() for views in shots.values() for x in views})
+        return learn(self, shots, training)
+
+    monkeypatch.setattr(TunedNetwork, "learn", watched)
+    scoring = replace(SCORING, witnesses=NAMES[1:2], witness_weights="fit", temperature="fit", folds=2)
+    prediction = replace(PREDICTION, use_witnesses=counts)
+    classifier = make(backbone, scoring=scoring, prediction=prediction).fit(*shots_of(pictures, CLASSES, 4))
+    every, one, other = learned
+    assert len(every) == 12 and len(one) == len(other) == 6 and not one & other
+    [weight] = classifier.calibration_.witness_weights
+    assert weight >= 0 and classifier.calibration_.temperature_from == "shots"
+    relative = weight / classifier.calibration_.token_temperature
+    assert relative != pytest.approx(PRESETS["pocket"].weights_of(NAMES[1:2], 4)[0], rel=1e-6)
     assert classifier.scores(tests).isfinite().all()
 
 
@@ -140,8 +162,11 @@ def test_the_fitted_weight_is_large_for_a_witness_that_is_right_and_small_for_no
 def test_witnesses_come_with_the_recommended_weights_and_are_checked() -> None:
     scoring = complete("pocket", 16).scoring
     assert scoring.witness_weights == PRESETS["pocket"].weights_of(scoring.witnesses, 16)
-    assert complete("pocket", 16, scoring=ScoringConfig(witnesses=("network:x",))).scoring.witness_weights != ()
-    assert not any(complete("stable-diffusion", 16).scoring.witness_weights)
+    named = complete("pocket", 1, scoring=ScoringConfig(witnesses=("network:x", "linear-clip"))).scoring
+    assert named.witness_weights == (PRESETS["pocket"].witness_weights["network"][0], 1.0)
+    assert complete("stable-diffusion", 16).scoring.witness_weights == (0.0,)
+    named = complete("stable-diffusion", 16, scoring=ScoringConfig(witnesses=("features",))).scoring
+    assert named.witness_weights == (1.0,)
     for wrong, text in (
         ({"witnesses": "network"}, "is one text"),
         ({"witnesses": ("network", "network")}, "name each once"),
@@ -156,16 +181,78 @@ def test_witnesses_come_with_the_recommended_weights_and_are_checked() -> None:
 def test_an_unknown_witness_is_refused_and_witnesses_are_passed_once(
     backbone: Backbone, pictures: dict[str, list[Path]]
 ) -> None:
-    with pytest.raises(ValueError, match=r"no witness .oracle.; pass some of features, network"):
-        make(backbone, scoring=replace(SCORING, witnesses=("oracle",), witness_weights=(1.0,))).fit(
-            *shots_of(pictures, CLASSES)
-        )
-    scoring = replace(SCORING, witnesses=("features",))
+    images, plain = shots_of(pictures, CLASSES), replace(SCORING, witnesses=None)
+    for named, text in (
+        (("oracle",), "no witness 'oracle'; pass some of features, network"),
+        (("features:up 1",), "no witness 'features:up 1'"),
+        ("network", "witnesses='network' is one text"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make(backbone, scoring=plain, witnesses=named).fit(*images)
     with pytest.raises(ValueError, match="pass them once"):
-        make(backbone, scoring=scoring, witnesses=("network",)).fit(*shots_of(pictures, CLASSES))
-    short = make(backbone, scoring=replace(SCORING, witnesses=None), witnesses=("features",))
-    short.fit(*shots_of(pictures, CLASSES))
+        make(backbone, scoring=replace(SCORING, witnesses=("features",)), witnesses=("network",)).fit(*images)
+    short = make(backbone, scoring=plain, witnesses=("features",)).fit(*images)
     assert short.settings_.scoring.witnesses == ("features",)
+
+
+def test_witnesses_that_do_not_count_leave_the_temperature_of_the_class_tokens(
+    classifier: DiTiClassifier, tests: list[Path]
+) -> None:
+    classifier.prediction = replace(PREDICTION, use_witnesses=False)
+    scores = classifier.scores(tests)
+    np.testing.assert_allclose(classifier.predict_proba(tests), (-scores / 0.01).softmax(1).numpy())
+    with pytest.raises(ValueError, match="prepared by another classifier's encoder"):
+        classifier.decide([PreparedImage("id", "other.png", torch.zeros(3, 16, 32, dtype=torch.uint8))])
+
+
+def test_a_prediction_in_the_midst_of_a_change_of_classes_leaves_the_classifier_usable(
+    classifier: DiTiClassifier, tests: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select = TunedNetwork.select
+
+    def meanwhile(self: TunedNetwork, *arguments: object) -> dict:
+        classifier.predict(tests)  # as another thread would
+        return select(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TunedNetwork, "select", meanwhile)
+    classifier.remove_classes(["dc-9"])
+    assert classifier.scores(tests).shape == (3, 2)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_linear_witnesses_give_what_scikit_learn_gives_however_sure(labels: int) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (labels, 40))
+    views = {c: torch.from_numpy(centres[c] + rng.normal(0, 1, (4, 3, 40))).float() for c in range(labels)}
+    witness = make_witness("linear-network:test_resnet", ImageGeometry(size=(32, 64)))
+    judge = witness.judge(views, witness.learn(views, TRAINING))
+    asked = torch.from_numpy(rng.normal(0, 1, (9, 40))).float()
+    log_p = judge.log_probabilities(asked)
+    model = fit_logistic(torch.cat(list(views.values())).numpy(), np.arange(labels).repeat(4))
+    expected = torch.from_numpy(model.predict_log_proba(asked.numpy())).double()
+    differences = (log_p - log_p[:, :1]) / (expected - expected[:, :1])
+    assert differences[:, 1:].std() < 1e-3 * differences[:, 1:].mean()  # but for the temperature
+    assert judge.log_probabilities(1e4 * asked).isfinite().all()
+
+
+def test_how_many_shots_a_class_has_does_not_make_it_more_probable() -> None:
+    rng = np.random.default_rng(0)
+    centres = 0.3 * rng.normal(0, 1, (3, 20))
+    views = {c: torch.from_numpy(centres[c] + rng.normal(0, 1, (n, 1, 20))).float() for c, n in enumerate((16, 16, 2))}
+    witness = make_witness("linear-network:test_resnet", ImageGeometry(size=(32, 64)))
+    asked = torch.from_numpy(np.concatenate([c + rng.normal(0, 1, (200, 20)) for c in centres])).float()
+    chosen = witness.judge(views, witness.learn(views, TRAINING)).log_probabilities(asked).argmax(1)
+    plain = fit_logistic(torch.cat(list(views.values())).numpy(), np.repeat([0, 1, 2], [16, 16, 2]))
+    assert (chosen == 2).double().mean() > 2 * (plain.predict(asked.numpy()) == 2).mean()
+
+
+def test_a_linear_witness_reads_clip(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
+) -> None:
+    name = f"linear-clip:local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
+    classifier = make(backbone, scoring=replace(SCORING, witnesses=(name,), witness_weights=(1.0,)))
+    evidence = classifier.fit(*shots_of(pictures, CLASSES)).evidence(tests)
+    assert evidence[name].shape == (3, 3) and evidence[name].std() > 0
 
 
 def test_a_race_starts_from_what_the_witnesses_say(

@@ -74,9 +74,17 @@ class ImageNetwork:
                 size = tuple(network.pretrained_cfg["input_size"][1:])
         else:
             self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
+        self._fixed_size = bool(getattr(self.module, "pretrained_cfg", {}).get("fixed_input_size"))
         self.geometry = ImageGeometry(size=size, resize="squash")
         # a third faster on a CPU
         self.module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def at(self, size: tuple[int, int]) -> ImageNetwork:
+        """The same network for images of another (height, width), unless it has its own."""
+        other = copy.copy(self)
+        if not self._fixed_size:
+            other.geometry = ImageGeometry(size=size, resize="squash")
+        return other
 
     @cached_property
     def hash(self) -> str:

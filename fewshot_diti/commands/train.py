@@ -58,7 +58,7 @@ class TrainConfig:
         val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
             one.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
-        shortlist: classes of each image that get trials at all, those that the U-Net's own features find likeliest; by
+        shortlist: classes of each image that get trials at all, the most probable by the witnesses; by
             default all. Saves evaluations where there are many classes; cross-validation tells how often the true
             class is among them.
         batch_size: samples in one forward, of training (one class's at least) and of scoring; lower it where memory

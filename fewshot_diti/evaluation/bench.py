@@ -107,8 +107,7 @@ class Bench:
     @cached_property
     def network_to_tune(self) -> ImageNetwork:
         """The ImageNet network at the size that it is fine-tuned at."""
-        size = size_for(self.backbone.image_size, self.network_preset.tuning_scale)
-        return self.network if size == self.network.geometry.size else ImageNetwork(self._names["network"], size=size)
+        return self.network.at(size_for(self.backbone.image_size, self.network_preset.tuning_scale))
 
     @cached_property
     def network_features(self) -> KeptFeatures:

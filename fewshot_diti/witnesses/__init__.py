@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.witnesses.base import FittedWitness, Witness, read_groups, score_offsets
 from fewshot_diti.witnesses.features import UnetWitness
-from fewshot_diti.witnesses.linear import LinearClip, LinearNetwork
-from fewshot_diti.witnesses.network import TunedNetwork
 
-WITNESSES: dict[str, Callable[[str, ImageGeometry], Witness]] = {
-    "features": lambda _, __: UnetWitness(),
-    "network": TunedNetwork,
-    "linear-network": LinearNetwork,
-    "linear-clip": LinearClip,
-}
+KINDS = ("features", "network", "linear-network", "linear-clip")
 
 
 def make_witness(name: str, geometry: ImageGeometry) -> Witness:
     """A witness by its name in `ScoringConfig.witnesses`.
 
     Args:
-        name: a key of `WITNESSES`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` (or, for
-            linear-clip, `baselines.clip.OpenClip`) takes: "network:resnet50.a1_in1k", "linear-clip:pocket".
+        name: one of `KINDS`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` (or, for linear-clip,
+            `baselines.clip.OpenClip`) takes: "network:resnet50.a1_in1k", "linear-clip:pocket".
         geometry: of the bank.
 
     Raises:
@@ -31,9 +22,19 @@ def make_witness(name: str, geometry: ImageGeometry) -> Witness:
         FileNotFoundError: the model is not there.
     """
     kind, _, model = name.partition(":")
-    if kind not in WITNESSES:
-        raise ValueError(f"There is no witness {name!r}; pass some of {', '.join(WITNESSES)}, or KIND:MODEL.")
-    return WITNESSES[kind](model, geometry)
+    if kind == "features" and not model:
+        return UnetWitness()
+    # timm and open_clip take seconds to import
+    from fewshot_diti.witnesses.linear import LinearClip, LinearNetwork
+    from fewshot_diti.witnesses.network import TunedNetwork
+
+    if kind == "network":
+        return TunedNetwork(model, geometry)
+    if kind == "linear-network":
+        return LinearNetwork(model, geometry)
+    if kind == "linear-clip":
+        return LinearClip(model, geometry)
+    raise ValueError(f"There is no witness {name!r}; pass some of {', '.join(KINDS)}, or but for the first KIND:MODEL.")
 
 
-__all__ = ["WITNESSES", "FittedWitness", "Witness", "make_witness", "read_groups", "score_offsets"]
+__all__ = ["KINDS", "FittedWitness", "Witness", "make_witness", "read_groups", "score_offsets"]

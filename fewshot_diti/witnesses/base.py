@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewshot_diti.config import Label, TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.distributed import by_main, gather, my_share
+from fewshot_diti.distributed import by_main, gather_from, my_share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.training import Groups
 
@@ -53,12 +53,13 @@ class Witness(ABC):
         """What is read of images [N, ...], as of a shot itself."""
 
     def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
-        """What takes long to learn, to be saved; nothing where `judge` learns all in a moment."""
+        """What is learned of the classes in the order of `shots`, to be saved; nothing where `judge` learns all in a
+        moment."""
         return {}
 
     @abstractmethod
     def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> Judge:
-        """The judge of the classes in the order of `shots`."""
+        """What gives log-probabilities of the classes, in the order of `shots`; all equally likely beforehand."""
 
     def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         """What was learned of the classes at some positions."""
@@ -104,6 +105,12 @@ class FittedWitness:
         return FittedWitness(self.name, self.witness, {x: self.shots[x] for x in labels}, learned)
 
 
+def log_counts(shots: ShotsRead) -> Tensor:
+    """Logarithm of the number of each class's shots [C], float64: what a classifier has learned of how frequent classes
+    are, and what is taken off again."""
+    return torch.tensor([len(views) for views in shots.values()], dtype=torch.float64).log()
+
+
 def as_picture(pixels_CHW: Tensor) -> Image.Image:
     """uint8 pixels [3, height, width] as a PIL image."""
     return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
@@ -113,7 +120,7 @@ def read_groups(witness: Witness, encoder: Encoder, groups: Groups, training: Tr
     """What a witness keeps of the shots of each class; the processes share the classes."""
     labels = sorted(groups)
     mine = [labels[c] for c in my_share(len(labels))]
-    return dict(gather([(x, witness.read_shots(encoder, groups[x], training)) for x in mine]))
+    return dict(gather_from(lambda: [(x, witness.read_shots(encoder, groups[x], training)) for x in mine]))
 
 
 def score_offsets(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.temperature import fit_temperature
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts
 
 FOLDS = 4  # in which the temperature is fitted
 
@@ -53,9 +54,36 @@ class _Linear(Witness):
         """Features float32 [N, D]."""
         return torch.from_numpy(self.features([as_picture(self.pixels(image)) for image in images]))
 
-    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> LogisticJudge:
-        """Fitted on the shots."""
-        return LogisticJudge(shots)
+    def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
+        """Slopes [C, D] and offsets [C] of the log-probabilities, float64.
+
+        Divided by the temperature that is most likely on shots held out of it, in folds.
+        """
+        views_nVD = torch.cat(list(shots.values())).numpy()
+        labels_n = np.arange(len(shots)).repeat([len(views) for views in shots.values()])
+        slopes_CD, offsets_C = _linear_map(fit_logistic(views_nVD, labels_n))
+        offsets_C = offsets_C - log_counts(shots).numpy()
+        temperature = _held_out_temperature(views_nVD, labels_n)
+        return {
+            "slopes": torch.from_numpy(slopes_CD / temperature),
+            "offsets": torch.from_numpy(offsets_C / temperature),
+        }
+
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _LinearJudge:
+        """As learned."""
+        return _LinearJudge(learned["slopes"], learned["offsets"])
+
+    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+        """Of these classes."""
+        return {name: values[list(positions)] for name, values in learned.items()}
+
+
+class _LinearJudge(NamedTuple):
+    slopes_CD: Tensor
+    offsets_C: Tensor
+
+    def log_probabilities(self, features_ND: Tensor) -> Tensor:
+        return (features_ND.double() @ self.slopes_CD.T + self.offsets_C).log_softmax(1)
 
 
 class LinearNetwork(_Linear):
@@ -101,32 +129,27 @@ class LinearClip(_Linear):
         return image.pixels_CHW
 
 
-class LogisticJudge:
-    """Logistic regression, with the temperature that is most likely on shots held out of it."""
-
-    def __init__(self, shots: ShotsRead) -> None:
-        views_nVD = torch.cat(list(shots.values())).numpy()
-        labels_n = np.arange(len(shots)).repeat([len(views) for views in shots.values()])
-        self._model = fit_logistic(views_nVD, labels_n)
-        self._temperature = _held_out_temperature(views_nVD, labels_n)
-
-    def log_probabilities(self, features_ND: Tensor) -> Tensor:
-        """Log-probabilities [N, C], float64."""
-        return torch.from_numpy(_logits(self._model, features_ND.numpy()) / self._temperature).log_softmax(1)
+def _linear_map(model: Pipeline) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes [C, D] and offsets [C] of the logits of `fit_logistic`, float64."""
+    scaler, pca, head = model
+    head = getattr(head, "best_estimator_", head)
+    slopes_CD = head.coef_.astype(np.float64) @ pca.components_ / scaler.scale_
+    offsets_C = head.intercept_ - slopes_CD @ (scaler.mean_ + pca.mean_ * scaler.scale_)
+    if len(slopes_CD) == 1:  # of two classes scikit-learn has the second alone
+        slopes_CD, offsets_C = np.vstack([0 * slopes_CD, slopes_CD]), np.append(0.0, offsets_C)
+    return slopes_CD, offsets_C
 
 
 def _held_out_temperature(views_nVD: np.ndarray, labels_n: np.ndarray) -> float:
-    """1 where a class has one shot."""
+    """Fitted on shots of the classes that have more than one; 1 where none has."""
     counts = np.bincount(labels_n)
-    if counts.min() < 2:
+    if counts.max() < 2:
         return 1.0
-    rank_n = np.concatenate([np.arange(count) for count in counts])
-    fold_n, logits_nC = rank_n % min(FOLDS, counts.min()), np.zeros((len(labels_n), len(counts)))
-    for fold in set(fold_n):
+    rank_n, others_n = np.concatenate([np.arange(count) for count in counts]), counts[labels_n] > 1
+    fold_n = np.where(others_n, rank_n % FOLDS, -1)  # a class's only shot is never held out
+    logits_nC = np.zeros((len(labels_n), len(counts)))
+    for fold in set(fold_n[others_n]):
         kept_n, held_n = fold_n != fold, fold_n == fold
-        logits_nC[held_n] = _logits(fit_logistic(views_nVD[kept_n], labels_n[kept_n]), views_nVD[held_n, 0])
-    return fit_temperature(torch.from_numpy(-logits_nC), torch.from_numpy(labels_n))
-
-
-def _logits(model: Pipeline, features_ND: np.ndarray) -> np.ndarray:
-    return np.asarray(model.predict_log_proba(features_ND), dtype=np.float64)
+        slopes_CD, offsets_C = _linear_map(fit_logistic(views_nVD[kept_n], labels_n[kept_n]))
+        logits_nC[held_n] = views_nVD[held_n, 0] @ slopes_CD.T + offsets_C - np.log(np.bincount(labels_n[kept_n]))
+    return fit_temperature(torch.from_numpy(-logits_nC[others_n]), torch.from_numpy(labels_n[others_n]))

@@ -15,7 +15,7 @@ from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts
 
 # of the fine-tuned network's probabilities, which label smoothing keeps low; 0.53 is most likely on held-out shots of
 # one draw at 16 shots (docs/experiments/witnesses.md)
@@ -33,11 +33,9 @@ class TunedNetwork(Witness):
     geometry: ImageGeometry
 
     def __init__(self, model: str, geometry: ImageGeometry) -> None:
-        name = model or PACKAGED
-        self.network = ImageNetwork(name, size=size_for(geometry.size))
-        self.preset = preset_of(self.network.module)
-        if self.preset.tuning_scale != 1:
-            self.network = ImageNetwork(name, size=size_for(geometry.size, self.preset.tuning_scale))
+        network = ImageNetwork(model or PACKAGED, size=size_for(geometry.size))
+        self.preset = preset_of(network.module)
+        self.network = network.at(size_for(geometry.size, self.preset.tuning_scale))
         self.geometry = replace(self.network.geometry, banner_rows=geometry.banner_rows)
 
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
@@ -58,7 +56,7 @@ class TunedNetwork(Witness):
 
     def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _NetworkJudge:
         """The trained network."""
-        return _NetworkJudge(self.network, FineTuned.module_of(self.network, learned))
+        return _NetworkJudge(self.network, FineTuned.module_of(self.network, learned), log_counts(shots))
 
     def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         """The head's rows of these classes."""
@@ -67,11 +65,11 @@ class TunedNetwork(Witness):
 
 
 class _NetworkJudge:
-    def __init__(self, network: ImageNetwork, module: nn.Module) -> None:
-        self._network, self._module = network, module
+    def __init__(self, network: ImageNetwork, module: nn.Module, log_counts_C: Tensor) -> None:
+        self._network, self._module, self._log_counts_C = network, module, log_counts_C
 
     @torch.no_grad()
     def log_probabilities(self, pixels_N3HW: Tensor) -> Tensor:
         parts = pixels_N3HW.split(self._network.batch_size)
-        logits = [self._module(self._network.normalized(part.float() / 255)).double().cpu() for part in parts]
-        return (torch.cat(logits) / TEMPERATURE).log_softmax(1)
+        logits = [self._module(self._network.normalized(part.float() / 255)).cpu().double() for part in parts]
+        return ((torch.cat(logits) - self._log_counts_C) / TEMPERATURE).log_softmax(1)
