@@ -300,7 +300,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             classifier.concept, classifier.training = saved.concept, saved.given_training
             classifier.prompt_template, classifier.generic_prompt = saved.prompts.template, saved.prompts.generic
             classifier.scoring, classifier.prediction = saved.given_scoring, saved.settings.prediction
-        classifier._load()
+        classifier._load(saved.settings.scoring.witnesses if saved else ())
         bank.check_backbone(classifier.backbone_)
         kind, most = classifier.backbone_.kind, max((token.num_shots for token in bank.tokens), default=1)
         classifier.settings_ = saved.settings if saved else complete(kind, most, scoring=classifier.scoring)
@@ -318,8 +318,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         tags.no_validation = True
         return tags
 
-    def _load(self) -> None:
-        """Backbone, geometry and prompts."""
+    def _load(self, witnesses: Sequence[str] | None = None) -> None:
+        """Backbone, geometry, prompts, and witnesses by their names, or those of the scoring."""
         given = self.backbone
         self.backbone_ = given if isinstance(given, Backbone) else Backbone.from_pretrained(given)
         self.geometry_ = self.geometry or ImageGeometry(size=self.backbone_.image_size)
@@ -334,7 +334,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             template=self.prompt_template or f"a photo of a hta {{}}, a type of {concept}.",
             generic=self.generic_prompt or generic_prompt(concept or ""),
         )
-        names = self.settings_for(1).scoring.witnesses
+        names = self.settings_for(1).scoring.witnesses if witnesses is None else witnesses
         self.witnesses_ = {name: make_witness(name, self.geometry_) for name in names}
         others = [witness.geometry for witness in self.witnesses_.values() if witness.geometry is not None]
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic, others)

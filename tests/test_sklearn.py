@@ -94,6 +94,7 @@ def test_the_constructor_stores_its_arguments_and_does_nothing_else() -> None:
         "scoring": SCORING,
         "prediction": PREDICTION,
         "geometry": ImageGeometry(size=(16, 32)),
+        "witnesses": ("features",),
     }
     classifier = DiTiClassifier(**arguments)  # type: ignore[arg-type]
     assert vars(classifier) == arguments == classifier.get_params()
