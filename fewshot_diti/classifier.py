@@ -417,7 +417,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         return known
 
     def _fit(self, groups: Groups) -> Fit:
-        settings = self.settings_for(most_shots(groups))
+        settings = self.settings_for(most_shots(groups))._replace(scoring=self.settings_.scoring)  # fixed by `fit`
         return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=settings, groups=groups)
 
     def _learn(self, groups: Groups) -> dict[Label, int]:

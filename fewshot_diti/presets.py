@@ -106,7 +106,7 @@ PRESETS: dict[Kind, Preset] = {
         # held-out shots gave 0.00061, 0.00036, 0.00024, 0.00016 for class tokens of 1, 2, 4, 8 shots at 16 even trials;
         # 1.3 of it, since a race has fewer trials and more noise; 16 is extrapolated
         temperatures=(0.0008, 0.00047, 0.00031, 0.00021, 0.00018),
-        # rounded from those fitted on held-out shots of one draw (docs/experiments/witnesses.md)
+        # chosen from those fitted on held-out shots of one draw (docs/experiments/witnesses.md)
         witness_weights={
             "features": (0.5, 1.0, 1.0, 0.5, 0.25),
             "network": (0.6, 1.0, 1.0, 1.0, 1.0),
