@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import generic_prompt
 from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
-from fewshot_diti.witnesses import FittedWitness, Witness, make_witness, read_groups
+from fewshot_diti.witnesses import FittedWitness, Witness, fit_witnesses, make_witness
 
 
 class DiTiClassifier(ClassifierMixin, BaseEstimator):
@@ -348,13 +348,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def _given_scoring(self) -> ScoringConfig:
         """The scoring as it is given, with `witnesses` in it."""
         scoring = self.scoring or ScoringConfig()
-        if self.witnesses is None:
-            return scoring
-        if scoring.witnesses not in (None, tuple(self.witnesses)):
-            raise ValueError(f"witnesses={self.witnesses}, and {scoring.witnesses} in scoring; pass them once.")
-        # a text is refused there
-        names: Any = self.witnesses if isinstance(self.witnesses, str) else tuple(self.witnesses)
-        return replace(scoring, witnesses=names)
+        return scoring if self.witnesses is None else scoring.with_witnesses(self.witnesses)
 
     def checked_settings(self, num_shots: int) -> Settings:
         """As `settings_for`; raises ValueError where they do not go together or with the backbone."""
@@ -372,14 +366,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             ValueError: a field of the scoring is given, and is another one than `fit` calibrated for.
         """
         given, fitted = self._given_scoring(), self.settings_.scoring
-        names = [f.name for f in fields(fitted) if getattr(given, f.name) not in (None, getattr(fitted, f.name))]
-        if names:
-            changed = ", ".join(f"{x}={getattr(given, x)!r}, {getattr(fitted, x)!r} at fit" for x in names)
-            raise ValueError(
-                f"The scoring was changed after fit ({changed}), and weights and temperature are calibrated for that "
-                "of fit. Call fit again, or set scoring back to settings_.scoring; how images are decided is set in "
-                "prediction."
-            )
+        given.check_unchanged(fitted)
         prediction = (self.prediction or PredictionConfig()).resolve(PRESETS[self.backbone_.kind].prediction)
         Settings(self.settings_.training, fitted, prediction).check(self.backbone_.num_train_timesteps)
         return prediction
@@ -437,9 +424,4 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         later, training = replace(fit.settings.prediction, use_witnesses=True), fit.settings.training
         if not (fitted if bank is not None and len(bank) else fit.settings.scoring.uses_witnesses(later)):
             return []
-        known = {x.name: x.shots for x in fitted}
-        found = []
-        for name, witness in self.witnesses_.items():
-            shots = {**known.get(name, {}), **read_groups(witness, self.encoder_, fit.groups, training)}
-            found.append(FittedWitness.fit(name, witness, shots, training))
-        return found
+        return fit_witnesses(self.witnesses_, self.encoder_, fit.groups, training, fitted)

@@ -182,6 +182,24 @@ class ScoringConfig(_Config):
         count = prediction.use_witnesses and (self.witness_weights == "fit" or any(self.witness_weights))
         return bool(self.witnesses) and (count or prediction.shortlist is not None)
 
+    def with_witnesses(self, names: Sequence[str]) -> ScoringConfig:
+        """The scoring with these witnesses; raises ValueError where it names others."""
+        named: Any = names if isinstance(names, str) else tuple(names)  # a text is refused as such
+        if self.witnesses not in (None, named):
+            raise ValueError(f"witnesses={names}, and {self.witnesses} in scoring; pass them once.")
+        return replace(self, witnesses=named)
+
+    def check_unchanged(self, fitted: ScoringConfig) -> None:
+        """Raises a ValueError where a field is given here and is another one than at `fit`."""
+        names = [f.name for f in fields(fitted) if getattr(self, f.name) not in (None, getattr(fitted, f.name))]
+        if names:
+            changed = ", ".join(f"{x}={getattr(self, x)!r}, {getattr(fitted, x)!r} at fit" for x in names)
+            raise ValueError(
+                f"The scoring was changed after fit ({changed}), and weights and temperature are calibrated for that "
+                "of fit. Call fit again, or set scoring back to settings_.scoring; how images are decided is set in "
+                "prediction."
+            )
+
     def _check_witnesses(self) -> None:
         for name in ("witnesses", "witness_weights"):
             if isinstance(getattr(self, name), list):  # as a file of settings has them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewshot_diti.data.images import ImageGeometry
-from fewshot_diti.witnesses.base import FittedWitness, Witness, read_groups, score_offsets
+from fewshot_diti.witnesses.base import FittedWitness, Witness, fit_witnesses, read_groups, score_offsets
 from fewshot_diti.witnesses.features import UnetWitness
 
 KINDS = ("features", "network", "linear-network", "linear-clip")
@@ -37,4 +37,4 @@ def make_witness(name: str, geometry: ImageGeometry) -> Witness:
     raise ValueError(f"There is no witness {name!r}; pass some of {', '.join(KINDS)}, or but for the first KIND:MODEL.")
 
 
-__all__ = ["KINDS", "FittedWitness", "Witness", "make_witness", "read_groups", "score_offsets"]
+__all__ = ["KINDS", "FittedWitness", "Witness", "fit_witnesses", "make_witness", "read_groups", "score_offsets"]

@@ -123,6 +123,21 @@ def read_groups(witness: Witness, encoder: Encoder, groups: Groups, training: Tr
     return dict(gather_from(lambda: [(x, witness.read_shots(encoder, groups[x], training)) for x in mine]))
 
 
+def fit_witnesses(
+    witnesses: Mapping[str, Witness],
+    encoder: Encoder,
+    groups: Groups,
+    training: TrainingConfig,
+    known: Sequence[FittedWitness] = (),
+) -> list[FittedWitness]:
+    """The witnesses by their names, of the classes of these shots and of those that `known` ones have learned."""
+    shots = {x.name: dict(x.shots) for x in known}
+    return [
+        FittedWitness.fit(name, x, {**shots.get(name, {}), **read_groups(x, encoder, groups, training)}, training)
+        for name, x in witnesses.items()
+    ]
+
+
 def score_offsets(
     log_probabilities: Sequence[Tensor], weights: Sequence[float], shortlist: int | None = None
 ) -> Tensor:
