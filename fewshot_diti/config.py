@@ -128,7 +128,7 @@ class ScoringConfig(_Config):
         density: "even", or "importance": more trials where the weighted errors of the shots differ more between
             classes (`timesteps.importance`); the score averages w / q times the error.
         weighting: as `timesteps.parse_weighting` reads it.
-        witnesses: what decides beside the class tokens, by name (`witnesses.WITNESSES`): "features" of the U-Net,
+        witnesses: what decides beside the class tokens, by name (`witnesses.KINDS`): "features" of the U-Net,
             "network" (fine-tuned), "linear-network", "linear-clip", with a model as "network:MODEL"; none: the class
             tokens alone.
         witness_weights: of each witness: how much a nat of its log-probabilities counts beside a nat of the class
