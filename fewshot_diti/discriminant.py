@@ -17,9 +17,8 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
-from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.temperature import held_out_temperature
 
-FOLDS = 4  # in which the temperature of a discriminant is fitted
 _COSINE_TEMPERATURE = 0.1
 
 
@@ -105,14 +104,7 @@ def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
         views_nD = features_nVD[kept_n].flatten(0, 1).numpy()
         return Discriminant(views_nD, labels_n[kept_n].repeat(fewest), temperature)
 
-    every_n = np.ones(len(labels_n), dtype=bool)
-    if not others_n.any():
-        return judge(every_n)
-    # each class's shots are dealt out in turn: a class with fewer left than the others would look improbable
-    rank_n = np.concatenate([np.arange(len(features)) for features in shots.values()])
-    fold_n = np.where(others_n, rank_n % FOLDS, -1)
-    log_p_nC = torch.zeros(len(labels_n), len(shots), dtype=torch.float64)
-    for fold in set(fold_n[others_n]):
-        log_p_nC[fold_n == fold] = judge(fold_n != fold).log_probabilities(features_nVD[fold_n == fold, 0])
-    temperature = fit_temperature(-log_p_nC[others_n], torch.from_numpy(labels_n[others_n]))
-    return judge(every_n, temperature)
+    def judge_held_out(kept_n: np.ndarray, held_n: np.ndarray) -> Tensor:
+        return judge(kept_n).log_probabilities(features_nVD[held_n, 0])
+
+    return judge(np.ones(len(labels_n), dtype=bool), held_out_temperature(labels_n, judge_held_out))

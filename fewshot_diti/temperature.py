@@ -5,7 +5,7 @@ Shapes in names: N images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
 
+FOLDS = 4  # of `held_out_temperature`
 LOG_TEMPERATURE_RANGE = 10.0  # searched on both sides of the scores' spread over classes
 
 
@@ -44,6 +45,27 @@ def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
         loss, bounds=(-LOG_TEMPERATURE_RANGE, LOG_TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-7}
     )
     return float(spread * np.exp(found.x))
+
+
+def held_out_temperature(labels_n: np.ndarray, judge: Callable[[np.ndarray, np.ndarray], Tensor]) -> float:
+    """The temperature that is most likely on shots held out in folds; 1 where every class has one shot.
+
+    Each class's shots are dealt out in turn: a class with fewer left than the others would look improbable. A class's
+    only shot is never held out.
+
+    Args:
+        labels_n: classes of the shots, 0 to C - 1, those of one class side by side.
+        judge: from which shots are learned and which are held out, bool [n] each, to logits [held out, C] of these.
+    """
+    counts = np.bincount(labels_n)
+    others_n = counts[labels_n] > 1
+    if not others_n.any():
+        return 1.0
+    fold_n = np.where(others_n, np.concatenate([np.arange(count) for count in counts]) % FOLDS, -1)
+    logits_nC = torch.zeros(len(labels_n), len(counts), dtype=torch.float64)
+    for fold in set(fold_n[others_n]):
+        logits_nC[fold_n == fold] = judge(fold_n != fold, fold_n == fold)
+    return fit_temperature(-logits_nC[others_n], torch.from_numpy(labels_n[others_n]))
 
 
 def fit_weights(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -103,6 +104,11 @@ class FittedWitness:
         order = list(self.shots)
         learned = self.witness.select(self.learned, [order.index(x) for x in labels])
         return FittedWitness(self.name, self.witness, {x: self.shots[x] for x in labels}, learned)
+
+
+def positions(shots: ShotsRead) -> np.ndarray:
+    """The class of each shot [n], as its position among the classes."""
+    return np.arange(len(shots)).repeat([len(views) for views in shots.values()])
 
 
 def log_counts(shots: ShotsRead) -> Tensor:

@@ -23,10 +23,8 @@ from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.temperature import fit_temperature
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts
-
-FOLDS = 4  # in which the temperature is fitted
+from fewshot_diti.temperature import held_out_temperature
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, positions
 
 
 class _Linear(Witness):
@@ -59,11 +57,18 @@ class _Linear(Witness):
 
         Divided by the temperature that is most likely on shots held out of it, in folds.
         """
-        views_nVD = torch.cat(list(shots.values())).numpy()
-        labels_n = np.arange(len(shots)).repeat([len(views) for views in shots.values()])
-        slopes_CD, offsets_C = _linear_map(fit_logistic(views_nVD, labels_n))
-        offsets_C = offsets_C - log_counts(shots).numpy()
-        temperature = _held_out_temperature(views_nVD, labels_n)
+        views_nVD, labels_n = torch.cat(list(shots.values())).numpy(), positions(shots)
+
+        def fitted(kept_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            slopes_CD, offsets_C = _linear_map(fit_logistic(views_nVD[kept_n], labels_n[kept_n]))
+            return slopes_CD, offsets_C - np.log(np.bincount(labels_n[kept_n]))
+
+        def judge_held_out(kept_n: np.ndarray, held_n: np.ndarray) -> Tensor:
+            slopes_CD, offsets_C = fitted(kept_n)
+            return torch.from_numpy(views_nVD[held_n, 0] @ slopes_CD.T + offsets_C)
+
+        temperature = held_out_temperature(labels_n, judge_held_out)
+        slopes_CD, offsets_C = fitted(np.ones(len(labels_n), dtype=bool))
         return {
             "slopes": torch.from_numpy(slopes_CD / temperature),
             "offsets": torch.from_numpy(offsets_C / temperature),
@@ -138,18 +143,3 @@ def _linear_map(model: Pipeline) -> tuple[np.ndarray, np.ndarray]:
     if len(slopes_CD) == 1:  # of two classes scikit-learn has the second alone
         slopes_CD, offsets_C = np.vstack([0 * slopes_CD, slopes_CD]), np.append(0.0, offsets_C)
     return slopes_CD, offsets_C
-
-
-def _held_out_temperature(views_nVD: np.ndarray, labels_n: np.ndarray) -> float:
-    """Fitted on shots of the classes that have more than one; 1 where none has."""
-    counts = np.bincount(labels_n)
-    if counts.max() < 2:
-        return 1.0
-    rank_n, others_n = np.concatenate([np.arange(count) for count in counts]), counts[labels_n] > 1
-    fold_n = np.where(others_n, rank_n % FOLDS, -1)  # a class's only shot is never held out
-    logits_nC = np.zeros((len(labels_n), len(counts)))
-    for fold in set(fold_n[others_n]):
-        kept_n, held_n = fold_n != fold, fold_n == fold
-        slopes_CD, offsets_C = _linear_map(fit_logistic(views_nVD[kept_n], labels_n[kept_n]))
-        logits_nC[held_n] = views_nVD[held_n, 0] @ slopes_CD.T + offsets_C - np.log(np.bincount(labels_n[kept_n]))
-    return fit_temperature(torch.from_numpy(-logits_nC[others_n]), torch.from_numpy(labels_n[others_n]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts, positions
 
 # of the fine-tuned network's probabilities, which label smoothing keeps low; 0.53 is most likely on held-out shots of
 # one draw at 16 shots (docs/experiments/witnesses.md)
@@ -49,9 +48,8 @@ class TunedNetwork(Witness):
     def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
         """Weights of network and head, in float16."""
         pictures = [as_picture(pixels) for views in shots.values() for pixels in views[:, 0]]
-        labels = np.arange(len(shots)).repeat([len(views) for views in shots.values()])
         tuned = FineTuned(self.network, self.preset.tuning, recolour=ColourJitter.of(training), seed=training.seed)
-        tuned.fit(pictures, labels.tolist())
+        tuned.fit(pictures, positions(shots).tolist())
         return tuned.weights()
 
     def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _NetworkJudge:
