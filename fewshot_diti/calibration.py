@@ -28,10 +28,11 @@ from fewshot_diti.distributed import gather, my_share, share
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.progress import Progress
+from fewshot_diti.prompts import Prompts
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.temperature import fit_temperature, fit_weights
 from fewshot_diti.timesteps import weighted_mean
-from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed, train_bank
+from fewshot_diti.training import Groups, most_shots, raise_failed, train_bank
 from fewshot_diti.trials import drawn_grid, even_grid, stream
 from fewshot_diti.weighting import fixed_weights, timestep_weights
 from fewshot_diti.witnesses import FittedWitness, score_offsets

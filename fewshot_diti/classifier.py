@@ -23,15 +23,15 @@ from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
-from fewshot_diti.data.arguments import as_images, as_list, group_shots, plain_labels
+from fewshot_diti.data.arguments import as_images, as_list, group_shots, true_labels
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS, complete
-from fewshot_diti.prompts import generic_prompt
-from fewshot_diti.training import Groups, Prompts, most_shots, raise_failed
+from fewshot_diti.prompts import Prompts
+from fewshot_diti.training import Groups, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
 from fewshot_diti.witnesses import FittedWitness, Witness, fit_witnesses, make_witness
 
@@ -220,12 +220,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: not one label per image, or labels of another type than the classes.
         """
-        images, values = as_images(images), plain_labels(labels)
-        if len(values) != len(images):
-            raise ValueError(f"{len(images)} images but {len(values)} labels; pass one label per image.")
-        known = {type(x).__name__ for x in self._fitted().labels}
-        if others := {type(x).__name__ for x in values} - known:
-            raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
+        images, values = true_labels(images, labels, self._fitted().labels)
         return float(accuracy_score(values, self.predict(images), sample_weight=sample_weight))
 
     def scores(self, images: Sequence[ImageSource]) -> Tensor:
@@ -325,15 +320,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         self.geometry_ = self.geometry or ImageGeometry(size=self.backbone_.image_size)
         self.backbone_.check_image_size(self.geometry_.size)
         concept = self.concept or PRESETS[self.backbone_.kind].concept
-        if concept is None and (self.prompt_template is None or self.generic_prompt is None):
-            raise ValueError(
-                "What are all classes? Prompts name it: pass concept, such as concept='bird', or prompt_template and "
-                "generic_prompt."
-            )
-        self.prompts_ = Prompts(
-            template=self.prompt_template or f"a photo of a hta {{}}, a type of {concept}.",
-            generic=self.generic_prompt or generic_prompt(concept or ""),
-        )
+        self.prompts_ = Prompts.complete(self.prompt_template, self.generic_prompt, concept)
         names = self.settings_for(1).scoring.witnesses if witnesses is None else witnesses
         self.witnesses_ = {name: make_witness(name, self.geometry_) for name in names}
         others = [witness.geometry for witness in self.witnesses_.values() if witness.geometry is not None]

@@ -15,7 +15,7 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import SETTINGS, read_files, to_json, written_here
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
-from fewshot_diti.training import Prompts
+from fewshot_diti.prompts import Prompts
 from fewshot_diti.witnesses import FittedWitness, Witness
 
 C = TypeVar("C", TrainingConfig, ScoringConfig)

@@ -28,6 +28,7 @@ from fewshot_diti.memory import halved
 from fewshot_diti.presets import complete
 from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.progress import Progress
+from fewshot_diti.prompts import Prompts
 from fewshot_diti.trials import torch_generator
 
 Groups: TypeAlias = Mapping[Label, Sequence[PreparedImage]]  # the shots of each class
@@ -54,23 +55,6 @@ def raise_failed(
             f"The loss of {names} was not finite; {kept}. Lower the learning rate, or load the backbone in float32, "
             f"{way_out}."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """The texts that condition the U-Net.
-
-    Attributes:
-        template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt.
-        generic: prompt of the prior images, and of the U-Net's features.
-    """
-
-    template: str
-    generic: str
-
-    def of_class(self, label: Label) -> str:
-        """The prompt of a class token."""
-        return self.template.replace("{}", str(label))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ from fewshot_diti.calibration import Fit, calibrate, split_folds
 from fewshot_diti.data import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.presets import PRESETS, complete
+from fewshot_diti.prompts import Prompts
 from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
 from fewshot_diti.timesteps import weighted_mean
-from fewshot_diti.training import Prompts
 from fewshot_diti.trials import even_grid
 from fewshot_diti.weighting import candidate_windows, choose_window
 

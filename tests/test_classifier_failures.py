@@ -18,7 +18,8 @@ from fewshot_diti import training as training_module
 from fewshot_diti.config import Label
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.training import ClassShots, Prompts
+from fewshot_diti.prompts import Prompts
+from fewshot_diti.training import ClassShots
 
 ONE_STEP = replace(TRAINING, steps=1)
 

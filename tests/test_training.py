@@ -28,9 +28,9 @@ from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.presets import complete
 from fewshot_diti.prior_images import prior_latents
+from fewshot_diti.prompts import Prompts
 from fewshot_diti.training import (
     ClassShots,
-    Prompts,
     Trained,
     _ClassStream,
     class_losses,

@@ -68,6 +68,23 @@ def plain_labels(labels: Iterable[Any]) -> list[Label]:
     return [x.item() if isinstance(x, np.generic) else x for x in labels]
 
 
+def true_labels(
+    images: Iterable[Any], labels: Iterable[Any], classes: Sequence[Label]
+) -> tuple[Sequence[Any], list[Label]]:
+    """Images, and the labels to compare predictions with.
+
+    Raises:
+        ValueError: not one label per image, or labels of another type than the classes.
+    """
+    many, values = as_images(images), plain_labels(labels)
+    if len(values) != len(many):
+        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
+    known = {type(x).__name__ for x in classes}
+    if others := {type(x).__name__ for x in values} - known:
+        raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
+    return many, values
+
+
 def group_shots(
     images: Iterable[ImageSource], labels: Sequence[Label], prepare: Callable[[ImageSource], Prepared]
 ) -> dict[Label, list[Prepared]]:

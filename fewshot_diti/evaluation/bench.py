@@ -29,8 +29,7 @@ from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.presets import recommended
-from fewshot_diti.prompts import generic_prompt
-from fewshot_diti.training import Prompts
+from fewshot_diti.prompts import Prompts, generic_prompt
 from fewshot_diti.trials import even_grid
 
 FOLDS = 2  # of cross-validation on the shots
