@@ -30,12 +30,11 @@ def prepare_shipped(bench: Bench, task: Task) -> None:
     Raises:
         TrainingError: a class's loss was not finite.
     """
-    path, made_by = _file(bench, task)
+    path, made_by = shipped_file(bench, task)
     if load_errors(path, made_by) is not None:
         return
-    folder, start = path.with_suffix(""), perf_counter()
-    settle(folder, made_by)
-    classifier = learn(_classifier(bench, task.num_shots, task.seed), task, folder / BANK)
+    start = perf_counter()
+    classifier, folder = trained_classifier(bench, task)
     trained = perf_counter()
     records = classify(classifier, task.test, folder)
     scored = perf_counter()
@@ -49,9 +48,17 @@ def prepare_shipped(bench: Bench, task: Task) -> None:
     save_errors(path, found, made_by)
 
 
+def trained_classifier(bench: Bench, task: Task) -> tuple[DiTiClassifier, Path]:
+    """The classifier of a draw, trained unless its bank is on disk, and the folder of its bank and predictions."""
+    path, made_by = shipped_file(bench, task)
+    folder = path.with_suffix("")
+    settle(folder, made_by)
+    return learn(_classifier(bench, task.num_shots, task.seed), task, folder / BANK), folder
+
+
 def shipped(bench: Bench, task: Task) -> Outcome:
     """What `prepare_shipped` left; raises FileNotFoundError where it failed."""
-    path, made_by = _file(bench, task)
+    path, made_by = shipped_file(bench, task)
     kept = load_errors(path, made_by)
     if kept is None:
         raise FileNotFoundError(f"{path} is missing: the classifier could not be trained.")
@@ -74,7 +81,8 @@ def _classifier(bench: Bench, num_shots: int, seed: int) -> DiTiClassifier:
     )
 
 
-def _file(bench: Bench, task: Task) -> tuple[Path, dict[str, str]]:
+def shipped_file(bench: Bench, task: Task) -> tuple[Path, dict[str, str]]:
+    """Where the probabilities of a draw are kept, and what decides them."""
     settings = f"{shipped_settings(bench, task.num_shots, task.seed)} {bench.concept}"
     path = bench.folder / f"shipped-{task.num_shots}-{task.seed}.safetensors"
     return path, bench.made_by(settings, fingerprint(task.shots), fingerprint(task.test))
