@@ -18,10 +18,10 @@ bundled variants, seeds 1 to 3, measured 2026-11-26. `regnetx_002` had 0.702 aft
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -67,8 +67,28 @@ class SiblingsConfig(FalseColourConfig):
     ema_decay: float = 0.99
 
 
-def train_siblings(config: SiblingsConfig) -> nn.Module:
+class View(NamedTuple):
+    """What the network sees of uint8 images [N, 3, height, width].
+
+    Attributes:
+        channels: of what it sees.
+        keep: what is kept in memory of all images [N, ...].
+        batch: what the network takes, from some of it, on a device: float32 [B, channels, height, width].
+    """
+
+    channels: int
+    keep: Callable[[Tensor], Tensor]
+    batch: Callable[[Tensor, torch.device], Tensor]
+
+
+PIXELS = View(channels=3, keep=lambda pixels_NCHW: pixels_NCHW, batch=as_batch)
+
+
+def train_siblings(config: SiblingsConfig, view: View = PIXELS) -> nn.Module:
     """Trains and saves `output_dir/network` at every validation; a killed run continues at its last checkpoint.
+
+    Args:
+        view: what the network sees. `ImageNetwork` loads one that sees pixels.
 
     Raises:
         ValueError: fewer than two variants are held out; the log reports how well features separate these.
@@ -79,13 +99,13 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
         raise ValueError(f"{config.held_out} holds out {sorted(set(unseen.variants))}; name two variants or more.")
     names = sorted(set(seen.variants))
     labels = torch.tensor([names.index(v) for v in seen.variants])
-    versions = [seen.pixels_NCHW, *false_colour_copies(seen, config.false_copies)]
+    versions = [view.keep(x) for x in (seen.pixels_NCHW, *false_colour_copies(seen, config.false_copies))]
+    unseen_kept = view.keep(unseen.pixels_NCHW)
     torch.manual_seed(config.seed)
-    network: Any = timm.create_model(config.network, pretrained=False, num_classes=len(names))
+    network: Any = timm.create_model(config.network, pretrained=False, in_chans=view.channels, num_classes=len(names))
     module: nn.Module = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.05, fused=True)
     module = accelerator.prepare_model(module)
-    to_batch = partial(as_batch, device=accelerator.device)
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
@@ -93,7 +113,7 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
         shuffled = torch.rand(len(rows), generator=g) < config.false_colours
         version = torch.where(shuffled, torch.randint(1, len(versions), (len(rows),), generator=g), 0)
         pixels = torch.stack([versions[v][row] for v, row in zip(version.tolist(), rows.tolist(), strict=True)])
-        images = random_crops(to_batch(pixels), config.zoom, config.shift, g)
+        images = random_crops(view.batch(pixels, accelerator.device), config.zoom, config.shift, g)
         logits = module.train()(images)
         target = labels[rows].to(logits.device)
         return {"loss": F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)}
@@ -101,8 +121,8 @@ def train_siblings(config: SiblingsConfig) -> nn.Module:
     def validate(module: nn.Module) -> dict[str, float]:
         network.eval()
         with torch.no_grad(), accelerator.autocast():
-            batches = unseen.pixels_NCHW.split(64)
-            features = [network.forward_head(network.forward_features(to_batch(b)), pre_logits=True) for b in batches]
+            batches = [view.batch(kept, accelerator.device) for kept in unseen_kept.split(64)]
+            features = [network.forward_head(network.forward_features(b), pre_logits=True) for b in batches]
         if accelerator.is_main_process:
             save_network()
         return {"held_out_accuracy": few_shot_accuracy(torch.cat(features).float().cpu().numpy(), unseen.variants)}
