@@ -4,8 +4,8 @@
 
 Trains the network of `recipes/pocket/siblings.py`, with the variant labels of the pre-training images, once for each
 view, and prints how well its features separate variants that it was not trained on: the four that pre-training leaves
-out, and the 12 few-shot variants, on images of the val split. What the latents lack no class token can know. `DIR`
-holds Parquet shards with columns image, variant, manufacturer, airline.
+out, and the 12 few-shot variants, on images of the val split. Class tokens cannot use detail that the latents lack.
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from fewshot_diti.bank_files import (
 )
 from fewshot_diti.config import Label
 from fewshot_diti.data.arguments import plain_labels
+from fewshot_diti.data.folders import check_folder
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.lora import Layout, Target, union_layout
 
@@ -193,8 +194,10 @@ class Bank:
         """Reads what `save_pretrained` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: as `bank_files.read_files`, or another version wrote it.
+            FileNotFoundError: there is no such folder, or it holds no complete bank.
+            ValueError: as `bank_files.read_files`, or another version wrote it.
         """
+        check_folder(folder, "the folder of a bank")
         contents = read_files(folder, (WEIGHTS, CLASSES, CONFIG))
         config = json.loads(contents[CONFIG])
         with written_here(folder):

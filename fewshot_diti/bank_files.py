@@ -68,7 +68,7 @@ def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete bank; `fewshot-diti train` writes one.")
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete bank; save_pretrained writes one.")
     try:
         manifest = json.loads(path.read_bytes())
         version = manifest["format"]

@@ -58,6 +58,9 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         geometry: size and resize rule; by default the backbone's size, cropped.
         witnesses: a short way to say `ScoringConfig(witnesses=...)`.
 
+    As in scikit-learn, what is set after `fit` counts from the next `fit` on. Two differ: `prediction` counts at once,
+    and a prediction refuses a scoring that is not the fitted one.
+
     Attributes:
         classes_: the labels, sorted.
         calibration_: weights of the trials and temperature.

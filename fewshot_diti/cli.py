@@ -19,7 +19,7 @@ from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
-from fewshot_diti.reports import printable
+from fewshot_diti.reports import printable_lines
 from fewshot_diti.training import TrainingError
 
 Command = (
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     # a warning is for the user of the command, who has no use for the line of code that gave it
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable_lines(str(message))}\n"
     disable_progress_bar()  # of reading weights from disk, which takes a second; downloads and training keep theirs
     try:
         console = Console(quiet=not process_state().is_main_process, markup=False, emoji=False, highlight=False)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except (ValueError, OSError, TrainingError) as error:
-        print("error:", printable(str(error)), file=sys.stderr)
+        print("error:", printable_lines(str(error)), file=sys.stderr)
         return 2
     except torch._dynamo.exc.TorchDynamoException as error:
         print(

@@ -63,7 +63,7 @@ def announce_time(backbone: Backbone, size: tuple[int, int], evaluations: int, w
     if state.is_main_process:
         print(
             f"This backbone has {backbone.unet.num_parameters() / 1e6:.0f} million parameters and runs on the CPU: "
-            f"{seconds:.2g} s an evaluation, about {evaluations} evaluations of {what}, "
+            f"{seconds:.2g} s per evaluation, about {evaluations} evaluations of {what}, "
             f"{seconds * evaluations / 3600 / state.num_processes:.1f} hours in all. A GPU is faster.",
             file=sys.stderr,
         )

@@ -43,15 +43,16 @@ class Progress:
             self._bar.update(count)
         elif self._lines and time.monotonic() - self._said > _SECONDS:
             self._said = time.monotonic()
-            left = (self._said - self._began) * (self.total - self.done) / self.done
-            self._say(f"{self.done} of {self.total} {self.unit}s, about {left / 60:.0f} minutes left")
+            left = round((self._said - self._began) * (self.total - self.done) / self.done / 60)
+            when = f"about {counted(left, 'minute')}" if left else "less than a minute"
+            self._say(f"{self.done} of {counted(self.total, self.unit)}, {when} left")
 
     def close(self) -> None:
         """Ends it; without a terminal the last line says how long it took."""
         if self._bar is not None:
             self._bar.close()
         elif self._lines:
-            self._say(f"{self.done} {self.unit}s in {time.monotonic() - self._began:.0f} s")
+            self._say(f"{counted(self.done, self.unit)} in {time.monotonic() - self._began:.0f} s")
 
     def _say(self, text: str) -> None:
         print(f"{self.desc}: {text}", file=sys.stderr, flush=True)
@@ -61,6 +62,11 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self.close()
+
+
+def counted(number: int, unit: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 def _disabled() -> bool:

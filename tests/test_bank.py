@@ -70,8 +70,12 @@ def test_a_damaged_manifest_is_named(bank: Bank, tmp_path: Path, manifest: str) 
 
 
 def test_a_folder_without_a_manifest_holds_no_bank(bank: Bank, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere; check the path"):
         Bank.from_pretrained(tmp_path / "nowhere")
+    for name, what in (("bank.zip", "is an archive, not a folder"), ("a.json", "pass the folder of a bank")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(FileNotFoundError, match=what):
+            Bank.from_pretrained(tmp_path / name)
     bank.save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):

@@ -129,7 +129,7 @@ def test_what_was_not_given_at_fit_is_filled_in_and_saved(
 
 
 @pytest.mark.usefixtures("large")
-def test_a_temperature_that_nobody_measured_is_told_once(
+def test_a_temperature_that_is_not_measured_is_warned_of_once(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
 ) -> None:
     images = shots_of(pictures, ["a320", "dc-9"], 1)

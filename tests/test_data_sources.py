@@ -11,6 +11,7 @@ from PIL import Image
 
 from fewshot_diti.data import ImageSet, image_id, load_bundled, load_images, normalize_airline, seen_attribute
 from fewshot_diti.data.images import open_image
+from fewshot_diti.data.sources import training_splits
 
 CLASSES = ("707-320", "Boeing 717", "A310")
 
@@ -106,7 +107,7 @@ def test_a_pool_of_class_folders_has_no_splits_and_skips_hidden_and_other_files(
     (sources / "pool" / "A310" / "notes.txt").write_text("no image")
     (sources / "pool" / "A310" / "._9.png").write_text("no image")
     (sources / "pool" / ".cache").mkdir()
-    with pytest.warns(UserWarning, match=r"1 files are passed over \(1 \.txt\)"):
+    with pytest.warns(UserWarning, match=r"1 file is passed over \(1 \.txt\)"):
         assert len(load_images(f"folder:{sources}/pool")) == 6
     with pytest.raises(ValueError, match="no splits"):
         load_images(f"folder:{sources}/pool", "train")
@@ -307,3 +308,19 @@ def test_an_empty_data_set_is_refused(tmp_path):
     datasets.Dataset.from_dict({"image": [], "label": []}).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="holds no images"):
         load_images(f"hub:{tmp_path / 'none'}")
+
+
+def test_what_is_trained_on_and_validated_on_where_nothing_is_named(tmp_path: Path) -> None:
+    for name in ("whole", "pool"):
+        for part in ("train/a", "val/a", "test/a") if name == "whole" else ("a", "b"):
+            (tmp_path / name / part).mkdir(parents=True)
+    (tmp_path / "fgvc" / "data").mkdir(parents=True)
+    assert training_splits("bundled") == training_splits(f"veri:{tmp_path}") == ("train", None)
+    assert training_splits(f"fgvc:{tmp_path / 'fgvc'}@family") == ("train", None)
+    (tmp_path / "fgvc" / "data" / "images_family_val.txt").touch()
+    assert training_splits(f"fgvc:{tmp_path / 'fgvc'}@family") == ("train", "val")
+    assert training_splits(f"fgvc:{tmp_path / 'fgvc'}") == ("train", None)
+    for spec in ("", "folder:"):
+        assert training_splits(f"{spec}{tmp_path / 'whole'}") == ("train", "val")
+        assert training_splits(f"{spec}{tmp_path / 'pool'}") == (None, None)
+    assert training_splits("hub:some/set") == training_splits("manifest:a.csv") == (None, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,13 +103,15 @@ def test_banks_are_equal_where_all_that_decides_is(fitted: DiTiClassifier) -> No
 
 
 def test_threads_decide_as_one_after_the_other(
-    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Any]
 ) -> None:
-    images = shots_of(pictures, ["a320", "dc-9", "tu-154"], 1)
+    images = shots_of(pictures, ["a320", "dc-9", "tu-154"], 2)
     prediction = PredictionConfig(schedule="racing")
-    expected = make(backbone, prediction=prediction).fit(*images).scores(tests)
-    shared = make(backbone, prediction=prediction).fit(*images)
-    with ThreadPoolExecutor(3) as threads:
+    scoring = replace(SCORING, witnesses=("features",), witness_weights=(1.0,))
+    tests = [*tests, *noise(5)]
+    expected = make(backbone, scoring=scoring, prediction=prediction).fit(*images).scores(tests)
+    shared = make(backbone, scoring=scoring, prediction=prediction).fit(*images)
+    with ThreadPoolExecutor(4) as threads:
         parts = list(threads.map(lambda image: shared.scores([image]), tests))
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
 

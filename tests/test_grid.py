@@ -19,12 +19,17 @@ from rich.console import Console
 from small_grid import QUIET
 
 from fewshot_diti.baselines import presets
+from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.baselines.tip_adapter import TipSettings
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation.class_tokens import tip_adapter
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import METHODS
+from fewshot_diti.presets import PRESETS, FeatureConfig, Kind
+from fewshot_diti.witnesses import linear, network
+
+SHIPPED_PRESETS = dict(PRESETS)  # `small_settings` replaces one
 
 pytestmark = pytest.mark.usefixtures("small_settings")
 
@@ -67,6 +72,16 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     assert replace(fast, max_test_images=1).folder != fast.folder  # a quick look leaves the full table alone
 
 
+@pytest.mark.parametrize("kind", ["pocket", "stable-diffusion"])
+def test_rows_of_class_tokens_score_by_the_presets_that_ship(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setitem(PRESETS, "pocket", SHIPPED_PRESETS[kind])
+    scoring = Grid(config).bench.scoring(seed=3)
+    assert (scoring.witnesses, scoring.witness_weights, scoring.seed) == ((), (), 3)
+    assert scoring.trials == 3 and scoring.weighting == "uniform"
+
+
 def test_a_record_is_stale_when_the_package_or_a_setting_of_its_method_changes(
     config: EvalConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +104,32 @@ def test_a_record_is_stale_when_the_package_or_a_setting_of_its_method_changes(
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.0.0" if name == "fewshot-diti" else installed(name))
     assert len(Grid(few).missing()) == 3
+
+
+def test_what_decides_a_row_names_its_constants(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    witnesses = {"witnesses": ("features", "network:test_resnet", "linear-network:test_resnet")}
+    preset = replace(PRESETS["pocket"], scoring={**PRESETS["pocket"].scoring, **witnesses, "witness_weights": (1,) * 3})
+    monkeypatch.setitem(PRESETS, "pocket", preset)
+
+    def described(method: str) -> str:
+        return json.dumps(METHODS[method].settings(Grid(config).bench, 1, 1), default=str)
+
+    before = {method: described(method) for method in ("fewshot-diti", "lda-sd", "linear-sd", "ncm-sd")}
+    assert before == {method: described(method) for method in before}
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "pocket", replace(preset, features=FeatureConfig(timestep=0.2)))
+        assert all(described(method) != before[method] for method in before)
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "pocket", replace(preset, overlap=0.123))
+        assert described("fewshot-diti") != before["fewshot-diti"]
+    for module, name, value in ((network, "TEMPERATURE", 0.9), (linear, "COPIES", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert described("fewshot-diti") != before["fewshot-diti"]
+    with monkeypatch.context() as patch:
+        small = replace(presets.PRESETS["small"], tuning=TuningSettings(steps=7))
+        patch.setitem(presets.PRESETS, "small", small)
+        assert described("fewshot-diti") != before["fewshot-diti"]
 
 
 def test_a_large_model_beside_a_small_backbone_has_the_published_settings(
@@ -254,7 +295,7 @@ def test_shots_of_one_livery_are_matched_by_some_test_images_and_not_by_others(c
     assert "bootstrap over airline" in page and "drop of accuracy" in page
     assert (
         page.count("| nn-latents |") == 4
-        and "8 shots are drawn as ever: some class has too few images of any airline" in page
+        and "8 shots are drawn as usual: some class has too few images of any airline" in page
     )
     with pytest.raises(ValueError, match=r"no attribute 'colour' in its split train and test; pass group with one of"):
         Grid(replace(few, shift="none", group="colour"))

@@ -45,7 +45,7 @@ def test_without_a_terminal_a_line_comes_once_a_minute_and_one_at_the_end(
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "class tokens: 4 of 10 steps, about 2 minutes left",
-        "class tokens: 8 of 10 steps, about 1 minutes left",
+        "class tokens: 8 of 10 steps, about 1 minute left",
         "class tokens: 8 steps in 122 s",
     ]
 

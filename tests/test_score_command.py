@@ -32,7 +32,7 @@ def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_tells_the_recall_of_a_shortlist_and_score_leaves_the_other_classes_out(
+def test_train_reports_the_recall_of_a_shortlist_and_score_leaves_the_other_classes_out(
     shots: Path, tests: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, output = tmp_path / "bank", tmp_path / "out.jsonl"
@@ -110,6 +110,51 @@ def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
     assert last == f"not scored: {first['error']}"
 
 
+def test_score_scores_the_rest_where_paths_lead_nowhere(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dead.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    named = [str(tmp_path / name) for name in ("dead.png", "pipe.png", "never.png")]
+    output = tmp_path / "out.jsonl"
+    command = ["score", "--bank", str(bank), *named, str(tests / "1.png"), "--output", str(output)]
+    assert cli.main(command) == 1
+    out = capsys.readouterr().out
+    for what in ("dead.png is a link to", "pipe.png is a named pipe", "no image file " + named[2]):
+        assert what in out
+    records = {record["path"]: record for record in read_lines(output)}
+    assert "label" in records[str(tests / "1.png")] and "error" in records[named[1]]
+    assert cli.main(["score", "--bank", str(bank), named[2], "--output", str(tmp_path / "none.jsonl")]) == 2
+    assert f"There is no image file or folder {named[2]}" in capsys.readouterr().err
+
+
+def test_names_cannot_write_to_the_terminal(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    shutil.copy(tests / "0.png", folder / "a\x1b[31m\nJSON lines: fake.png")
+    (folder / "b\x1b]0;title\nnot scored: nothing.png").write_bytes(b"no picture")
+    assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert not any(line.startswith("JSON lines: fake") or line == "not scored: nothing.png" for line in out.split("\n"))
+
+
+def test_a_console_without_the_letters_of_a_name_stops_nothing(bank: Path, tests: Path, tmp_path: Path) -> None:
+    image = tmp_path / "\u98de\u673a.png"
+    shutil.copy(tests / "0.png", image)
+    command = [sys.executable, "-m", "fewshot_diti", "score", "--bank", str(bank), str(image)]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out.jsonl")],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"??.png" in done.stdout and read_lines(tmp_path / "out.jsonl")[0]["path"] == str(image)
+
+
 def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
     bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +167,7 @@ def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
     assert (folder / "0.png").read_bytes() == before
     for _ in range(2):
         assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 0
-    assert "1 files are passed over (1 .txt)" in capsys.readouterr().out
+    assert "1 file is passed over (1 .txt)" in capsys.readouterr().out
 
 
 def test_two_processes_score_as_one_and_neither_an_image_twice(

@@ -55,7 +55,7 @@ class OpenClip:
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights."""
+        """Hash of the weights."""
         return hash_weights(self.model)
 
     @torch.no_grad()

@@ -88,7 +88,7 @@ class ImageNetwork:
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights."""
+        """Hash of the weights."""
         return hash_weights(self.module)
 
     @property
@@ -129,10 +129,10 @@ class _PackagedNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """Of training a whole network.
+    """Settings for fine-tuning a whole network.
 
     Attributes:
-        steps, batch_size, lr: of the training; the head learns ten times as fast.
+        steps, batch_size, lr: the head learns ten times as fast.
         least_epochs: passes over the shots, however few `steps` are.
     """
 

@@ -19,7 +19,7 @@ TIMESTEPS = (0.06, 0.2, 0.4)  # as shares of the schedule
 
 
 class UnetFeatures:
-    """All blocks' features of images at some timesteps, without noise, one pass through the U-Net a timestep.
+    """All blocks' features of images at some timesteps, without noise, one pass through the U-Net per timestep.
 
     Args:
         prompt: of the text that the U-Net reads.
@@ -45,7 +45,7 @@ class UnetFeatures:
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}
 
     def candidates(self) -> dict[str, Features]:
-        """Features [N, d] of each block at each timestep, the one to take unasked first."""
+        """Features [N, d] of each block at each timestep, the default first."""
         return {
             f"{name}, t = {round(share * self.backbone.num_train_timesteps)}": partial(self._block, name, share)
             for name in self._blocks

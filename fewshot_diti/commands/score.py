@@ -38,9 +38,9 @@ class ScoreConfig:
         bank: folder that `fewshot-diti train` wrote.
         output: file for one JSON line per image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
-            and the scores of all classes (null off the shortlist); or path and error. A file of that name is replaced.
-            Beside it, in
-            FILE.parts, each process keeps what it has scored, so that the same command goes on where it was cut short.
+            and the scores of all classes (null off the shortlist); or path and error. Only an earlier output of score
+            is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the same command goes
+            on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -112,15 +112,17 @@ def score(config: ScoreConfig, console: Console) -> int:
 def _list_images(named: Sequence[str]) -> tuple[list[str], list[Path]]:
     """Each file once, in the order named, folders in alphabetical order; and the folders' files that are no images.
 
+    A path that is not there is listed beside others that are: it gets its reason where it is opened.
+
     Raises:
-        FileNotFoundError: a path that is not there, or a folder without images.
+        FileNotFoundError: none of the paths is there, or a folder without images.
     """
     paths: list[str] = []
     others: list[Path] = []
+    if not any(map(os.path.lexists, named)):
+        raise FileNotFoundError(f"There is no image file or folder {named[0]}; check the path.")
     for name in named:
         root = Path(name)
-        if not root.exists():
-            raise FileNotFoundError(f"There is no image file or folder {name}; check the path.")
         if root.is_dir():
             files = visible_files(root)
             inside = [str(path) for path in files if is_image(path)]

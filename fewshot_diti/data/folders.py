@@ -18,6 +18,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2"),
 )
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+_OF_IMAGES = "a folder with one sub-folder of images per class"
 _TABLES = (".csv", ".json", ".jsonl")
 _SPLIT_WORDS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 # Made by operating systems and network drives, beside the names that start with a dot.
@@ -68,8 +69,8 @@ def load_folder(folder: str | Path, split: str | None = None) -> ImageSet:
     return image_files_set(paths, [p.relative_to(pool).parts[0] for p in paths], class_names)
 
 
-def check_folder(path: str | Path) -> None:
-    """Raises a FileNotFoundError that says what the path is, where it is no folder."""
+def check_folder(path: str | Path, wanted: str = _OF_IMAGES) -> None:
+    """Raises a FileNotFoundError that says what the path is and what is wanted, where it is no folder."""
     if os.path.isdir(path):
         return
     suffix = Path(path).suffix.lower()
@@ -77,12 +78,12 @@ def check_folder(path: str | Path) -> None:
         message = f"There is no folder {path}; check the path."
     elif suffix in _ARCHIVES:
         message = f"{path} is an archive, not a folder; unpack it and pass the folder."
-    elif suffix in _TABLES:
+    elif suffix in _TABLES and wanted == _OF_IMAGES:
         message = f"{path} is a file, not a folder; a table of images is passed as manifest:{path}"
     elif os.path.islink(path) and not os.path.exists(path):
         message = f"{path} is a link to {os.readlink(path)}, which is not there; mend the link or pass a folder."
     else:
-        message = f"{path} is a file, not a folder; pass a folder with one sub-folder of images per class."
+        message = f"{path} is a file, not a folder; pass {wanted}."
     raise FileNotFoundError(message)
 
 
@@ -159,7 +160,7 @@ def passed_over(files: Iterable[Path]) -> str:
     """How many files are passed over, by suffix."""
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in files)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
-    return f"{suffixes.total()} files are passed over ({kinds})"
+    return f"{'1 file is' if suffixes.total() == 1 else f'{suffixes.total()} files are'} passed over ({kinds})"
 
 
 def _is_visible(name: str) -> bool:

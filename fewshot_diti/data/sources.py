@@ -14,7 +14,7 @@ import numpy as np
 from pyarrow.lib import ArrowException
 
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
-from fewshot_diti.data.folders import find_file, load_folder, raise_no_layout
+from fewshot_diti.data.folders import find_file, folder_splits, load_folder, raise_no_layout
 from fewshot_diti.data.image_set import ImageSet, check_has_split, image_files_set, index_labels
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.data.tables import read_csv, read_manifest, read_utf8
@@ -257,6 +257,22 @@ def load_images(spec: str, split: str | None = None) -> ImageSet:
     if spec and (":" not in spec or re.match(r"[A-Za-z]:[\\/]", spec) or os.path.lexists(spec)):
         return load_folder(spec, split)
     raise ValueError(f"Images {spec!r}; pass one of {_SPECS}.")
+
+
+def training_splits(spec: str) -> tuple[str | None, str | None]:
+    """The splits that are trained on and validated on where none is named: train, and val where the source has both;
+    None for a source that is one pool."""
+    kind, _, place = spec.partition(":")
+    if kind == "fgvc":
+        folder, _, level = place.rpartition("@")
+        folder, level = (folder, level) if level in get_args(FgvcLevel) else (place, "variant")
+        lists = (root / f"images_{level}_val.txt" for root in (Path(folder), Path(folder) / "data"))
+        return "train", "val" if any(path.is_file() for path in lists) else None
+    if spec == "bundled" or kind in _BENCHMARKS:
+        return "train", None
+    root = Path(place) if kind == "folder" and not os.path.isdir(spec) else Path(spec)
+    splits = folder_splits(root) if root.is_dir() else []
+    return ("train" if "train" in splits else None, "val" if {"train", "val"} <= set(splits) else None)
 
 
 def normalize_airline(name: str) -> str:

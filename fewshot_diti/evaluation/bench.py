@@ -31,6 +31,7 @@ from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts, generic_prompt
 from fewshot_diti.trials import even_grid
+from fewshot_diti.witnesses import Witness, make_witness
 
 FOLDS = 2  # of cross-validation on the shots
 DECIDES_ERRORS = ("trials", "timesteps", "unet_scale", "text_encoder_scale", "seed")  # fields of ScoringConfig
@@ -67,6 +68,7 @@ class Bench:
         self.concept, self.trials, self.folder = concept, trials, folder
         self._training_share = training_share
         self._shot_features: dict[tuple[int, int], dict[Label, Tensor]] = {}
+        self._witnesses: dict[str, Witness] = {}
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -157,6 +159,12 @@ class Bench:
         training = recommended(num_shots, self.backbone.kind).training
         return replace(training, steps=self.steps(training.steps), seed=seed)
 
+    def witness(self, name: str) -> Witness:
+        """A witness of the classifier as it ships, by its name."""
+        if name not in self._witnesses:
+            self._witnesses[name] = make_witness(name, self.geometry)
+        return self._witnesses[name]
+
     @property
     def recommended(self) -> ScoringConfig:
         """How images would be scored if the table did not compare ways of it."""
@@ -168,7 +176,7 @@ class Bench:
         return ColourJitter.of(self.training(num_shots=1, seed=0))
 
     def steps(self, whole: int) -> int:
-        """Of a training that has `whole` steps, how many are done."""
+        """How many steps are done of a training that has `whole` steps."""
         return max(1, round(self._training_share * whole))
 
     def scoring(self, seed: int) -> ScoringConfig:
@@ -180,11 +188,12 @@ class Bench:
             density="even",
             weighting="uniform",
             witnesses=(),
+            witness_weights=(),
             seed=seed,
         )
 
     def evaluation_seconds(self) -> float:
-        """Of one evaluation, measured."""
+        """Seconds per evaluation, measured."""
         seconds_of_an_evaluation(self.backbone, self.geometry.size)  # the first is slower
         return seconds_of_an_evaluation(self.backbone, self.geometry.size, batch_size=4)
 

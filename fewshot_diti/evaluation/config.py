@@ -35,6 +35,7 @@ class GridConfig:
             then the number per class in it, and seeds move training and scoring alone.
         concept: what all classes are, such as "bird"; by default "aircraft" for bundled and fgvc; other data name it.
         trials: of the diffusion methods, over all timesteps; by default 16 for the pocket, else what is recommended.
+            The row `fewshot-diti` has its own range of timesteps, and by default what is recommended for it.
         training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".

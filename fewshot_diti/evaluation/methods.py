@@ -27,6 +27,7 @@ from fewshot_diti.evaluation.class_tokens import (
 )
 from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
+from fewshot_diti.presets import PRESETS
 
 SHIPPED = "fewshot-diti"  # the classifier as it ships
 SIBLINGS = "siblings"  # needs a network that a user may not have
@@ -123,7 +124,12 @@ def _tuning_settings(bench: Bench, num_shots: int, seed: int) -> Settings:
 
 
 def _unet_settings(bench: Bench, num_shots: int, seed: int) -> Settings:
-    return {"concept": bench.concept, "timesteps": TIMESTEPS, "positions": bench.unet_features.positions}
+    return {
+        "concept": bench.concept,
+        "timesteps": TIMESTEPS,
+        "positions": bench.unet_features.positions,
+        "features": asdict(PRESETS[bench.backbone.kind].features),
+    }
 
 
 def _logistic(

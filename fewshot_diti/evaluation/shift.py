@@ -1,4 +1,4 @@
-"""What it does that images share an attribute with the shots: to matched, shifted and misleading test images.
+"""The effect of an attribute that test images share with the shots: on matched, shifted and misleading images.
 
 Of the test images that have a value of the attribute, such as an airline, those are *matched* whose value the shots of
 their own class show, and the others *shifted*; *misleading* are the shifted ones whose value the shots of another class
@@ -47,7 +47,7 @@ def tables(grid: Grid, records: Mapping[Run, dict[str, Any]]) -> list[Table]:
     how = f"accuracy in % {over}, images of all seeds"
     mixed = [str(k) for k in config.shots if config.shifted and not grid.of_one_value(k)]
     if mixed:
-        how += f"; {', '.join(mixed)} shots are drawn as ever: some class has too few images of any {config.column}"
+        how += f"; {', '.join(mixed)} shots are drawn as usual: some class has too few images of any {config.column}"
     parts: dict[str, Callable[[_Images], str]] = {
         f"matched test images, which share their {config.column} with the shots of their class: {how}": _on_matched,
         f"shifted test images, which do not: {how}": _on_shifted,

@@ -1,7 +1,8 @@
-"""The row `fewshot-diti`: the classifier as it ships, with its own trials, race, features and temperature."""
+"""The row `fewshot-diti`: the classifier as it ships, with its own trials, race, witnesses and temperature."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -15,11 +16,17 @@ from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.kept_errors import load_errors, save_errors
 from fewshot_diti.evaluation.run import BANK, classify, learn, settle
 from fewshot_diti.evaluation.task import Outcome, Task, fingerprint
+from fewshot_diti.presets import PRESETS
 
 
 def shipped_settings(bench: Bench, num_shots: int, seed: int) -> dict[str, Any]:
     """All that decides what the classifier gives, beside images and backbone."""
-    return _classifier(bench, num_shots, seed).settings_for(num_shots).to_dict()
+    settings, preset = _classifier(bench, num_shots, seed).settings_for(num_shots), PRESETS[bench.backbone.kind]
+    return settings.to_dict() | {
+        "features": asdict(preset.features),
+        "overlap": preset.overlap,
+        "witnesses": {name: bench.witness(name).described for name in settings.scoring.witnesses},
+    }
 
 
 def prepare_shipped(bench: Bench, task: Task) -> None:

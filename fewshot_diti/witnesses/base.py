@@ -45,6 +45,11 @@ class Witness(ABC):
     evaluations = 0
     geometry: ImageGeometry | None = None
 
+    @property
+    def described(self) -> str:
+        """What decides its word beside shots, backbone and training: weights of another model, and constants."""
+        return ""
+
     @abstractmethod
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """What is kept of shots, [n, V, ...]: of the shot itself first, then of copies in the colours of training."""

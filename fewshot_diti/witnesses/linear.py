@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewshot_diti.baselines.clip import VIT_H, OpenClip
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork, size_for
-from fewshot_diti.baselines.probe import COPIES, fit_logistic
+from fewshot_diti.baselines.probe import COPIES, MOST_ROWS, STRENGTHS, fit_logistic
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
@@ -29,6 +29,16 @@ from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, position
 
 class _Linear(Witness):
     """What reads features, and fits logistic regression on them."""
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """What decides the features."""
+
+    @property
+    def described(self) -> str:
+        """Of model and regression."""
+        return f"{self.model}, {COPIES} copies, at most {MOST_ROWS} rows, C of {[float(c) for c in STRENGTHS]}"
 
     @abstractmethod
     def features(self, pictures: list[Image.Image]) -> np.ndarray:
@@ -105,6 +115,11 @@ class LinearNetwork(_Linear):
         self.network = ImageNetwork(model or PACKAGED, size=size_for(geometry.size))
         self.geometry = replace(self.network.geometry, banner_rows=geometry.banner_rows)
 
+    @property
+    def model(self) -> str:
+        """Weights, and size of the images."""
+        return self.network.described
+
     def features(self, pictures: list[Image.Image]) -> np.ndarray:
         """Mean features [N, D]."""
         return self.network.features(pictures)
@@ -124,6 +139,11 @@ class LinearClip(_Linear):
 
     def __init__(self, model: str, geometry: ImageGeometry) -> None:
         self.clip = OpenClip(model or VIT_H)
+
+    @property
+    def model(self) -> str:
+        """Hash of the weights."""
+        return self.clip.hash
 
     def features(self, pictures: list[Image.Image]) -> np.ndarray:
         """Unit vectors [N, D]."""

@@ -37,6 +37,11 @@ class TunedNetwork(Witness):
         self.network = network.at(size_for(geometry.size, self.preset.tuning_scale))
         self.geometry = replace(self.network.geometry, banner_rows=geometry.banner_rows)
 
+    @property
+    def described(self) -> str:
+        """Of the network before it is tuned."""
+        return f"{self.network.described}, {self.preset.tuning}, temperature {TEMPERATURE}"
+
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """Pixels uint8 [n, 1, 3, height, width]."""
         return torch.stack([shot.resized[self.geometry] for shot in shots])[:, None]
