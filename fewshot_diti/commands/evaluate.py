@@ -88,7 +88,7 @@ def plan(grid: Grid) -> str:
     for num_shots, seed in draws:
         seconds = evaluation * grid.bench.evaluations(num_shots, len(grid.test.class_names), len(grid.test))
         total += seconds
-        lines.append(f"class tokens at {num_shots} shots per class, seed {seed}  about {seconds:.0f} s")
+        lines.append(f"class tokens at {counted(num_shots, 'shot')} per class, seed {seed}  about {seconds:.0f} s")
     for run in missing:
         near = [other for other in done if other.method == run.method]
         if not near:
