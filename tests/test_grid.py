@@ -223,7 +223,7 @@ def test_a_dry_run_says_what_is_missing_and_runs_nothing(
     assert "nn-latents/2-1.json  time unknown" in printed and "3 runs to do, 1 done" in printed
     assert times(few.folder) == before
     assert evaluate(replace(few, methods=("diti",), against="diti", dry_run=True), Console(width=200)) == 0
-    assert "class tokens at 1 shots per class, seed 1  about" in capsys.readouterr().out
+    assert "class tokens at 1 shot per class, seed 1  about" in capsys.readouterr().out
 
 
 def test_data_that_no_table_can_be_made_of_are_refused(config: EvalConfig, data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
 from fewshot_diti.evaluation.methods import METHODS, SHIPPED, SUPERVISION
 from fewshot_diti.files import write_atomically
+from fewshot_diti.progress import counted
 
 # half of the bundled test images
 QUICK: dict[str, Any] = {"shots": (1, 2), "seeds": (1,), "max_test_images": 10, "trials": 3, "training_share": 0.25}
