@@ -91,9 +91,9 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
 
     found: dict[str, Any] = {"class tokens": judged(tokens)} | {name: judged(-p) for name, p in log_p.items()}
     alone = found["class tokens"]["temperature"]
-    for some in (("features",), ("network",), ("features", "network"), ("features", "network", "linear-network")):
-        if not set(some) <= set(log_p):
-            continue
+    names = tuple(log_p)
+    several = (names, *(tuple(x for x in names if x != out) for out in names)) if len(names) > 1 else ()
+    for some in (*((name,) for name in names), *several):
         parts = [log_p[name] for name in some]
         start = [alone] * len(some)
         fitted = fit_weights(tokens, parts, truth, start, alone * (1 + 0.5 * len(some)))

@@ -325,7 +325,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         concept = self.concept or PRESETS[self.backbone_.kind].concept
         self.prompts_ = Prompts.complete(self.prompt_template, self.generic_prompt, concept)
         names = self.settings_for(1).scoring.witnesses if witnesses is None else witnesses
-        self.witnesses_ = {name: make_witness(name, self.geometry_) for name in names}
+        self.witnesses_ = {name: make_witness(name, self.geometry_, concept) for name in names}
         others = [witness.geometry for witness in self.witnesses_.values() if witness.geometry is not None]
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic, others)
         self.complete_, self._warned = False, False

@@ -46,7 +46,7 @@ def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness]
     extra = {SETTINGS: _settings_file(saved)}
     for number, fitted in enumerate(x for x in witnesses if list(x.shots) == list(bank.labels)):
         shots = {f"shots.{c}": shots.contiguous() for c, shots in enumerate(fitted.shots.values())}
-        learned = {f"learned.{name}": value for name, value in fitted.learned.items()}
+        learned = {f"learned.{name}": value.contiguous() for name, value in fitted.learned.items()}
         extra[_witness_file(number)] = save(shots | learned)
     bank.save_pretrained(folder, extra=extra)
 

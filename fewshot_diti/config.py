@@ -129,8 +129,8 @@ class ScoringConfig(_Config):
             classes (`timesteps.importance`); the score averages w / q times the error.
         weighting: as `timesteps.parse_weighting` reads it.
         witnesses: what decides beside the class tokens, by name (`witnesses.KINDS`): "features" of the U-Net,
-            "network" (fine-tuned), "linear-network", "linear-clip", with a model as "network:MODEL"; none: the class
-            tokens alone.
+            "network" (fine-tuned), "linear-network", "clip" (zero-shot), "tip-adapter", "linear-clip", with a model as
+            "network:MODEL"; none: the class tokens alone.
         witness_weights: of each witness: how much a nat of its log-probabilities counts beside a nat of the class
             tokens' (their -score / temperature); at 0 it does not count, at 1 both count alike. "fit" chooses the
             weights under which held-out shots are most likely.

@@ -246,7 +246,7 @@ def test_tip_adapter_is_equation_5_and_alpha_and_beta_are_chosen_without_the_sho
     (shots, labels), (test, _) = pictures(3, 0), pictures(2, 1)
     tip = TipAdapter(clip, TEMPLATES, TipSettings(views=2)).fit(shots, labels)
     tuned = TipAdapter(clip, TEMPLATES, TipSettings(views=2, steps=1), fine_tune=True).fit(shots, labels)
-    keys, classes = tip._keys_ND, sorted(NAMES)
+    keys, classes = tip.keys_ND, sorted(NAMES)
     weights = clip.class_weights(classes, TEMPLATES)
 
     def logits(feature: np.ndarray, alpha: float, beta: float, left_out: int | None = None) -> np.ndarray:

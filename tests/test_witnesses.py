@@ -13,7 +13,9 @@ from small_classifier import PREDICTION, SCORING, TRAINING, make, shots_of
 from small_clip import save_tiny_clip
 
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
+from fewshot_diti.baselines import OpenClip, TipAdapter
 from fewshot_diti.baselines import presets as baseline_presets
+from fewshot_diti.baselines.clip import prompt_templates
 from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.baselines.probe import fit_logistic
 from fewshot_diti.data.images import ImageGeometry
@@ -248,13 +250,43 @@ def test_how_many_shots_a_class_has_does_not_make_it_more_probable() -> None:
     assert (chosen == 2).double().mean() > 2 * (plain.predict(asked.numpy()) == 2).mean()
 
 
-def test_a_linear_witness_reads_clip(
+@pytest.mark.parametrize("kind", ["clip", "tip-adapter", "linear-clip"])
+def test_witnesses_of_clip_save_grow_and_shrink(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path, kind: str
+) -> None:
+    name = f"{kind}:local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
+    scoring = replace(SCORING, witnesses=(name,), witness_weights=(1.0,))
+    classifier = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES))
+    log_p = classifier.evidence(tests)[name]
+    assert log_p.shape == (3, 3) and log_p.std(1).min() > 0
+    classifier.save_pretrained(tmp_path / "bank")
+    assert torch.equal(DiTiClassifier.from_pretrained(tmp_path / "bank", backbone).evidence(tests)[name], log_p)
+    some = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES[1:]))
+    some.add_classes(*shots_of(pictures, CLASSES[:1]))
+    torch.testing.assert_close(some.evidence(tests)[name], log_p, rtol=0, atol=1e-4)
+    some.remove_classes(["dc-9"])
+    torch.testing.assert_close(some.evidence(tests)[name], log_p[:, [0, 2]].log_softmax(1), rtol=0, atol=1e-4)
+
+
+def test_zero_shot_and_tip_adapter_are_the_baselines_but_for_a_temperature(
     backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
 ) -> None:
-    name = f"linear-clip:local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
-    classifier = make(backbone, scoring=replace(SCORING, witnesses=(name,), witness_weights=(1.0,)))
-    evidence = classifier.fit(*shots_of(pictures, CLASSES)).evidence(tests)
-    assert evidence[name].shape == (3, 3) and evidence[name].std() > 0
+    model = f"local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
+    names = (f"clip:{model}", f"tip-adapter:{model}")
+    scoring = replace(SCORING, witnesses=names, witness_weights=(1.0, 1.0))
+    classifier = make(backbone, scoring=scoring, concept="plane").fit(*shots_of(pictures, CLASSES))
+    evidence, templates = classifier.evidence(tests), prompt_templates("plane")
+    seen = [classifier.encoder_.prepare(image).pixels_CHW.permute(1, 2, 0).numpy() for image in tests]
+    clip = OpenClip(model)
+    features = clip.image_features(seen)
+    zero_shot = clip.logit_scale * features @ clip.class_weights(CLASSES, templates).T
+    views = torch.cat(list(classifier._held[1][1].shots.values())).numpy()
+    tip = TipAdapter(clip, templates, baseline_presets.preset_of(clip.model).tip)
+    tip.learn(views[:, 0], views[:, 1:].swapaxes(0, 1), np.arange(3).repeat(2), CLASSES)
+    for name, logits in zip(names, (zero_shot, tip.logits(features)), strict=True):
+        found, expected = evidence[name].numpy(), logits - logits.mean(1, keepdims=True)
+        found = found - found.mean(1, keepdims=True)
+        np.testing.assert_allclose(found / np.abs(found).max(), expected / np.abs(expected).max(), atol=1e-3)
 
 
 def test_a_race_starts_from_what_the_witnesses_say(

@@ -57,6 +57,7 @@ class TipAdapter(Baseline):
 
     Attributes:
         alpha_, beta_: the chosen ones, after `fit`.
+        text_CD, keys_ND: unit vectors of the classes' prompts, and of the shots.
         left_out: logits [N, C] of each shot by the keys of the others, before any training of keys; None with one shot
             a class.
     """
@@ -75,23 +76,33 @@ class TipAdapter(Baseline):
         self.fine_tune, self.recolour, self.seed = fine_tune, recolour, seed
 
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
-        self._weights_CD = self.clip.class_weights([str(x) for x in self.classes_], self.templates)
         views_VND = self._encode_views(images)
+        self.learn(self.clip.image_features(images), views_VND, labels_N, [str(x) for x in self.classes_])
+
+    def learn(
+        self, features_ND: np.ndarray, views_VND: np.ndarray, labels_N: np.ndarray, class_names: Sequence[str]
+    ) -> None:
+        """Learns from the shots' features and those of their views; labels are positions in `class_names`."""
+        self.text_CD = self.clip.class_weights(class_names, self.templates)
         mean = views_VND.mean(0)
-        self._keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-        self._values_NC = np.eye(len(self.classes_))[labels_N]
-        self.alpha_, self.beta_, self.left_out = self._leave_one_out(self.clip.image_features(images), labels_N)
+        self.keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        self._values_NC = np.eye(len(class_names))[labels_N]
+        self.alpha_, self.beta_, self.left_out = self._leave_one_out(features_ND, labels_N)
         if self.fine_tune:
             self._train_keys(views_VND, labels_N)
 
+    def logits(self, features_ND: np.ndarray) -> np.ndarray:
+        """Logits [N, C] of images by their features."""
+        cache = np.exp(-self.beta_ * (1 - features_ND @ self.keys_ND.T)) @ self._values_NC
+        found: np.ndarray = self._zero_shot(features_ND) + self.alpha_ * cache
+        return found
+
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Probabilities [N, C]."""
-        features = self.clip.image_features(images)
-        cache = np.exp(-self.beta_ * (1 - features @ self._keys_ND.T)) @ self._values_NC
-        return softmax(self._zero_shot(features) + self.alpha_ * cache, axis=1)
+        return softmax(self.logits(self.clip.image_features(images)), axis=1)
 
     def _zero_shot(self, features_ND: np.ndarray) -> np.ndarray:
-        return self.clip.logit_scale * features_ND @ self._weights_CD.T
+        return self.clip.logit_scale * features_ND @ self.text_CD.T
 
     def _encode_views(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Features [views, N, D] of random crops that keep each image's shape."""
@@ -107,7 +118,7 @@ class TipAdapter(Baseline):
         counts = np.bincount(labels_N)[labels_N]
         if counts.min() < 2:
             return *self.settings.one_shot, None
-        zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self._keys_ND.T
+        zero_shot, cosines = self._zero_shot(features_ND), features_ND @ self.keys_ND.T
         rows = np.arange(len(labels_N))
 
         def logits(alpha: float, beta: float) -> np.ndarray:
@@ -133,7 +144,7 @@ class TipAdapter(Baseline):
         g = torch.Generator().manual_seed(self.seed)
         views, labels = torch.from_numpy(views_VND), torch.from_numpy(labels_N)
         values = torch.from_numpy(self._values_NC).float()
-        keys = torch.from_numpy(self._keys_ND).clone().requires_grad_()
+        keys = torch.from_numpy(self.keys_ND).clone().requires_grad_()
         optimizer = torch.optim.AdamW([keys], lr=self.settings.lr, eps=1e-4)
         batches = -(-len(labels) // BATCH)
         epochs = max(self.settings.least_epochs, -(-self.settings.steps // batches))
@@ -148,4 +159,4 @@ class TipAdapter(Baseline):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        self._keys_ND = keys.detach().numpy()
+        self.keys_ND = keys.detach().numpy()

@@ -6,25 +6,27 @@ from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.witnesses.base import FittedWitness, Witness, fit_witnesses, read_groups, score_offsets
 from fewshot_diti.witnesses.features import UnetWitness
 
-KINDS = ("features", "network", "linear-network", "linear-clip")
+KINDS = ("features", "network", "linear-network", "clip", "tip-adapter", "linear-clip")
 
 
-def make_witness(name: str, geometry: ImageGeometry) -> Witness:
+def make_witness(name: str, geometry: ImageGeometry, concept: str | None = None) -> Witness:
     """A witness by its name in `ScoringConfig.witnesses`.
 
     Args:
-        name: one of `KINDS`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` (or, for linear-clip,
-            `baselines.clip.OpenClip`) takes: "network:resnet50.a1_in1k", "linear-clip:pocket".
+        name: one of `KINDS`, or KIND:MODEL with a model that `baselines.imagenet.ImageNetwork` (or, for clip,
+            tip-adapter and linear-clip, `baselines.clip.OpenClip`) takes: "network:resnet50.a1_in1k", "clip:pocket".
         geometry: of the bank.
+        concept: what all classes are, for clip and tip-adapter.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no concept for one that needs it.
         FileNotFoundError: the model is not there.
     """
     kind, _, model = name.partition(":")
     if kind == "features" and not model:
         return UnetWitness()
     # timm and open_clip take seconds to import
+    from fewshot_diti.witnesses.clip import TipAdapterWitness, ZeroShotWitness
     from fewshot_diti.witnesses.linear import LinearClip, LinearNetwork
     from fewshot_diti.witnesses.network import TunedNetwork
 
@@ -34,6 +36,10 @@ def make_witness(name: str, geometry: ImageGeometry) -> Witness:
         return LinearNetwork(model, geometry)
     if kind == "linear-clip":
         return LinearClip(model, geometry)
+    if kind in ("clip", "tip-adapter"):
+        if concept is None:
+            raise ValueError(f"The witness {name!r} reads prompts that say what all classes are; pass concept.")
+        return (ZeroShotWitness if kind == "clip" else TipAdapterWitness)(model, concept)
     raise ValueError(f"There is no witness {name!r}; pass some of {', '.join(KINDS)}, or but for the first KIND:MODEL.")
 
 

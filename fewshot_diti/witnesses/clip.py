@@ -1,0 +1,140 @@
+"""CLIP: what it makes of the classes' names alone, and with a cache of the shots.
+
+Shapes in names: N images, n shots, V views of a shot, C classes, D values of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewshot_diti.baselines.clip import VIT_H, OpenClip, prompt_templates
+from fewshot_diti.baselines.presets import preset_of
+from fewshot_diti.baselines.tip_adapter import TipAdapter
+from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view
+from fewshot_diti.config import TrainingConfig
+from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.temperature import fit_temperature
+from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, positions
+
+
+class ZeroShotWitness(Witness):
+    """CLIP's own classifier on prompts with the classes' names; the shots give its temperature alone.
+
+    Args:
+        model: as `OpenClip` takes it; "" for the one of the published figures.
+        concept: what all classes are, as the prompts say it.
+    """
+
+    def __init__(self, model: str, concept: str) -> None:
+        self.clip, self.templates = OpenClip(model or VIT_H), prompt_templates(concept)
+
+    @property
+    def described(self) -> str:
+        """Of model and prompts."""
+        return f"{self.clip.hash}, {self.templates}"
+
+    def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
+        """Unit vectors [n, 1, D]."""
+        return self.read(encoder, shots, torch.empty(0))[:, None]
+
+    def read(self, encoder: Encoder, images: Sequence[PreparedImage], latents_Nchw: Tensor) -> Tensor:
+        """Unit vectors [N, D], of images in the bank's geometry."""
+        return torch.from_numpy(self.clip.encode_images([as_picture(image.pixels_CHW) for image in images]))
+
+    def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
+        """Of each class the mean of its prompts, times what makes the shots most likely, float64 [C, D]."""
+        text_CD = torch.from_numpy(self.clip.class_weights([str(x) for x in shots], self.templates)).double()
+        logits_nC = torch.cat([views[:, 0] for views in shots.values()]).double() @ text_CD.T
+        return {"text": text_CD / fit_temperature(-logits_nC, torch.from_numpy(positions(shots)))}
+
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _TextJudge:
+        """As learned."""
+        return _TextJudge(learned["text"])
+
+    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+        """The prompts of these classes."""
+        return {"text": learned["text"][list(positions)]}
+
+
+class _TextJudge(NamedTuple):
+    text_CD: Tensor
+
+    def log_probabilities(self, features_ND: Tensor) -> Tensor:
+        return (features_ND.double() @ self.text_CD.T).log_softmax(1)
+
+
+class TipAdapterWitness(ZeroShotWitness):
+    """Tip-Adapter (`baselines.tip_adapter.TipAdapter`), with the temperature that is most likely on each shot by the
+    keys of the others; 1 where a class has one shot."""
+
+    def __init__(self, model: str, concept: str) -> None:
+        super().__init__(model, concept)
+        self.settings = preset_of(self.clip.model).tip
+
+    @property
+    def described(self) -> str:
+        """Of model, prompts and settings."""
+        return f"{super().described}, {self.settings}"
+
+    def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
+        """Unit vectors [n, 1 + V, D]: of the shot, and of crops; in other colours where the class has two shots."""
+        recolour = ColourJitter.of(training) if len(shots) > 1 else as_it_is
+        rows = []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(training.seed)
+            for shot in shots:
+                picture = as_picture(shot.pixels_CHW)
+                crops = [random_view(picture, recolour) for _ in range(self.settings.views)]
+                rows.append(torch.from_numpy(self.clip.encode_images([picture, *crops])))
+        return torch.stack(rows)
+
+    def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
+        """Keys of the shots [n, D] and their classes [n], prompts [C, D], alpha and beta, all as log-probabilities
+        need them, float64."""
+        labels_n = positions(shots)
+        views_nVD = torch.cat(list(shots.values())).numpy()
+        tip = TipAdapter(self.clip, self.templates, self.settings)
+        tip.learn(views_nVD[:, 0], views_nVD[:, 1:].swapaxes(0, 1), labels_n, [str(x) for x in shots])
+        temperature = 1.0
+        if tip.left_out is not None:
+            temperature = fit_temperature(-torch.from_numpy(tip.left_out), torch.from_numpy(labels_n))
+        found = _TipJudge(
+            text=torch.from_numpy(tip.text_CD).double() * self.clip.logit_scale / temperature,
+            keys=torch.from_numpy(tip.keys_ND).double(),
+            classes=torch.from_numpy(labels_n),
+            alpha=torch.tensor(tip.alpha_ / temperature, dtype=torch.float64),
+            beta=torch.tensor(tip.beta_, dtype=torch.float64),
+        )
+        return found._asdict()
+
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _TipJudge:
+        """As learned."""
+        return _TipJudge(**learned)
+
+    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+        """The prompts and keys of these classes."""
+        return _TipJudge(**learned).select(positions)._asdict()
+
+
+class _TipJudge(NamedTuple):
+    text: Tensor
+    keys: Tensor
+    classes: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    def log_probabilities(self, features_ND: Tensor) -> Tensor:
+        features = features_ND.double()
+        values_nC = torch.eye(len(self.text), dtype=torch.float64)[self.classes]
+        cache_NC = (-self.beta * (1 - features @ self.keys.T)).exp() @ values_nC
+        return (features @ self.text.T + self.alpha * cache_NC).log_softmax(1)
+
+    def select(self, positions: Sequence[int]) -> _TipJudge:
+        """Of these classes, in this order."""
+        rows = [torch.nonzero(self.classes == c).flatten() for c in positions]
+        classes = torch.arange(len(positions)).repeat_interleave(torch.tensor([len(r) for r in rows]))
+        return self._replace(text=self.text[list(positions)], keys=self.keys[torch.cat(rows)], classes=classes)
