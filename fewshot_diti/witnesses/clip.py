@@ -18,7 +18,7 @@ from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.temperature import fit_temperature
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, positions
+from fewshot_diti.witnesses.base import Judge, ShotsRead, Witness, as_picture, positions
 
 
 class ZeroShotWitness(Witness):
@@ -47,11 +47,12 @@ class ZeroShotWitness(Witness):
 
     def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
         """Of each class the mean of its prompts, times what makes the shots most likely, float64 [C, D]."""
-        text_CD = torch.from_numpy(self.clip.class_weights([str(x) for x in shots], self.templates)).double()
+        text_CD = torch.from_numpy(self.clip.class_weights([str(x) for x in shots], self.templates))
+        text_CD = text_CD.double().contiguous()
         logits_nC = torch.cat([views[:, 0] for views in shots.values()]).double() @ text_CD.T
         return {"text": text_CD / fit_temperature(-logits_nC, torch.from_numpy(positions(shots)))}
 
-    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _TextJudge:
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> Judge:
         """As learned."""
         return _TextJudge(learned["text"])
 
@@ -103,7 +104,7 @@ class TipAdapterWitness(ZeroShotWitness):
         if tip.left_out is not None:
             temperature = fit_temperature(-torch.from_numpy(tip.left_out), torch.from_numpy(labels_n))
         found = _TipJudge(
-            text=torch.from_numpy(tip.text_CD).double() * self.clip.logit_scale / temperature,
+            text=torch.from_numpy(tip.text_CD).double().contiguous() * self.clip.logit_scale / temperature,
             keys=torch.from_numpy(tip.keys_ND).double(),
             classes=torch.from_numpy(labels_n),
             alpha=torch.tensor(tip.alpha_ / temperature, dtype=torch.float64),
@@ -111,7 +112,7 @@ class TipAdapterWitness(ZeroShotWitness):
         )
         return found._asdict()
 
-    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> _TipJudge:
+    def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> Judge:
         """As learned."""
         return _TipJudge(**learned)
 
