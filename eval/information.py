@@ -124,9 +124,10 @@ def main(config: Config) -> None:
     pool, val = (load_images(config.few_shot, split) for split in ("train", "val"))
     _, unseen = split_held_out(load_renders(recipe.data, recipe.size), recipe.held_out)
     table = Table("the network sees", "left-out variants", *(f"{k} shots" for k in config.shots), title="accuracy in %")
+    made_of = f"{backbone.hash[:8]}-{config.network}-{config.false_copies}"
     for name in config.views:
         view = view_of(name, backbone)
-        network = train_siblings(replace(recipe, output_dir=config.output_dir / name), view)
+        network = train_siblings(replace(recipe, output_dir=config.output_dir / made_of / name), view)
         left_out = few_shot_accuracy(features(network, view, unseen.pixels_NCHW), unseen.variants)
         cells = (left_out, *few_shot(network, view, pool, val, config))
         print(name, *(f"{100 * x:.1f}" for x in cells), flush=True)

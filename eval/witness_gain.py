@@ -29,6 +29,7 @@ from fewshot_diti.evaluation.run import classify
 from fewshot_diti.evaluation.shipped import shipped_file, trained_classifier
 from fewshot_diti.evaluation.task import Task
 from fewshot_diti.files import write_atomically
+from fewshot_diti.presets import recommended
 from fewshot_diti.progress import Progress
 from fewshot_diti.reports import bootstrap_interval
 
@@ -113,12 +114,12 @@ def read_evidence(grid: Grid, task: Task) -> Evidence:
     )
 
 
-def table(num_shots: int, draws: list[Evidence]) -> Table:
+def table(num_shots: int, draws: list[Evidence], column: str) -> Table:
     """Accuracy on each part of all sources and of each alone, and how much is lost without each."""
     sources = list(draws[0].logits)
     found = Table(
         title=f"{num_shots} shots, {len(draws)} draws: accuracy in %; without a source, the difference in points "
-        "[95 % interval, bootstrap over liveries]",
+        f"[95 % interval, bootstrap over {column}]",
         title_justify="left",
     )
     found.add_column("sources")
@@ -130,6 +131,9 @@ def table(num_shots: int, draws: list[Evidence]) -> Table:
         for part in draws[0].parts:
             values = np.concatenate([x[draw.parts[part]] for x, draw in zip(values_of, draws, strict=True)])
             groups = [g for draw in draws for g, m in zip(draw.groups, draw.parts[part], strict=True) if m]
+            if not len(values):
+                row.append("no images")
+                continue
             low, high = bootstrap_interval(values, groups)
             row.append(
                 f"{100 * values.mean():.1f} [{100 * low:.0f}, {100 * high:.0f}]"
@@ -189,6 +193,8 @@ def _draw(axes: Axes, task: Task, row: int, otherwise: str) -> None:
 def main(config: Config) -> None:
     """Prints a table for each number of shots, and draws the picture."""
     grid, first = Grid(config.grid), True
+    if not any(recommended(k, grid.bench.backbone.kind).scoring.witness_weights for k in config.grid.shots):
+        raise ValueError(f"By default no witness counts on a backbone like {config.grid.backbone}; name another.")
     for num_shots in config.grid.shots:
         draws = []
         for seed in config.grid.seeds:
@@ -198,7 +204,7 @@ def main(config: Config) -> None:
                 write_atomically(config.picture, picture(task, draws[-1]))
                 print(f"wrote {config.picture}")
             first = False
-        Console(width=160).print(table(num_shots, draws))
+        Console(width=160).print(table(num_shots, draws, config.grid.column))
 
 
 if __name__ == "__main__":

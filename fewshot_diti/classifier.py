@@ -40,13 +40,13 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     """A few-shot classifier on the denoising errors of a Stable Diffusion, with the API of scikit-learn.
 
     Witnesses, where they have a weight, decide together with the class tokens: the frozen U-Net's own features of an
-    image, or a network that was trained on ImageNet and is fine-tuned on the shots (both are recommended for small
-    backbones). What they have read of the shots and what they have learned is kept with the bank.
+    image, a network that was trained on ImageNet and is fine-tuned on the shots (both are recommended for small
+    backbones), CLIP. What they have read of the shots and what they have learned is kept with the bank.
 
     Args:
         backbone: "pocket", a folder, a hub id, or a loaded `Backbone`.
         concept: what all classes are, in the singular, such as "bird"; it enters the prompts. The pocket knows aircraft
-            alone; with other backbones it has to be given, or the prompts.
+            alone; with other backbones it has to be given, or the prompts; the witnesses clip and tip-adapter need it.
         prompt_template: prompt of a class token, `{}` standing for the class; without `{}` all classes share one prompt
             and differ in their LoRA alone. By default with the rare word before the class (TiF, section 4.1).
         generic_prompt: prompt of the prior images.
@@ -58,8 +58,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         geometry: size and resize rule; by default the backbone's size, cropped.
         witnesses: a short way to say `ScoringConfig(witnesses=...)`.
 
-    As in scikit-learn, what is set after `fit` counts from the next `fit` on. Two differ: `prediction` counts at once,
-    and a prediction refuses a scoring that is not the fitted one.
+    As in scikit-learn, what is set after `fit` counts from the next `fit` on. Three differ: `prediction` counts at
+    once, `training` when classes are added, and a prediction refuses a scoring that is not the fitted one.
 
     Attributes:
         classes_: the labels, sorted.
@@ -77,6 +77,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     prompts_: Prompts
     witnesses_: dict[str, Witness]
     complete_: bool = False
+    _concept: str | None = None
     _held: tuple[Bank | None, tuple[FittedWitness, ...]] = (None, ())
     _warned = False
     _made: Decider | None = None
@@ -265,7 +266,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         """
         bank, settings = self._fitted(), self.settings_._replace(prediction=self.current_prediction())
         saved = Saved(
-            concept=self.concept,
+            concept=self._concept,
             prompts=self.prompts_,
             given_training=self.training,
             given_scoring=self._given_scoring(),
@@ -322,6 +323,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         self.backbone_ = given if isinstance(given, Backbone) else Backbone.from_pretrained(given)
         self.geometry_ = self.geometry or ImageGeometry(size=self.backbone_.image_size)
         self.backbone_.check_image_size(self.geometry_.size)
+        self._concept = self.concept  # as it is saved, whatever is set later
         concept = self.concept or PRESETS[self.backbone_.kind].concept
         self.prompts_ = Prompts.complete(self.prompt_template, self.generic_prompt, concept)
         names = self.settings_for(1).scoring.witnesses if witnesses is None else witnesses

@@ -324,4 +324,5 @@ def test_what_is_trained_on_and_validated_on_where_nothing_is_named(tmp_path: Pa
     for spec in ("", "folder:"):
         assert training_splits(f"{spec}{tmp_path / 'whole'}") == ("train", "val")
         assert training_splits(f"{spec}{tmp_path / 'pool'}") == (None, None)
+    assert training_splits("duke") == training_splits("fgvc") == (None, None)  # plain folders
     assert training_splits("hub:some/set") == training_splits("manifest:a.csv") == (None, None)

@@ -266,6 +266,8 @@ def test_witnesses_of_clip_save_grow_and_shrink(
     torch.testing.assert_close(some.evidence(tests)[name], log_p, rtol=0, atol=1e-4)
     some.remove_classes(["dc-9"])
     torch.testing.assert_close(some.evidence(tests)[name], log_p[:, [0, 2]].log_softmax(1), rtol=0, atol=1e-4)
+    some.remove_classes(CLASSES[:1]).remove_classes(CLASSES[2:])  # the last one
+    assert not len(some.classes_)
 
 
 def test_zero_shot_and_tip_adapter_are_the_baselines_but_for_a_temperature(
@@ -282,7 +284,7 @@ def test_zero_shot_and_tip_adapter_are_the_baselines_but_for_a_temperature(
     zero_shot = clip.logit_scale * features @ clip.class_weights(CLASSES, templates).T
     views = torch.cat(list(classifier._held[1][1].shots.values())).numpy()
     tip = TipAdapter(clip, templates, baseline_presets.preset_of(clip.model).tip)
-    tip.learn(views[:, 0], views[:, 1:].swapaxes(0, 1), np.arange(3).repeat(2), CLASSES)
+    tip.learn(views[:, 0], views[:, 1 + tip.settings.views :].swapaxes(0, 1), np.arange(3).repeat(2), CLASSES)
     for name, logits in zip(names, (zero_shot, tip.logits(features)), strict=True):
         found, expected = evidence[name].numpy(), logits - logits.mean(1, keepdims=True)
         found = found - found.mean(1, keepdims=True)
@@ -296,3 +298,22 @@ def test_a_race_starts_from_what_the_witnesses_say(
     assert {d.evaluations for d in everything} == {SCORING.trials * 3 + 1}
     classifier.prediction = replace(PREDICTION, schedule="racing")
     assert [d.position for d in classifier.decide(tests)] == [d.position for d in everything]
+
+
+def test_a_class_with_more_shots_has_no_heavier_cache(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def unit(rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows / np.linalg.norm(rows, axis=-1, keepdims=True)).float()
+
+    name = f"tip-adapter:local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
+    witness = make_witness(name, ImageGeometry(size=(32, 64)), "plane")
+    centres, width = rng.normal(0, 1, (3, 16)), 1 + 2 * witness.settings.views  # type: ignore[attr-defined]
+    counts = dict(zip(CLASSES, (16, 16, 1), strict=True))
+    views = {x: unit(c + rng.normal(0, 1, (counts[x], width, 16))) for x, c in zip(CLASSES, centres, strict=True)}
+    judge = witness.judge(views, witness.learn(views, TRAINING))
+    asked = unit(np.concatenate([c + rng.normal(0, 1, (100, 16)) for c in centres]))
+    chosen = judge.log_probabilities(asked).argmax(1)
+    assert 30 < (chosen == 2).sum() < 170  # a third is 100
+    one_shot = {x: v[:1] for x, v in views.items()}
+    assert witness.learn(one_shot, TRAINING)["weights"].tolist() == [1.0, 1.0, 1.0]

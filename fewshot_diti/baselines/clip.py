@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,12 @@ class OpenClip:
             self.model, self.tokenizer, list(class_names), list(templates), device=self.device
         )
         return weights.T.float().cpu().numpy()
+
+
+@lru_cache(maxsize=1)
+def load_clip(name: str) -> OpenClip:
+    """An `OpenClip`, the same one as long as no other is asked for: what reads one model shares it."""
+    return OpenClip(name)
 
 
 def _check_has_weights(architecture: str, weights: str) -> None:

@@ -57,7 +57,8 @@ class TipAdapter(Baseline):
 
     Attributes:
         alpha_, beta_: the chosen ones, after `fit`.
-        text_CD, keys_ND: unit vectors of the classes' prompts, and of the shots.
+        text_CD, keys_ND: unit vectors of the classes' prompts, and of the shots before any training of keys.
+        weights_N: of the keys: those of all classes have the same sum, 1 each where classes have as many shots.
         left_out: logits [N, C] of each shot by the keys of the others, before any training of keys; None with one shot
             a class.
     """
@@ -86,7 +87,9 @@ class TipAdapter(Baseline):
         self.text_CD = self.clip.class_weights(class_names, self.templates)
         mean = views_VND.mean(0)
         self.keys_ND = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-        self._values_NC = np.eye(len(class_names))[labels_N]
+        counts_C = np.bincount(labels_N, minlength=len(class_names))
+        self.weights_N = (counts_C.mean() / counts_C)[labels_N]
+        self._values_NC = np.eye(len(class_names))[labels_N] * self.weights_N[:, None]
         self.alpha_, self.beta_, self.left_out = self._leave_one_out(features_ND, labels_N)
         if self.fine_tune:
             self._train_keys(views_VND, labels_N)

@@ -38,7 +38,8 @@ class ScoreConfig:
         bank: folder that `fewshot-diti train` wrote.
         output: file for one JSON line per image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
-            and the scores of all classes (null off the shortlist); or path and error. Only an earlier output of score
+            and the scores of all classes (null off the shortlist); or path and error. What is not
+            there gets no line. Only an earlier output of score
             is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the same command goes
             on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
@@ -104,7 +105,7 @@ def score(config: ScoreConfig, console: Console) -> int:
         if "error" in record:
             console.out(f"not scored: {printable(record['error'])}")
     if others:
-        console.out(f"{passed_over(others)}; images end in {', '.join(IMAGE_SUFFIXES)}")
+        console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if len(scored) < len(records) else 0
 

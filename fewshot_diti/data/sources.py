@@ -260,15 +260,17 @@ def load_images(spec: str, split: str | None = None) -> ImageSet:
 
 
 def training_splits(spec: str) -> tuple[str | None, str | None]:
-    """The splits that are trained on and validated on where none is named: train, and val where the source has both;
-    None for a source that is one pool."""
+    """The splits that are trained on and validated on where none is named: train, and val where the source has both.
+
+    None for a folder that is one pool, and for manifests and the hub: theirs are named by the user.
+    """
     kind, _, place = spec.partition(":")
-    if kind == "fgvc":
+    if kind == "fgvc" and place:
         folder, _, level = place.rpartition("@")
         folder, level = (folder, level) if level in get_args(FgvcLevel) else (place, "variant")
         lists = (root / f"images_{level}_val.txt" for root in (Path(folder), Path(folder) / "data"))
         return "train", "val" if any(path.is_file() for path in lists) else None
-    if spec == "bundled" or kind in _BENCHMARKS:
+    if spec == "bundled" or (kind in _BENCHMARKS and place):
         return "train", None
     root = Path(place) if kind == "folder" and not os.path.isdir(spec) else Path(spec)
     splits = folder_splits(root) if root.is_dir() else []

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot_diti.baselines.clip import VIT_H, OpenClip, prompt_templates
+from fewshot_diti.baselines.clip import VIT_H, load_clip, prompt_templates
 from fewshot_diti.baselines.presets import preset_of
-from fewshot_diti.baselines.tip_adapter import TipAdapter
+from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipAdapter
 from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.encoding import Encoder, PreparedImage
@@ -30,7 +31,7 @@ class ZeroShotWitness(Witness):
     """
 
     def __init__(self, model: str, concept: str) -> None:
-        self.clip, self.templates = OpenClip(model or VIT_H), prompt_templates(concept)
+        self.clip, self.templates = load_clip(model or VIT_H), prompt_templates(concept)
 
     @property
     def described(self) -> str:
@@ -79,33 +80,35 @@ class TipAdapterWitness(ZeroShotWitness):
     @property
     def described(self) -> str:
         """Of model, prompts and settings."""
-        return f"{super().described}, {self.settings}"
+        return f"{super().described}, {self.settings}, alpha of {ALPHAS}, beta of {BETAS}"
 
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
-        """Unit vectors [n, 1 + V, D]: of the shot, and of crops; in other colours where the class has two shots."""
-        recolour = ColourJitter.of(training) if len(shots) > 1 else as_it_is
+        """Unit vectors [n, 1 + 2 V, D]: of the shot, of V crops, and of V crops in other colours."""
         rows = []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(training.seed)
             for shot in shots:
                 picture = as_picture(shot.pixels_CHW)
-                crops = [random_view(picture, recolour) for _ in range(self.settings.views)]
+                ways = [as_it_is] * self.settings.views + [ColourJitter.of(training)] * self.settings.views
+                crops = [random_view(picture, way) for way in ways]
                 rows.append(torch.from_numpy(self.clip.encode_images([picture, *crops])))
         return torch.stack(rows)
 
     def learn(self, shots: ShotsRead, training: TrainingConfig) -> dict[str, Tensor]:
-        """Keys of the shots [n, D] and their classes [n], prompts [C, D], alpha and beta, all as log-probabilities
-        need them, float64."""
+        """Keys of the shots [n, D], their weights and classes [n], prompts [C, D], alpha and beta, as log-probabilities
+        need them. Keys are recoloured where every class has two shots (see `evaluation.class_tokens.tip_adapter`)."""
         labels_n = positions(shots)
-        views_nVD = torch.cat(list(shots.values())).numpy()
+        views_nVD, views = torch.cat(list(shots.values())).numpy(), self.settings.views
+        crops = slice(1 + views, None) if np.bincount(labels_n).min() > 1 else slice(1, 1 + views)
         tip = TipAdapter(self.clip, self.templates, self.settings)
-        tip.learn(views_nVD[:, 0], views_nVD[:, 1:].swapaxes(0, 1), labels_n, [str(x) for x in shots])
+        tip.learn(views_nVD[:, 0], views_nVD[:, crops].swapaxes(0, 1), labels_n, [str(x) for x in shots])
         temperature = 1.0
         if tip.left_out is not None:
             temperature = fit_temperature(-torch.from_numpy(tip.left_out), torch.from_numpy(labels_n))
         found = _TipJudge(
             text=torch.from_numpy(tip.text_CD).double().contiguous() * self.clip.logit_scale / temperature,
             keys=torch.from_numpy(tip.keys_ND).double(),
+            weights=torch.from_numpy(tip.weights_N),
             classes=torch.from_numpy(labels_n),
             alpha=torch.tensor(tip.alpha_ / temperature, dtype=torch.float64),
             beta=torch.tensor(tip.beta_, dtype=torch.float64),
@@ -124,18 +127,25 @@ class TipAdapterWitness(ZeroShotWitness):
 class _TipJudge(NamedTuple):
     text: Tensor
     keys: Tensor
+    weights: Tensor
     classes: Tensor
     alpha: Tensor
     beta: Tensor
 
     def log_probabilities(self, features_ND: Tensor) -> Tensor:
         features = features_ND.double()
-        values_nC = torch.eye(len(self.text), dtype=torch.float64)[self.classes]
+        values_nC = torch.eye(len(self.text), dtype=torch.float64)[self.classes] * self.weights[:, None]
         cache_NC = (-self.beta * (1 - features @ self.keys.T)).exp() @ values_nC
         return (features @ self.text.T + self.alpha * cache_NC).log_softmax(1)
 
     def select(self, positions: Sequence[int]) -> _TipJudge:
         """Of these classes, in this order."""
-        rows = [torch.nonzero(self.classes == c).flatten() for c in positions]
-        classes = torch.arange(len(positions)).repeat_interleave(torch.tensor([len(r) for r in rows]))
-        return self._replace(text=self.text[list(positions)], keys=self.keys[torch.cat(rows)], classes=classes)
+        old = self.classes.tolist()
+        places = [(new, row) for new, c in enumerate(positions) for row, x in enumerate(old) if x == c]
+        rows = [row for _, row in places]
+        return self._replace(
+            text=self.text[list(positions)],
+            keys=self.keys[rows],
+            weights=self.weights[rows],
+            classes=torch.tensor([new for new, _ in places], dtype=torch.int64),
+        )

@@ -16,14 +16,14 @@ from PIL import Image
 from sklearn.pipeline import Pipeline
 from torch import Tensor
 
-from fewshot_diti.baselines.clip import VIT_H, OpenClip
+from fewshot_diti.baselines.clip import VIT_H, load_clip
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork, size_for
 from fewshot_diti.baselines.probe import COPIES, MOST_ROWS, STRENGTHS, fit_logistic
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.temperature import held_out_temperature
+from fewshot_diti.temperature import FOLDS, held_out_temperature
 from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, positions
 
 
@@ -38,7 +38,8 @@ class _Linear(Witness):
     @property
     def described(self) -> str:
         """Of model and regression."""
-        return f"{self.model}, {COPIES} copies, at most {MOST_ROWS} rows, C of {[float(c) for c in STRENGTHS]}"
+        strengths = [float(c) for c in STRENGTHS]
+        return f"{self.model}, {COPIES} copies, at most {MOST_ROWS} rows, C of {strengths}, {FOLDS} folds"
 
     @abstractmethod
     def features(self, pictures: list[Image.Image]) -> np.ndarray:
@@ -138,7 +139,7 @@ class LinearClip(_Linear):
     """
 
     def __init__(self, model: str, geometry: ImageGeometry) -> None:
-        self.clip = OpenClip(model or VIT_H)
+        self.clip = load_clip(model or VIT_H)
 
     @property
     def model(self) -> str:
