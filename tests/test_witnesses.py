@@ -85,6 +85,21 @@ def test_the_network_is_the_fine_tuned_baseline_on_the_shots(
     np.testing.assert_allclose(found, expected, atol=2e-3)  # its weights are kept in float16
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_witnesses_learn_where_gradients_are_off(
+    classifier: DiTiClassifier,
+    backbone: Backbone,
+    pictures: dict[str, list[Path]],
+    tests: list[Path],
+    mode: type[torch.no_grad],
+) -> None:
+    with mode():
+        other = make(backbone, scoring=classifier.scoring).fit(*shots_of(pictures, CLASSES))
+        found = other.evidence(tests)
+    for name, log_p in classifier.evidence(tests).items():
+        torch.testing.assert_close(found[name], log_p, rtol=0, atol=1e-4)
+
+
 def test_a_saved_classifier_gives_the_same_with_no_training(
     classifier: DiTiClassifier, backbone: Backbone, tests: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

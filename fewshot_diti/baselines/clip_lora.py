@@ -20,6 +20,7 @@ from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource, open_image
+from fewshot_diti.lora import gradients_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ class ClipLora(Baseline):
     def _new_towers(self) -> _Towers:
         return _Towers(self.clip, [self.template.format(x) for x in self.classes_], self.settings.rank)
 
+    @gradients_on()
     def _train(
         self, images: Sequence[ImageSource], labels_N: np.ndarray, train_n: np.ndarray, steps: int, kept: Tensor | None
     ) -> _Towers:

@@ -26,6 +26,7 @@ from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
+from fewshot_diti.lora import gradients_on
 from fewshot_diti.progress import Progress
 
 PACKAGED = "efficientnet-lite0"
@@ -168,6 +169,7 @@ class FineTuned(Baseline):
     ) -> None:
         self.network, self.settings, self.recolour, self.seed = network, settings, recolour, seed
 
+    @gradients_on()
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         settings, change = self.settings, v2.TrivialAugmentWide()
         module = copy.deepcopy(self.network.module).requires_grad_(True)  # in evaluation mode, and stays so

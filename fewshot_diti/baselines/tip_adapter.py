@@ -16,6 +16,7 @@ from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
 from fewshot_diti.data.images import ImageSource
+from fewshot_diti.lora import gradients_on
 
 BATCH = 256  # of views, and of keys in training
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
@@ -142,6 +143,7 @@ class TipAdapter(Baseline):
         best = max(product(alphas, BETAS), key=lambda pair: merit(*pair))
         return *best, logits(*best)
 
+    @gradients_on()
     def _train_keys(self, views_VND: np.ndarray, labels_N: np.ndarray) -> None:
         """AdamW on the keys, cosine schedule; each epoch sees one random view of every shot, in batches of 256."""
         g = torch.Generator().manual_seed(self.seed)
