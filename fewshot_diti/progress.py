@@ -65,7 +65,7 @@ class Progress:
 
 
 def counted(number: int, unit: str) -> str:
-    """ "1 image", "2 images"."""
+    """A number with its unit, as in "1 image" and "2 images"."""
     return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 

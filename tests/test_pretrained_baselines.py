@@ -111,15 +111,13 @@ def test_the_network_of_siblings_that_ships_tells_new_variants_apart() -> None:
     assert right.mean() > 0.5  # a twelfth by chance
 
 
-def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
-    data: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def tiny_siblings(data: Path, folder: Path) -> SiblingsConfig:  # noqa: F811
+    """The recipe of the siblings at tiny size."""
     (data / "two.json").write_text('["B1", "A2"]')
-    config = SiblingsConfig(
+    return SiblingsConfig(
         data=data,
         held_out=data / "two.json",
-        output_dir=tmp_path,
+        output_dir=folder,
         size=(32, 64),
         network="test_resnet",
         false_copies=1,
@@ -130,7 +128,13 @@ def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
         log_every=1,
         validate_every=3,
     )
-    trained = train_siblings(config)
+
+
+def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    trained = train_siblings(tiny_siblings(data, tmp_path))
     network = ImageNetwork(f"local-dir:{tmp_path / 'network'}")
     image = PILImage.new("RGB", (64, 32), "red")
     with torch.no_grad():

@@ -18,7 +18,8 @@ from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.shipped import trained_classifier
 from fewshot_diti.presets import PRESETS
 from recipes.pocket.renders import as_batch
-from recipes.pocket.siblings import SiblingsConfig, train_siblings
+from recipes.pocket.siblings import train_siblings
+from tests.test_pretrained_baselines import tiny_siblings
 from tests.test_pretraining import data as renders  # noqa: F401, a fixture
 
 CPU = torch.device("cpu")
@@ -67,21 +68,6 @@ def test_a_network_that_sees_latents_sees_what_the_backbone_does(
     restored = information.view_of("restored", backbone).keep(pixels)
     assert restored.dtype == torch.uint8 and restored.shape == pixels.shape and not torch.equal(restored, pixels)
 
-    (renders / "two.json").write_text('["B1", "A2"]')
-    config = SiblingsConfig(
-        data=renders,
-        held_out=renders / "two.json",
-        output_dir=tmp_path,
-        size=(32, 64),
-        network="test_resnet",
-        false_copies=1,
-        steps=2,
-        batch_size=4,
-        warmup=1,
-        mixed_precision="no",
-        log_every=1,
-        validate_every=2,
-    )
-    network = train_siblings(config, view)
+    network = train_siblings(tiny_siblings(renders, tmp_path), view)
     found = information.features(network, view, pixels)
     assert found.shape[0] == 3 and np.isfinite(found).all() and not np.allclose(found[0], found[1])

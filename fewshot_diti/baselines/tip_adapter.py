@@ -23,6 +23,12 @@ ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
 
 
+def cache_logits(features_ND: np.ndarray, keys_nD: np.ndarray, values_nC: np.ndarray, beta: float) -> np.ndarray:
+    """What the cache says of images [N, C], before it is weighted by alpha: exp(-beta (1 - f K)) L (equation 5)."""
+    found: np.ndarray = np.exp(-beta * (1 - features_ND @ keys_nD.T)) @ values_nC
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class TipSettings:
     """Of Tip-Adapter and Tip-Adapter-F; by default the paper's.
@@ -97,8 +103,8 @@ class TipAdapter(Baseline):
 
     def logits(self, features_ND: np.ndarray) -> np.ndarray:
         """Logits [N, C] of images by their features."""
-        cache = np.exp(-self.beta_ * (1 - features_ND @ self.keys_ND.T)) @ self._values_NC
-        found: np.ndarray = self._zero_shot(features_ND) + self.alpha_ * cache
+        cache_NC = cache_logits(features_ND, self.keys_ND, self._values_NC, self.beta_)
+        found: np.ndarray = self._zero_shot(features_ND) + self.alpha_ * cache_NC
         return found
 
     def predict_proba(self, images: Sequence[ImageSource]) -> np.ndarray:

@@ -39,9 +39,8 @@ class ScoreConfig:
         output: file for one JSON line per image: path, image_id, label, probabilities of the best three classes, margin
             (second smallest score minus smallest), whether one class was left before the trials ran out, evaluations,
             and the scores of all classes (null off the shortlist); or path and error. What is not
-            there gets no line. Only an earlier output of score
-            is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the same command goes
-            on where it was cut short.
+            there gets no line. Only an earlier output of score is replaced. Beside it, in FILE.parts, each process
+            keeps what it has scored, so that the same command goes on where it was cut short.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.

@@ -76,9 +76,7 @@ def true_labels(
     Raises:
         ValueError: not one label per image, or labels of another type than the classes.
     """
-    many, values = as_images(images), plain_labels(labels)
-    if len(values) != len(many):
-        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
+    many, values = _labelled(images, labels)
     known = {type(x).__name__ for x in classes}
     if others := {type(x).__name__ for x in values} - known:
         raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
@@ -94,9 +92,7 @@ def group_shots(
         ValueError: not one label per image, labels of mixed type, or one picture under two labels.
         FileNotFoundError, ValueError: images cannot be decoded; the text names each with the reason (the first 20).
     """
-    many, values = as_images(images), plain_labels(labels)
-    if len(many) != len(values):
-        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
+    many, values = _labelled(images, labels)
     types = {type(x) for x in values}
     if len(types) > 1 or not types <= {str, int, bool}:
         strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
@@ -122,3 +118,11 @@ def group_shots(
             raise ValueError(f"One picture ({both}) is given as {earlier_label!r} and as {label!r}; keep one.")
     raise_bad_images(bad, len(many))
     return groups
+
+
+def _labelled(images: Iterable[Any], labels: Iterable[Any]) -> tuple[Sequence[Any], list[Label]]:
+    """As many images as labels; raises ValueError where there are not."""
+    many, values = as_images(images), plain_labels(labels)
+    if len(many) != len(values):
+        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
+    return many, values

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewshot_diti.baselines.clip import VIT_H, load_clip, prompt_templates
 from fewshot_diti.baselines.presets import preset_of
-from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipAdapter
+from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipAdapter, cache_logits
 from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.encoding import Encoder, PreparedImage
@@ -135,8 +135,8 @@ class _TipJudge(NamedTuple):
     def log_probabilities(self, features_ND: Tensor) -> Tensor:
         features = features_ND.double()
         values_nC = torch.eye(len(self.text), dtype=torch.float64)[self.classes] * self.weights[:, None]
-        cache_NC = (-self.beta * (1 - features @ self.keys.T)).exp() @ values_nC
-        return (features @ self.text.T + self.alpha * cache_NC).log_softmax(1)
+        cache_NC = cache_logits(features.numpy(), self.keys.numpy(), values_nC.numpy(), self.beta.item())
+        return (features @ self.text.T + self.alpha * torch.from_numpy(cache_NC)).log_softmax(1)
 
     def select(self, positions: Sequence[int]) -> _TipJudge:
         """Of these classes, in this order."""
