@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fewshot_diti.backbone import Backbone
 from recipes.pocket import loop
-from recipes.pocket.captions import GENERIC_CAPTION, train_tokenizer, write_caption
+from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer, write_caption
 from recipes.pocket.renders import airline_name, load_renders, split_held_out
 from recipes.pocket.sd import UnetConfig, train_unet
 from recipes.pocket.vae import VaeConfig, build_vae, standardize_latents, train_vae
@@ -267,6 +267,37 @@ def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, predict
     assert image.shape == (1, 16, 32, 3)
     records = [json.loads(line) for line in (tmp_path / "sd" / "log.jsonl").read_text().splitlines()]
     assert "held_out_error_50" in records[-1]
+
+
+def test_a_head_that_tells_variants_learns_from_captions_without_shape_and_is_not_saved(
+    data: Path, tmp_path: Path
+) -> None:
+    train_vae(vae_config(data, tmp_path / "vae"))
+    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
+    plain = train_unet(config)
+    with_head = replace(config, class_weight=0.5, class_until=1.0, zoom=0.1, shift=0.1, output_dir=tmp_path / "head")
+    trained = train_unet(replace(with_head, batch_size=8))
+    assert trained.unet.state_dict().keys() == plain.unet.state_dict().keys()
+    record = json.loads((tmp_path / "head" / "log.jsonl").read_text().splitlines()[0])
+    assert record["variant"] > 0
+    assert record["loss"] == pytest.approx(record["restoration"] + 0.5 * record["variant"], rel=1e-5)
+
+
+def test_the_log_says_how_well_features_separate_variants_that_are_left_out(data: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(data, tmp_path / "vae"))
+    (data / "two.json").write_text('["B1", "A2"]')
+    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
+    train_unet(replace(config, held_out=data / "two.json"))
+    record = json.loads((tmp_path / "sd" / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 <= record["held_out_accuracy"] <= 1
+
+
+def test_a_caption_tells_the_shape_by_variant_manufacturer_or_kind(data: Path) -> None:
+    caption = Captioner(load_renders(data, (16, 32)), None)  # the first image is an A1 of the manufacturer A
+    for told in ("a photo of an A1", "a photo of an A aircraft"):
+        assert caption.tells_shape(0, told)
+    for silent in (GENERIC_CAPTION, "a Delta aircraft in a grey sky"):
+        assert not caption.tells_shape(0, silent)
 
 
 def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(data: Path, tmp_path: Path) -> None:

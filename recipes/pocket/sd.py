@@ -1,6 +1,10 @@
 """The pocket Stable Diffusion: U-Net and text encoder on the latents of the pocket's autoencoder, from scratch.
 
-    accelerate launch --cpu -m recipes.pocket.sd --data DIR --vae runs/pocket-vae/vae
+    accelerate launch --cpu -m recipes.pocket.sd first --data DIR
+    accelerate launch --cpu -m recipes.pocket.sd second --data DIR
+
+`first` is the one that ships. `second` begins with it, enlarges and moves the images in false colours, and also learns
+to tell variants from features, by what captions say already.
 
 With ACCELERATE_DYNAMO_BACKEND=inductor the networks are compiled, which takes some minutes and then saves a quarter of
 each step. A processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a
@@ -18,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,12 +34,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.attention import attention_for_training
+from fewshot_diti.backbone import resolve
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
+from fewshot_diti.presets import FeatureConfig
 from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer
 from recipes.pocket.latents import cached_latents, encode_latents, image_size
 from recipes.pocket.loop import FalseColourConfig, run_loop, step_generator
-from recipes.pocket.renders import HELD_OUT, KINDS, Renders, load_renders, split_held_out
+from recipes.pocket.renders import HELD_OUT, KINDS, Renders, few_shot_accuracy, load_renders, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,10 @@ class UnetConfig(FalseColourConfig):
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
             the network unharmed.
         small_t: share of samples drawn from the lower 40 % of the timesteps, where fine attributes are lost.
+        zoom, shift: of the copies in false colours, as of `random_crops`.
+        class_weight: of a second loss, the cross-entropy of a linear head that tells the variant from the mean of the
+            block whose output the classifier takes as features. Only samples count whose caption says nothing of the
+            shape, at timesteps below `class_until` (a share of the schedule). The head is not saved.
     """
 
     vae: Path
@@ -67,6 +77,10 @@ class UnetConfig(FalseColourConfig):
     max_length: int = 32
     prediction_type: str = "v_prediction"
     small_t: float = 0.2
+    zoom: float = 0.0
+    shift: float = 0.0
+    class_weight: float = 0.0
+    class_until: float = 0.6
     steps: int = 5_000
     batch_size: int = 32
     lr: float = 1e-3
@@ -75,16 +89,24 @@ class UnetConfig(FalseColourConfig):
 
 
 class _TextToNoise(nn.Module):
-    """Text encoder and U-Net in one forward, so that data-parallel wrappers see one call."""
+    """Text encoder and U-Net in one forward, so that data-parallel wrappers see one call; with a head for variants."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, num_variants: int) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.head: nn.Module | None = None
+        self._kept: list[Tensor] = []
+        if num_variants:
+            width = unet.config.block_out_channels[FeatureConfig().block - 1]
+            self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_variants))
+            unet.up_blocks[-FeatureConfig().block].register_forward_hook(lambda _, __, out: self._kept.append(out))
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        self._kept.clear()
         with attention_for_training(noisy):
             text = self.text_encoder(input_ids).last_hidden_state
-            return self.unet(noisy, timesteps, text).sample
+            predicted = self.unet(noisy, timesteps, text).sample
+        return predicted, None if self.head is None else self.head(self._kept[0].mean((2, 3)))
 
 
 def build_scheduler(prediction_type: str) -> DDIMScheduler:
@@ -170,17 +192,23 @@ class _CaptionedLatents:
         self.renders, self.config = renders, config
         self.caption = Captioner(renders, config.kinds)
         cache = config.output_dir / "latents.safetensors"
-        self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache)
+        crops = config.zoom, config.shift
+        self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache, crops)
+        names = sorted(set(renders.variants))
+        self.labels = torch.tensor([names.index(variant) for variant in renders.variants])
 
-    def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str]]:
+    def batch(self, size: int, g: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
+        """Latents, captions, and the positions of their variants, -1 where the caption says something of the shape."""
         rows = torch.randint(len(self.renders), (size,), generator=g)
         shuffled = torch.rand(size, generator=g) < self.config.false_colours
         version = torch.where(shuffled, torch.randint(1, len(self.mean), (size,), generator=g), 0)
         rng = random.Random(int(torch.randint(2**62, (), generator=g)))
         pairs = zip(rows.tolist(), shuffled.tolist(), strict=True)
         captions = [self.caption(row, rng, false_colours=f) for row, f in pairs]
+        told = torch.tensor([self.caption.tells_shape(*x) for x in zip(rows.tolist(), captions, strict=True)])
+        labels = torch.where(told, -1, self.labels[rows])
         mean, std = (x[version, rows].float() for x in (self.mean, self.std))
-        return mean + std * torch.randn(mean.shape, generator=g), captions
+        return mean + std * torch.randn(mean.shape, generator=g), captions, labels
 
 
 def draw_timesteps(size: int, num_train_timesteps: int, small_t: float, g: torch.Generator) -> Tensor:
@@ -206,7 +234,9 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
     else:
         unet, text_encoder, tokenizer, scheduler = load_start(config, vae)
     num_t = scheduler.config.num_train_timesteps
-    module: nn.Module = _TextToNoise(unet, text_encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module: nn.Module = _TextToNoise(unet, text_encoder, len(set(seen.variants)) if config.class_weight else 0).to(
+        memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     module = accelerator.prepare_model(module)
@@ -217,24 +247,51 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         )
         return encoded.input_ids.to(accelerator.device)
 
-    def errors(module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+    def errors(
+        module: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str]
+    ) -> tuple[Tensor, Tensor | None]:
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-        predicted = module(
+        predicted, logits = module(
             noisy.to(accelerator.device, memory_format=torch.channels_last),
             timesteps.to(accelerator.device),
             tokenize(captions),
         )
-        return F.mse_loss(predicted.float(), target.to(accelerator.device), reduction="none").mean((1, 2, 3))
+        target = target.to(accelerator.device)
+        return F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3)), logits
 
     def loss_fn(module: nn.Module, step: int) -> dict[str, Tensor]:
         g = step_generator(config.seed, step, accelerator.process_index)
-        latents, captions = data.batch(config.batch_size, g)
+        latents, captions, labels = data.batch(config.batch_size, g)
         timesteps = draw_timesteps(config.batch_size, num_t, config.small_t, g)
-        return {"loss": errors(module, latents, torch.randn(latents.shape, generator=g), timesteps, captions).mean()}
+        e, logits = errors(module, latents, torch.randn(latents.shape, generator=g), timesteps, captions)
+        if logits is None:
+            return {"loss": e.mean()}
+        labels = torch.where(timesteps < config.class_until * num_t, labels, -1).to(logits.device)
+        each = F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=0.1, reduction="none")
+        variant = each.sum() / (labels >= 0).sum().clamp(min=1)
+        return {"loss": e.mean() + config.class_weight * variant, "restoration": e.mean(), "variant": variant}
 
-    held_out_latents = encode_latents(vae, unseen.pixels_NCHW[::26], accelerator)[0].float()
+    unseen = unseen.subset(range(0, len(unseen), 2))
+    unseen_latents = encode_latents(vae, unseen.pixels_NCHW, accelerator)[0].float()
+    held_out_latents = unseen_latents[::13]
     held_out_noise = torch.randn(held_out_latents.shape, generator=torch.Generator().manual_seed(config.seed))
+
+    @torch.no_grad()
+    def held_out_accuracy() -> float:
+        """Of features of the variants left out, taken as the classifier takes them."""
+        block, found, chosen = unet.up_blocks[-FeatureConfig().block], [], FeatureConfig()
+        handle = block.register_forward_hook(lambda _, __, out: found.append(out.float().flatten(1).cpu()))
+        for latents in unseen_latents.split(64):
+            timesteps = torch.full((len(latents),), round(chosen.timestep * num_t))
+            noisy = scheduler.alphas_cumprod[timesteps[0]].sqrt() * latents
+            unet(
+                noisy.to(accelerator.device, memory_format=torch.channels_last),
+                timesteps.to(accelerator.device),
+                text_encoder(tokenize([GENERIC_CAPTION])).last_hidden_state.expand(len(latents), -1, -1),
+            )
+        handle.remove()
+        return few_shot_accuracy(torch.cat(found).numpy(), unseen.variants)
 
     def validate(module: nn.Module) -> dict[str, float]:
         figures = {}
@@ -242,10 +299,13 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
             timesteps = torch.full((len(held_out_latents),), t)
             captions = [GENERIC_CAPTION] * len(held_out_latents)
             with torch.no_grad(), accelerator.autocast():
-                e = errors(module, held_out_latents, held_out_noise, timesteps, captions)
+                e, _ = errors(module, held_out_latents, held_out_noise, timesteps, captions)
             # in eps whatever the network predicts (Salimans and Ho, appendix D), so that runs compare
             factor = 1.0 if config.prediction_type == "epsilon" else float(scheduler.alphas_cumprod[t])
             figures[f"held_out_error_{t}"] = factor * float(e.mean())
+        if len(set(unseen.variants)) > 1:
+            with accelerator.autocast():
+                figures["held_out_accuracy"] = held_out_accuracy()
         if accelerator.is_main_process:
             _save(pipeline(), config.output_dir / "pipeline")
         return figures
@@ -293,7 +353,7 @@ def _save(pipe: StableDiffusionPipeline, folder: Path) -> None:
     write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def pocket_sd() -> UnetConfig:
+def first() -> UnetConfig:
     """The configuration of the backbone that ships."""
     return UnetConfig(
         data=Path("pocket-train"),
@@ -307,8 +367,25 @@ def pocket_sd() -> UnetConfig:
     )
 
 
+def second() -> UnetConfig:
+    """The configuration of its second edition, on the same autoencoder."""
+    shipped = Path(resolve("pocket"))
+    return replace(
+        first(),
+        vae=shipped / "vae",
+        start_from=shipped,
+        output_dir=Path("runs/pocket-sd-2"),
+        steps=8_000,
+        lr=5e-4,
+        zoom=0.15,
+        shift=0.06,
+        class_weight=0.1,
+    )
+
+
 if __name__ == "__main__":
+    editions = {"first": ("The Stable Diffusion that ships.", first()), "second": ("Its second edition.", second())}
     try:
-        train_unet(tyro.cli(UnetConfig, default=pocket_sd()))
+        train_unet(tyro.extras.overridable_config_cli(editions))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
