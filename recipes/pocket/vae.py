@@ -1,17 +1,15 @@
 """The pocket's autoencoder: f8, 32 latent channels, 128 x 64 pixels, trained from scratch.
 
-    accelerate launch --cpu -m recipes.pocket.vae first --data DIR
-    accelerate launch --cpu -m recipes.pocket.vae second --data DIR
+    accelerate launch --cpu -m recipes.pocket.vae --data DIR
 
-`first` is the autoencoder that ships. `second` begins with it, sees whole images, gives the aircraft more weight, and
-adds a perceptual loss, which needs the extra `imagenet`. `DIR` holds Parquet shards with columns image, variant,
+`DIR` holds Parquet shards with columns image, variant,
 manufacturer, airline. Started again, a run continues at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the
 last validation. A processor without bfloat16 needs --mixed_precision no.
 
 Hardware: two CPU cores with bfloat16; or a GPU, without `--cpu`.
-Time: 17 minutes for the 4,500 steps of `first`; `second` is not measured to the end yet.
-Expected: `first` 33.4 dB on the held-out variants, 32.5 dB on the 12 few-shot variants
-(`python -m eval.autoencoder`), measured in November 2026; `second`: not measured.
+Time: 17 minutes for the 4,500 steps.
+Expected: 33.4 dB on the held-out variants, 32.5 dB on the 12 few-shot variants (`python -m eval.autoencoder`), measured
+in November 2026.
 """
 
 from __future__ import annotations
@@ -21,17 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from fewshot_diti.backbone import resolve
-from fewshot_diti.hashes import hash_weights
 from recipes.pocket.linear_start import linear_start
 from recipes.pocket.loop import LoopConfig, run_loop, step_generator
-from recipes.pocket.losses import PerceptualLoss, weights_of_object
 from recipes.pocket.renders import HELD_OUT, as_batch, load_renders, shuffle_colours, split_held_out
 
 
@@ -47,12 +41,7 @@ class VaeConfig(LoopConfig):
         crop: (height, width) of the random crops that all but the last steps train on: smaller steps, but more of them,
             and steps are what an autoencoder of few steps lacks.
         full_share: share of the steps, the last ones, that see whole images.
-        start_from: folder of an autoencoder that the run begins with, whatever the sizes above; None begins from
-            scratch.
         mse_weight, gradient_weight, kl_weight: beside an L1 loss of weight 1.
-        perceptual_weight: of the distance between features of an ImageNet network; needs the extra `imagenet`.
-        object_weight: extra weight, in all pixel losses, of pixels that differ from the sky.
-        scale_weight: of the error of the image at half its size, restored from the latents at half their size.
         false_colours: share of samples with shuffled colours, so that no livery is out of reach.
     """
 
@@ -67,16 +56,12 @@ class VaeConfig(LoopConfig):
     batch_size: int = 8
     crop: tuple[int, int] = (32, 64)
     full_share: float = 0.05
-    start_from: Path | None = None
     lr: float = 8e-4
     warmup: int = 100
     ema_decay: float = 0.995
     mse_weight: float = 4.0
     gradient_weight: float = 0.5
     kl_weight: float = 1e-7
-    perceptual_weight: float = 0.0
-    object_weight: float = 0.0
-    scale_weight: float = 0.0
     false_colours: float = 0.4
 
 
@@ -87,11 +72,9 @@ class _Roundtrip(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, noise: Tensor, at_half_size: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * noise
-        half = self.vae.decode(F.avg_pool2d(latents, 2)).sample if at_half_size else None
-        return self.vae.decode(latents).sample, posterior.kl(), half
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
@@ -141,9 +124,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
     seen, unseen = split_held_out(load_renders(config.data, config.size), config.held_out)
     pixels = seen.pixels_NCHW
     torch.manual_seed(config.seed)
-    vae = build_vae(config) if config.start_from is None else _load(config.start_from)
-    start = "" if config.start_from is None else f", start {hash_weights(vae)}"
-    perceptual = PerceptualLoss(accelerator.device) if config.perceptual_weight else None
+    vae = build_vae(config)
     factor = 2 ** (len(config.block_out_channels) - 1)
     roundtrip: nn.Module = _Roundtrip(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(roundtrip.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -164,49 +145,28 @@ def train_vae(config: VaeConfig) -> AutoencoderKL:
         images = to_batch(drawn)
         latent_shape = (len(images), config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
         noise = torch.randn(latent_shape, generator=g).to(images)
-        restored, kl, half = module(images, noise, config.scale_weight > 0)
-        weights = weights_of_object(images, config.object_weight)
+        restored, kl = module(images, noise)
         difference = restored.float() - images
-        l1, mse = (weights * difference.abs()).mean(), (weights * difference.square()).mean()
-        gradient = (weights * difference).diff(dim=-1).abs().mean() + (weights * difference).diff(dim=-2).abs().mean()
+        l1, mse = difference.abs().mean(), difference.square().mean()
+        gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
         loss = l1 + config.mse_weight * mse + config.gradient_weight * gradient + config.kl_weight * kl.float().mean()
-        figures = {"l1": l1, "mse": mse, "kl": kl.float().mean()}
-        if perceptual is not None:
-            figures["perceptual"] = perceptual(restored.float(), images)
-            loss = loss + config.perceptual_weight * figures["perceptual"]
-        if half is not None:
-            figures["half"] = (half.float() - F.avg_pool2d(images, 2)).abs().mean()
-            loss = loss + config.scale_weight * figures["half"]
-        return {"loss": loss, **figures}
+        return {"loss": loss, "l1": l1, "mse": mse, "kl": kl.float().mean()}
 
     def validate(module: nn.Module) -> dict[str, float]:
         images = to_batch(unseen.pixels_NCHW[::14])
         with torch.no_grad(), accelerator.autocast():
             restored = [vae.decode(vae.encode(b).latent_dist.mean).sample for b in images.split(24)]
-        difference = (torch.cat(restored).clamp(-1, 1).float() - images) / 2
-        inside = (weights_of_object(images, 1.0) > 1).expand_as(difference)
         if accelerator.is_main_process:
             _save_standardized(vae, to_batch(pixels[::40]), config.output_dir / "vae")
-        return {
-            "psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images)),
-            "psnr_held_out_object": float(-10 * torch.log10(difference[inside].square().mean())),
-        }
+        return {"psnr_held_out": float(psnr(torch.cat(restored).clamp(-1, 1), images))}
 
-    made_from = f"images {seen.fingerprint}{start}"
+    made_from = f"images {seen.fingerprint}"
     run_loop(accelerator, roundtrip, optimizer, config, made_from=made_from, loss_fn=loss_fn, validate=validate)
     vae = vae.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if accelerator.is_main_process:
         standardize_latents(vae, to_batch(pixels[::10]))
         vae.save_pretrained(config.output_dir / "vae")
     return vae
-
-
-def _load(folder: Path) -> AutoencoderKL:
-    """An autoencoder in fp32 whose config names no folder, so that no local path is saved with it."""
-    found = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    vae = AutoencoderKL.from_config({k: v for k, v in found.config.items() if k != "_name_or_path"})
-    vae.load_state_dict(found.state_dict())
-    return vae.train()
 
 
 def _save_standardized(vae: AutoencoderKL, images_NCHW: Tensor, folder: Path) -> None:
@@ -218,34 +178,13 @@ def _save_standardized(vae: AutoencoderKL, images_NCHW: Tensor, folder: Path) ->
     copy.half().save_pretrained(folder)
 
 
-def first() -> VaeConfig:
+def pocket_vae() -> VaeConfig:
     """The configuration of the autoencoder that ships."""
     return VaeConfig(data=Path("pocket-train"), held_out=HELD_OUT, output_dir=Path("runs/pocket-vae"))
 
 
-def second() -> VaeConfig:
-    """The configuration of its second edition."""
-    return VaeConfig(
-        data=Path("pocket-train"),
-        held_out=HELD_OUT,
-        output_dir=Path("runs/pocket-vae-2"),
-        start_from=Path(resolve("pocket")) / "vae",
-        full_share=1.0,
-        steps=20_000,
-        lr=4e-4,
-        warmup=200,
-        ema_decay=0.998,
-        perceptual_weight=1.0,
-        object_weight=4.0,
-        scale_weight=0.25,
-        kl_weight=1e-7,
-        validate_every=500,
-    )
-
-
 if __name__ == "__main__":
-    editions = {"first": ("The autoencoder that ships.", first()), "second": ("Its second edition.", second())}
     try:
-        train_vae(tyro.extras.overridable_config_cli(editions))
-    except (ImportError, OSError, ValueError) as error:
+        train_vae(tyro.cli(VaeConfig, default=pocket_vae()))
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
