@@ -11,13 +11,13 @@ import pytest
 import torch
 from small_grid import PRESET, SCORING
 
-from eval import information, witness_gain
+from eval import information, shortcuts, witness_gain
 from fewshot_diti import Backbone
 from fewshot_diti.commands.evaluate import EvalConfig
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.shipped import trained_classifier
 from fewshot_diti.presets import PRESETS
-from recipes.pocket.renders import as_batch
+from recipes.pocket.renders import Renders, as_batch
 from recipes.pocket.siblings import train_siblings
 from tests.test_pretrained_baselines import tiny_siblings
 from tests.test_pretraining import data as renders  # noqa: F401, a fixture
@@ -71,3 +71,59 @@ def test_a_network_that_sees_latents_sees_what_the_backbone_does(
     network = train_siblings(tiny_siblings(renders, tmp_path), view)
     found = information.features(network, view, pixels)
     assert found.shape[0] == 3 and np.isfinite(found).all() and not np.allclose(found[0], found[1])
+
+
+def two_liveries(images_of_a_pair: int) -> Renders:
+    """Renders of two variants in two liveries each, in turn; an image's first pixel is its position."""
+    pairs = [(v, a) for v in ("A1", "B1") for a in ("Delta", "")] * images_of_a_pair
+    pixels = torch.zeros(len(pairs), 3, 4, 8, dtype=torch.uint8)
+    pixels[:, :, 0, 0] = torch.arange(len(pairs), dtype=torch.uint8)[:, None]
+    return Renders(
+        pixels_NCHW=pixels,
+        variants=tuple(v for v, _ in pairs),
+        manufacturers=("",) * len(pairs),
+        airlines=tuple(a for _, a in pairs),
+    )
+
+
+@pytest.fixture
+def liveries(tmp_path: Path) -> shortcuts.Config:
+    return shortcuts.Config(
+        data=tmp_path, output=tmp_path / "s.json", variants=("A1", "B1"), seeds=(1,), shots=20, test=5, trials=8
+    )
+
+
+def test_at_95_percent_one_shot_in_twenty_wears_the_other_livery(liveries: shortcuts.Config) -> None:
+    images = two_liveries(25)
+    drawn = shortcuts.draw(images, liveries, 0.95, seed=1)
+    pairs, counts = np.unique(drawn.of_shots, axis=0, return_counts=True)
+    assert pairs.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] and counts.tolist() == [19, 1, 1, 19]
+    assert np.unique(drawn.of_test, axis=0, return_counts=True)[1].tolist() == [5] * 4
+    rows = [image.getpixel((0, 0))[0] for image in (*drawn.shots, *drawn.test)]  # type: ignore[index]
+    assert len(set(rows)) == len(rows), "no image is a shot and a test image"
+    truth = [("A1", "B1").index(images.variants[row]) for row in rows[-20:]]
+    assert truth == drawn.of_test[:, 0].tolist()
+    same = shortcuts.draw(images, liveries, 0.5, seed=1)
+    assert [i.tobytes() for i in same.test] == [i.tobytes() for i in drawn.test], "one test for every strength"
+    with pytest.raises(ValueError, match="24 images of A1 in livery 'Delta'; 25 needed"):
+        shortcuts.draw(two_liveries(24), liveries, 1.0, seed=1)
+
+
+def test_the_worst_pair_shows_a_shortcut_that_the_mean_hides() -> None:
+    pairs = np.array([[v, a] for v in (0, 1) for a in (0, 1)] * 10)
+    assert shortcuts.worst_and_mean(pairs[:, 0] == pairs[:, 1], pairs) == (0.0, 0.5)  # who reads the livery
+    assert shortcuts.worst_and_mean(np.ones(40, dtype=bool), pairs) == (1.0, 1.0)
+
+
+def test_a_window_judges_by_its_own_timesteps(liveries: shortcuts.Config, backbone: Backbone) -> None:
+    pairs = [[v, a] for v in (0, 1) for a in (0, 1)] * 3
+    sign = 2 * np.array(pairs) - 1
+    tells = np.concatenate([np.repeat(sign[:, [1]], 4, 1), np.repeat(sign[:, [0]], 4, 1)], 1)  # small t: the livery
+    draws = [{"pairs": pairs, "variant": tells.tolist(), "livery": (-tells).tolist(), "predicted": {}}]
+    found = shortcuts.of_windows(draws, np.arange(8) * 125 + 60, 1000)
+    assert found[0] == (100, 0.0) and found[-1] == (900, 1.0)
+    draws[0]["predicted"] = {
+        name: [0] * 12 for name in (shortcuts.SHIPPED, shortcuts.SCRATCH, *shortcuts.SOURCES.values())
+    }
+    kept = {f"{strength}-1": draws[0] for strength in liveries.strengths}
+    assert shortcuts.picture(kept, liveries, backbone).startswith(b"\x89PNG")

@@ -6,8 +6,8 @@
 `first` is the one that ships. `second` begins with it, enlarges and moves the images in false colours, and also learns
 to tell variants from features, by what captions say already.
 
-With ACCELERATE_DYNAMO_BACKEND=inductor the networks are compiled, which takes some minutes and then saves a quarter of
-each step. A processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a
+With `accelerate launch --dynamo_backend inductor` the networks are compiled, which takes some minutes and then saves a
+quarter of each step; on a processor with AMX the losses of `second` were not finite that way (torch 2.14.1). A processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a
 Stable Diffusion on the same autoencoder.
 
 Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
