@@ -17,7 +17,8 @@ from recipes.pocket.renders import Renders
 
 GENERIC_CAPTION = "a photo of an aircraft"
 
-_P_GENERIC, _P_AIRLINE, _P_SKY, _P_KIND, _P_MANUFACTURER, _P_VARIANT = 0.2, 0.7, 0.35, 0.5, 0.4, 0.15
+P_GENERIC, P_VARIANT = 0.2, 0.15
+_P_AIRLINE, _P_SKY, _P_KIND, _P_MANUFACTURER = 0.7, 0.35, 0.5, 0.4
 _FALSE_COLOURS = " in false colours"
 _TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "{} in flight", "a side view of {}")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -42,18 +43,20 @@ def write_caption(
     variant: str,
     kinds: Sequence[str] = (),
     false_colours: bool = False,
+    p_generic: float = P_GENERIC,
+    p_variant: float = P_VARIANT,
 ) -> str:
-    """One caption of one image; about one in eight names the variant, a fifth names nothing.
+    """One caption of one image: with probability `p_generic` it names nothing, else with `p_variant` the variant.
 
     Some say a kind of aircraft instead of 'aircraft', which many variants share ('a four-engine jet'). Of an image in
     false colours a caption states that, and neither airline nor sky: only the shape is left to be named.
     """
     suffix = _FALSE_COLOURS if false_colours else ""
-    if rng.random() < _P_GENERIC:
+    if rng.random() < p_generic:
         return GENERIC_CAPTION + suffix
     noun = rng.choice(kinds) if kinds and rng.random() < _P_KIND else ""
     words = [airline] if airline and not false_colours and rng.random() < _P_AIRLINE else []
-    names_variant = rng.random() < _P_VARIANT
+    names_variant = rng.random() < p_variant
     if rng.random() < _P_MANUFACTURER:
         words.append(manufacturer)
     if names_variant:
@@ -73,10 +76,13 @@ class Captioner:
 
     Args:
         kinds: JSON object that names kinds of aircraft for a variant; None: captions name none.
+        p_generic, p_variant: as of `write_caption`.
     """
 
-    def __init__(self, renders: Renders, kinds: Path | None) -> None:
-        self._renders = renders
+    def __init__(
+        self, renders: Renders, kinds: Path | None, *, p_generic: float = P_GENERIC, p_variant: float = P_VARIANT
+    ) -> None:
+        self._renders, self._p_generic, self._p_variant = renders, p_generic, p_variant
         self._kinds = json.loads(kinds.read_text()) if kinds else {}
         self._skies = [sky_name(p) for p in renders.pixels_NCHW]
 
@@ -91,6 +97,8 @@ class Captioner:
             variant=r.variants[row],
             kinds=self._kinds.get(r.variants[row], ()),
             false_colours=false_colours,
+            p_generic=self._p_generic,
+            p_variant=self._p_variant,
         )
 
     def tells_shape(self, row: int, caption: str) -> bool:

@@ -7,8 +7,9 @@
 to tell variants from features, by what captions say already.
 
 With `accelerate launch --dynamo_backend inductor` the networks are compiled, which takes some minutes and then saves a
-quarter of each step; on a processor with AMX the losses of `second` were not finite that way (torch 2.14.1). A processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a
-Stable Diffusion on the same autoencoder.
+quarter of each step; on a processor with AMX the losses of `second` were not finite that way (torch 2.14.1). A
+processor without bfloat16 needs --mixed_precision no. `--start_from FOLDER` continues from a Stable Diffusion on the
+same autoencoder.
 
 Hardware: two CPU cores with bfloat16; on GPUs leave out --cpu.
 Time: the 18,700 steps of the weights that ship took 3 hours (1.1 steps/s, later 2.0 compiled on a faster machine).
@@ -38,7 +39,7 @@ from fewshot_diti.backbone import resolve
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
 from fewshot_diti.presets import FeatureConfig
-from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer
+from recipes.pocket.captions import GENERIC_CAPTION, P_GENERIC, P_VARIANT, Captioner, train_tokenizer
 from recipes.pocket.latents import cached_latents, encode_latents, image_size
 from recipes.pocket.loop import FalseColourConfig, run_loop, step_generator
 from recipes.pocket.renders import HELD_OUT, KINDS, Renders, few_shot_accuracy, load_renders, split_held_out
@@ -53,6 +54,8 @@ class UnetConfig(FalseColourConfig):
         start_from: folder of a Stable Diffusion on the same autoencoder, whose U-Net, text encoder and tokenizer the
             run begins with, whatever the sizes below; None begins from scratch.
         kinds: JSON object that names kinds of aircraft for a variant, which some captions use; None: none do.
+        generic_captions, variant_captions: share of the captions that name nothing, and of the others those that name
+            the variant.
         text_width, text_layers, vocab_size, max_length: of the CLIP text encoder and its tokenizer.
         false_colours: captions of these samples say so.
         prediction_type: "v_prediction" learns large t sooner than "epsilon", which must first pass the noise through
@@ -67,6 +70,8 @@ class UnetConfig(FalseColourConfig):
     vae: Path
     start_from: Path | None = None
     kinds: Path | None = None
+    generic_captions: float = P_GENERIC
+    variant_captions: float = P_VARIANT
     block_out_channels: tuple[int, ...] = (128, 192, 256, 128)
     layers_per_block: int = 1
     norm_num_groups: int = 16
@@ -190,7 +195,8 @@ class _CaptionedLatents:
 
     def __init__(self, renders: Renders, vae: AutoencoderKL, config: UnetConfig, accelerator: Accelerator) -> None:
         self.renders, self.config = renders, config
-        self.caption = Captioner(renders, config.kinds)
+        shares = {"p_generic": config.generic_captions, "p_variant": config.variant_captions}
+        self.caption = Captioner(renders, config.kinds, **shares)
         cache = config.output_dir / "latents.safetensors"
         crops = config.zoom, config.shift
         self.mean, self.std = cached_latents(vae, renders, config.false_copies, accelerator, cache, crops)
@@ -375,11 +381,13 @@ def second() -> UnetConfig:
         vae=shipped / "vae",
         start_from=shipped,
         output_dir=Path("runs/pocket-sd-2"),
-        steps=8_000,
+        generic_captions=0.35,
+        variant_captions=0.5,
+        steps=5_000,
         lr=5e-4,
         zoom=0.15,
         shift=0.06,
-        class_weight=0.1,
+        class_weight=0.2,
     )
 
 
