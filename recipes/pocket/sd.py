@@ -1,10 +1,11 @@
-"""The pocket Stable Diffusion: U-Net and text encoder on the latents of the pocket's autoencoder, from scratch.
+"""The pocket Stable Diffusion: U-Net and text encoder on the latents of the pocket's autoencoder.
 
     accelerate launch --cpu -m recipes.pocket.sd first --data DIR
     accelerate launch --cpu -m recipes.pocket.sd second --data DIR
 
-`first` is the one that ships. `second` begins with it, enlarges and moves the images in false colours, and also learns
-to tell variants from features, by what captions say already.
+`second` goes on where `first` ends. Its images in false colours are enlarged and moved, more of its captions name the
+variant, and a linear head learns the variants from the U-Net's features: with their labels, as `siblings.py` does,
+which few-shot methods on other models do not have.
 
 With `accelerate launch --dynamo_backend inductor` the networks are compiled, which takes some minutes and then saves a
 quarter of each step; on a processor with AMX the losses of `second` were not finite that way (torch 2.14.1). A
@@ -32,16 +33,21 @@ import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from fewshot_diti.attention import attention_for_training
-from fewshot_diti.backbone import resolve
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
-from fewshot_diti.presets import FeatureConfig
 from recipes.pocket.captions import GENERIC_CAPTION, P_GENERIC, P_VARIANT, Captioner, train_tokenizer
 from recipes.pocket.latents import cached_latents, encode_latents, image_size
 from recipes.pocket.loop import FalseColourConfig, run_loop, step_generator
+from recipes.pocket.networks import (
+    FEATURES,
+    TextToNoise,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    features_kept,
+)
 from recipes.pocket.renders import HELD_OUT, KINDS, Renders, few_shot_accuracy, load_renders, split_held_out
 
 
@@ -64,7 +70,7 @@ class UnetConfig(FalseColourConfig):
         zoom, shift: of the copies in false colours, as of `random_crops`.
         class_weight: of a second loss, the cross-entropy of a linear head that tells the variant from the mean of the
             block whose output the classifier takes as features. Only samples count whose caption says nothing of the
-            shape, at timesteps below `class_until` (a share of the schedule). The head is not saved.
+            shape, at timesteps below `class_until` (a share of the schedule). The pipeline has no head.
     """
 
     vae: Path
@@ -91,77 +97,6 @@ class UnetConfig(FalseColourConfig):
     lr: float = 1e-3
     warmup: int = 200
     ema_decay: float = 0.998
-
-
-class _TextToNoise(nn.Module):
-    """Text encoder and U-Net in one forward, so that data-parallel wrappers see one call; with a head for variants."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, num_variants: int) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-        self.head: nn.Module | None = None
-        self._kept: list[Tensor] = []
-        if num_variants:
-            width = unet.config.block_out_channels[FeatureConfig().block - 1]
-            self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_variants))
-            unet.up_blocks[-FeatureConfig().block].register_forward_hook(lambda _, __, out: self._kept.append(out))
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        self._kept.clear()
-        with attention_for_training(noisy):
-            text = self.text_encoder(input_ids).last_hidden_state
-            predicted = self.unet(noisy, timesteps, text).sample
-        return predicted, None if self.head is None else self.head(self._kept[0].mean((2, 3)))
-
-
-def build_scheduler(prediction_type: str) -> DDIMScheduler:
-    """Stable Diffusion's own noise schedule."""
-    return DDIMScheduler(
-        prediction_type=prediction_type,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def build_text_encoder(config: UnetConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text encoder for the tokenizer."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.text_width,
-            intermediate_size=4 * config.text_width,
-            projection_dim=config.text_width,
-            num_hidden_layers=config.text_layers,
-            num_attention_heads=max(1, config.text_width // 64),
-            max_position_embeddings=config.max_length,
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_unet(config: UnetConfig, vae: AutoencoderKL) -> UNet2DConditionModel:
-    """An untrained U-Net with Stable Diffusion's four levels, sized for the autoencoder's latents."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = image_size(vae)
-    return UNet2DConditionModel(
-        sample_size=(height // factor, width // factor),
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        cross_attention_dim=config.text_width,
-        # diffusers' name; on Stable Diffusion's U-Nets it counts heads
-        attention_head_dim=tuple(c // config.head_size for c in config.block_out_channels),
-        norm_num_groups=config.norm_num_groups,
-        use_linear_projection=True,
-    )
 
 
 def load_start(
@@ -211,8 +146,8 @@ class _CaptionedLatents:
         rng = random.Random(int(torch.randint(2**62, (), generator=g)))
         pairs = zip(rows.tolist(), shuffled.tolist(), strict=True)
         captions = [self.caption(row, rng, false_colours=f) for row, f in pairs]
-        told = torch.tensor([self.caption.tells_shape(*x) for x in zip(rows.tolist(), captions, strict=True)])
-        labels = torch.where(told, -1, self.labels[rows])
+        named = torch.tensor([self.caption.names_shape(*x) for x in zip(rows.tolist(), captions, strict=True)])
+        labels = torch.where(named, -1, self.labels[rows])
         mean, std = (x[version, rows].float() for x in (self.mean, self.std))
         return mean + std * torch.randn(mean.shape, generator=g), captions, labels
 
@@ -235,12 +170,20 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         rng = random.Random(config.seed)
         corpus = [data.caption(row, rng, false_colours=f) for row in range(len(seen)) for f in (False, False, True)]
         tokenizer = train_tokenizer([*corpus, GENERIC_CAPTION], config.vocab_size, config.max_length)
-        unet, text_encoder = build_unet(config, vae), build_text_encoder(config, tokenizer)
+        unet = build_unet(
+            vae,
+            config.text_width,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            head_size=config.head_size,
+        )
+        text_encoder = build_text_encoder(tokenizer, config.text_width, config.text_layers)
         scheduler = build_scheduler(config.prediction_type)
     else:
         unet, text_encoder, tokenizer, scheduler = load_start(config, vae)
     num_t = scheduler.config.num_train_timesteps
-    module: nn.Module = _TextToNoise(unet, text_encoder, len(set(seen.variants)) if config.class_weight else 0).to(
+    module: nn.Module = TextToNoise(unet, text_encoder, len(set(seen.variants)) if config.class_weight else 0).to(
         memory_format=torch.channels_last
     )  # type: ignore[call-overload]
     accelerator.print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
@@ -285,19 +228,16 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
 
     @torch.no_grad()
     def held_out_accuracy() -> float:
-        """Of features of the variants left out, taken as the classifier takes them."""
-        block, found, chosen = unet.up_blocks[-FeatureConfig().block], [], FeatureConfig()
-        handle = block.register_forward_hook(lambda _, __, out: found.append(out.float().flatten(1).cpu()))
-        for latents in unseen_latents.split(64):
-            timesteps = torch.full((len(latents),), round(chosen.timestep * num_t))
-            noisy = scheduler.alphas_cumprod[timesteps[0]].sqrt() * latents
-            unet(
-                noisy.to(accelerator.device, memory_format=torch.channels_last),
-                timesteps.to(accelerator.device),
-                text_encoder(tokenize([GENERIC_CAPTION])).last_hidden_state.expand(len(latents), -1, -1),
-            )
-        handle.remove()
-        return few_shot_accuracy(torch.cat(found).numpy(), unseen.variants)
+        """Of the features of variants that are left out; liveries of the shots occur among the other images."""
+        text = text_encoder(tokenize([GENERIC_CAPTION])).last_hidden_state
+        time = torch.tensor(round(FEATURES.timestep * num_t))
+        with features_kept(unet) as kept:
+            for latents in unseen_latents.split(64):
+                noiseless = scheduler.add_noise(latents, torch.zeros_like(latents), time.expand(len(latents)))
+                noiseless = noiseless.to(accelerator.device, memory_format=torch.channels_last)
+                unet(noiseless, time.to(accelerator.device), text.expand(len(latents), -1, -1))
+        pooled = [F.adaptive_avg_pool2d(maps.float(), FEATURES.positions).flatten(1).cpu() for maps in kept]
+        return few_shot_accuracy(torch.cat(pooled).numpy(), unseen.variants)
 
     def validate(module: nn.Module) -> dict[str, float]:
         figures = {}
@@ -374,13 +314,11 @@ def first() -> UnetConfig:
 
 
 def second() -> UnetConfig:
-    """The configuration of its second edition, on the same autoencoder."""
-    shipped = Path(resolve("pocket"))
+    """The configuration of the run after it, which begins with its result."""
     return replace(
         first(),
-        vae=shipped / "vae",
-        start_from=shipped,
-        output_dir=Path("runs/pocket-sd-2"),
+        start_from=Path("runs/pocket-sd/pipeline"),
+        output_dir=Path("runs/pocket-sd-second"),
         generic_captions=0.35,
         variant_captions=0.5,
         steps=5_000,
@@ -392,7 +330,7 @@ def second() -> UnetConfig:
 
 
 if __name__ == "__main__":
-    editions = {"first": ("The Stable Diffusion that ships.", first()), "second": ("Its second edition.", second())}
+    editions = {"first": ("From scratch.", first()), "second": ("Goes on with the result of first.", second())}
     try:
         train_unet(tyro.extras.overridable_config_cli(editions))
     except (OSError, ValueError) as error:

@@ -2,9 +2,9 @@
 
     accelerate launch --cpu -m recipes.pocket.vae --data DIR
 
-`DIR` holds Parquet shards with columns image, variant,
-manufacturer, airline. Started again, a run continues at its last checkpoint; OUTPUT_DIR/vae is the autoencoder at the
-last validation. A processor without bfloat16 needs --mixed_precision no.
+`DIR` holds Parquet shards with columns image, variant, manufacturer, airline. Started again, a run continues at its
+last checkpoint; OUTPUT_DIR/vae is the autoencoder at the last validation. A processor without bfloat16 needs
+--mixed_precision no.
 
 Hardware: two CPU cores with bfloat16; or a GPU, without `--cpu`.
 Time: 17 minutes for the 4,500 steps.
