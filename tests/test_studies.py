@@ -75,7 +75,7 @@ def test_a_network_that_sees_latents_sees_what_the_backbone_does(
 
 def two_liveries(images_of_a_pair: int) -> Renders:
     """Renders of two variants in two liveries each, in turn; an image's first pixel is its position."""
-    pairs = [(v, a) for v in ("A1", "B1") for a in ("Delta", "")] * images_of_a_pair
+    pairs = [(v, a) for v in ("A1", "B1") for a in ("Delta", "KLM")] * images_of_a_pair
     pixels = torch.zeros(len(pairs), 3, 4, 8, dtype=torch.uint8)
     pixels[:, :, 0, 0] = torch.arange(len(pairs), dtype=torch.uint8)[:, None]
     return Renders(
@@ -89,20 +89,28 @@ def two_liveries(images_of_a_pair: int) -> Renders:
 @pytest.fixture
 def liveries(tmp_path: Path) -> shortcuts.Config:
     return shortcuts.Config(
-        data=tmp_path, output=tmp_path / "s.json", variants=("A1", "B1"), seeds=(1,), shots=20, test=5, trials=8
+        data=tmp_path,
+        output=tmp_path / "s.json",
+        variants=("A1", "B1"),
+        liveries=("Delta", "KLM"),
+        strengths=(0.5, 0.95, 1.0),
+        seeds=(1,),
+        shots=20,
+        test=5,
+        trials=8,
     )
 
 
 def test_at_95_percent_one_shot_in_twenty_wears_the_other_livery(liveries: shortcuts.Config) -> None:
     images = two_liveries(25)
     drawn = shortcuts.draw(images, liveries, 0.95, seed=1)
-    pairs, counts = np.unique(drawn.of_shots, axis=0, return_counts=True)
+    pairs, counts = np.unique(drawn.pairs_of_shots, axis=0, return_counts=True)
     assert pairs.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] and counts.tolist() == [19, 1, 1, 19]
-    assert np.unique(drawn.of_test, axis=0, return_counts=True)[1].tolist() == [5] * 4
+    assert np.unique(drawn.pairs_of_test, axis=0, return_counts=True)[1].tolist() == [5] * 4
     rows = [image.getpixel((0, 0))[0] for image in (*drawn.shots, *drawn.test)]  # type: ignore[index]
     assert len(set(rows)) == len(rows), "no image is a shot and a test image"
     truth = [("A1", "B1").index(images.variants[row]) for row in rows[-20:]]
-    assert truth == drawn.of_test[:, 0].tolist()
+    assert truth == drawn.pairs_of_test[:, 0].tolist()
     same = shortcuts.draw(images, liveries, 0.5, seed=1)
     assert [i.tobytes() for i in same.test] == [i.tobytes() for i in drawn.test], "one test for every strength"
     with pytest.raises(ValueError, match="24 images of A1 in livery 'Delta'; 25 needed"):
@@ -119,11 +127,24 @@ def test_a_window_judges_by_its_own_timesteps(liveries: shortcuts.Config, backbo
     pairs = [[v, a] for v in (0, 1) for a in (0, 1)] * 3
     sign = 2 * np.array(pairs) - 1
     tells = np.concatenate([np.repeat(sign[:, [1]], 4, 1), np.repeat(sign[:, [0]], 4, 1)], 1)  # small t: the livery
-    draws = [{"pairs": pairs, "variant": tells.tolist(), "livery": (-tells).tolist(), "predicted": {}}]
-    found = shortcuts.of_windows(draws, np.arange(8) * 125 + 60, 1000)
+    draws = [{"pairs": pairs, "variant": tells.tolist(), "livery": (-tells).tolist(), "rows": [0] * 12}]
+    found = shortcuts.accuracy_by_window(draws, np.arange(8) * 125 + 60, 1000)
     assert found[0] == (100, 0.0) and found[-1] == (900, 1.0)
-    draws[0]["predicted"] = {
-        name: [0] * 12 for name in (shortcuts.SHIPPED, shortcuts.SCRATCH, *shortcuts.SOURCES.values())
-    }
+    names = (shortcuts.SHIPPED, shortcuts.SCRATCH, shortcuts.EVEN, *shortcuts.SOURCES.values())
+    draws[0]["predicted"] = {name: [0] * 12 for name in names}
     kept = {f"{strength}-1": draws[0] for strength in liveries.strengths}
     assert shortcuts.picture(kept, liveries, backbone).startswith(b"\x89PNG")
+
+
+def test_settings_that_make_no_such_design_are_refused(liveries: shortcuts.Config) -> None:
+    with pytest.raises(ValueError, match="no whole number"):
+        replace(liveries, shots=10)
+    with pytest.raises(ValueError, match="the paint of its maker"):
+        replace(liveries, liveries=("Delta", ""))
+
+
+def test_the_interval_of_the_worst_pair_is_over_images() -> None:
+    pairs = [[v, a] for v in (0, 1) for a in (0, 1)] * 4
+    predicted = [v if (v, a) != (1, 0) else int(i < 8) for i, (v, a) in enumerate(pairs)]  # half of one pair
+    draws = [{"pairs": pairs, "rows": list(range(16)), "predicted": {"network": predicted}}]
+    assert shortcuts.cell(draws, "network") == "50 [0, 100], 87.5"
