@@ -28,7 +28,7 @@ class Curves:
     """
 
     vae: Path = Path("docs/logs/pocket-vae.jsonl")
-    unet: tuple[Path, ...] = tuple(Path(f"docs/logs/pocket-sd-{run}.jsonl") for run in (1, 2, 3))
+    unet: tuple[Path, ...] = tuple(Path(f"docs/logs/pocket-sd-{run}.jsonl") for run in ("1", "2", "3", "second"))
     output: Path = Path("docs/pocket-curves.png")
 
 
@@ -57,7 +57,9 @@ def draw(config: Curves) -> None:
     loss.set(title="autoencoder: training loss", xlabel="step", yscale="log")
     psnr.plot(*series(vae, "psnr_held_out"), color=plots.BLUE, marker="o", markersize=4)
     psnr.set(title="autoencoder: PSNR on held-out variants (dB)", xlabel="step")
-    unet_loss.plot(*series(unet, "loss"), color=plots.BLUE)
+    # of a run with a head, whose loss is not part of it
+    restoration = [r | {"loss": r.get("restoration", r["loss"])} for r in unet if "loss" in r]
+    unet_loss.plot(*series(restoration, "loss"), color=plots.BLUE)
     unet_loss.set(title="U-Net: training loss", xlabel="step")
     keys = list(dict.fromkeys(k for record in unet for k in record if k.startswith("held_out_error")))
     ends = []
