@@ -223,9 +223,8 @@ def train_unet(config: UnetConfig) -> StableDiffusionPipeline:
         variant = each.sum() / (labels >= 0).sum().clamp(min=1)
         return {"loss": e.mean() + config.class_weight * variant, "restoration": e.mean(), "variant": variant}
 
-    unseen = unseen.subset(range(0, len(unseen), 2))
     unseen_latents = encode_latents(vae, unseen.pixels_NCHW, accelerator)[0].float()
-    held_out_latents = unseen_latents[::13]
+    held_out_latents = unseen_latents[::26]
     held_out_noise = torch.randn(held_out_latents.shape, generator=torch.Generator().manual_seed(config.seed))
 
     @torch.no_grad()
