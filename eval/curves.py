@@ -57,7 +57,7 @@ def draw(config: Curves) -> None:
     loss.set(title="autoencoder: training loss", xlabel="step", yscale="log")
     psnr.plot(*series(vae, "psnr_held_out"), color=plots.BLUE, marker="o", markersize=4)
     psnr.set(title="autoencoder: PSNR on held-out variants (dB)", xlabel="step")
-    # of a run with a head, whose loss is not part of it
+    # without the loss of a head, where a run had one
     restoration = [r | {"loss": r.get("restoration", r["loss"])} for r in unet if "loss" in r]
     unet_loss.plot(*series(restoration, "loss"), color=plots.BLUE)
     unet_loss.set(title="U-Net: training loss", xlabel="step")
