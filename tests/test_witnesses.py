@@ -23,7 +23,7 @@ from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.temperature import fit_weights
 from fewshot_diti.witnesses import make_witness, score_offsets
-from fewshot_diti.witnesses.network import TEMPERATURE, TunedNetwork
+from fewshot_diti.witnesses.network import FROZEN, TEMPERATURE, TunedNetwork
 
 CLASSES = ["a320", "dc-9", "tu-154"]
 NAMES = ("features", "network:test_resnet", "linear-network:test_resnet")
@@ -77,7 +77,7 @@ def test_the_network_is_the_fine_tuned_baseline_on_the_shots(
     images, labels = shots_of(pictures, CLASSES)
     squashed = [witness.network.geometry.resized(open_image(path), "") for path in [*images, *tests]]  # type: ignore[attr-defined]
     seen = [pixels.permute(1, 2, 0).numpy() for pixels in squashed]
-    settings = baseline_presets.PRESETS["small"].tuning
+    settings = replace(baseline_presets.PRESETS["small"].tuning, frozen=FROZEN)
     tuned = FineTuned(witness.network, settings, recolour=ColourJitter.of(TRAINING), seed=TRAINING.seed)  # type: ignore[attr-defined]
     expected = np.log(tuned.fit(seen[:6], labels).predict_proba(seen[6:])) / TEMPERATURE
     expected -= np.log(np.exp(expected).sum(1, keepdims=True))

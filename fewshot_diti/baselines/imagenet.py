@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
 from fewshot_diti.backbone import POCKET, default_device
@@ -118,6 +119,16 @@ class ImageNetwork:
 
 
 class _PackagedNetwork(nn.Module):
+    """EfficientNet-lite, whose batch normalisation is part of its convolutions: to train it takes half the time."""
+
+    NORMALISED = (
+        ("_conv_stem", "_bn0"),
+        ("_expand_conv", "_bn0"),
+        ("_depthwise_conv", "_bn1"),
+        ("_project_conv", "_bn2"),
+        ("_conv_head", "_bn1"),
+    )
+
     def __init__(self, name: str) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
@@ -132,6 +143,11 @@ class _PackagedNetwork(nn.Module):
         self.network = EfficientNet.from_name(name)
         (weights,) = (folder / "models").glob("*.pth")
         self.network.load_state_dict(torch.load(weights, weights_only=True))
+        for block in [*self.network.eval().modules()]:
+            for conv, norm in self.NORMALISED:
+                if hasattr(block, conv) and hasattr(block, norm):
+                    setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                    setattr(block, norm, nn.Identity())
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network.extract_features(pixels).mean((2, 3))
@@ -144,12 +160,14 @@ class TuningSettings:
     Attributes:
         steps, batch_size, lr: the head learns ten times as fast.
         least_epochs: passes over the shots, however few `steps` are.
+        frozen: share of the network's parameter tensors, from its input on, that stay as they are.
     """
 
     steps: int = 200
     least_epochs: int = 20
     batch_size: int = 24
     lr: float = 3e-4
+    frozen: float = 0.0
 
 
 class FineTuned(Baseline):
@@ -181,13 +199,17 @@ class FineTuned(Baseline):
     @gradients_on()
     def _fit(self, images: Sequence[ImageSource], labels_N: np.ndarray) -> None:
         settings, change = self.settings, v2.TrivialAugmentWide()
-        module = copy.deepcopy(self.network.module).requires_grad_(True)  # in evaluation mode, and stays so
+        module = copy.deepcopy(self.network.module)  # in evaluation mode, and stays so
+        parameters = [*module.parameters()]
+        trained = parameters[round(settings.frozen * len(parameters)) :]
+        for parameter in trained:
+            parameter.requires_grad_(True)
         width = self.network.features([open_image(images[0])]).shape[1]
         head = nn.Linear(width, len(self.classes_)).to(self.network.device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         groups: list[dict[str, Any]] = [
-            {"params": module.parameters()},
+            {"params": trained},
             {"params": head.parameters(), "lr": 10 * settings.lr},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.01)
