@@ -1,0 +1,83 @@
+"""How a network is best fine-tuned on the shots: steps, frozen layers, size of network and images, on the val split.
+
+    python -m eval.tuning --dataset fgvc:DIR --shots 4 16 --frozen 0 0.3
+
+What the witness "network" was chosen by. "Nats" is the mean negative logarithm of the probability of the true class at
+the best temperature, which is the last figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from time import perf_counter
+
+import numpy as np
+import torch
+import tyro
+
+from fewshot_diti.baselines.imagenet import PACKAGED, FineTuned, ImageNetwork, size_for
+from fewshot_diti.baselines.presets import preset_of
+from fewshot_diti.baselines.views import ColourJitter
+from fewshot_diti.data import check_disjoint, load_images, sample_shots
+from fewshot_diti.presets import recommended
+from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is compared: every combination.
+
+    Attributes:
+        dataset: as `load_images` reads it; the shots come from its split train, the images from val.
+        networks: as `ImageNetwork` takes them.
+        size: (height, width) of the backbone; the network reads images of the same aspect.
+        scales: height and width of the network's images, as a share of those that features are read at.
+        steps, lrs, frozen: of `TuningSettings`.
+    """
+
+    dataset: str
+    networks: tuple[str, ...] = (PACKAGED,)
+    size: tuple[int, int] = (64, 128)
+    scales: tuple[float, ...] = (0.5,)
+    steps: tuple[int, ...] = (200,)
+    lrs: tuple[float, ...] = (3e-4,)
+    frozen: tuple[float, ...] = (0.0, 0.3)
+    shots: tuple[int, ...] = (1, 4, 16)
+    seeds: tuple[int, ...] = (1,)
+
+
+def main(config: Config) -> None:
+    """Prints a line for each training."""
+    pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
+    images, truth = val.decoded(), torch.from_numpy(val.labels)
+    for name in config.networks:
+        network = ImageNetwork(name)
+        tuning = preset_of(network.module).tuning
+        for k, seed, scale, steps, lr, frozen in product(
+            config.shots, config.seeds, config.scales, config.steps, config.lrs, config.frozen
+        ):
+            shots = pool.subset(sample_shots(pool, k, seed).rows(pool))
+            check_disjoint(shots, val)
+            settings = replace(tuning, steps=steps, lr=lr, frozen=frozen)
+            recolour = ColourJitter.of(recommended(k).training)
+            tuned = FineTuned(network.at(size_for(config.size, scale)), settings, recolour=recolour, seed=seed)
+            start = perf_counter()
+            tuned.fit(shots.decoded(), shots.labels.tolist())
+            seconds = perf_counter() - start
+            log_p = torch.from_numpy(np.log(tuned.predict_proba(images)))
+            accuracy = 100 * float((log_p.argmax(1) == truth).double().mean())
+            temperature = fit_temperature(-log_p, truth)
+            nats = negative_log_likelihood(-log_p, truth, temperature)
+            print(
+                f"{name} at scale {scale}, {steps} steps, lr {lr}, {frozen} frozen, {k} shots, seed {seed}: "
+                f"{accuracy:.1f} % ({nats:.2f} nats) in {seconds:.0f} s, temperature {temperature:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
