@@ -3,23 +3,29 @@
     python -m eval.tuning --dataset fgvc:DIR --shots 4 16 --frozen 0 0.3
 
 What the witness "network" was chosen by. "Nats" is the mean negative logarithm of the probability of the true class at
-the best temperature, which is the last figure.
+the best temperature, which is the last figure. Three ways to ask the network: the image as it is, and the mean of its
+logits over the image and copies, in other colours or as they are trained on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from time import perf_counter
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
+from torch import Tensor
 
 from fewshot_diti.baselines.imagenet import PACKAGED, FineTuned, ImageNetwork, size_for
 from fewshot_diti.baselines.presets import preset_of
-from fewshot_diti.baselines.views import ColourJitter
+from fewshot_diti.baselines.views import ColourJitter, random_view
 from fewshot_diti.data import check_disjoint, load_images, sample_shots
+from fewshot_diti.data.images import open_image
 from fewshot_diti.presets import recommended
 from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
 
@@ -34,6 +40,7 @@ class Config:
         size: (height, width) of the backbone; the network reads images of the same aspect.
         scales: height and width of the network's images, as a share of those that features are read at.
         steps, lrs, frozen: of `TuningSettings`.
+        copies: of a test image.
     """
 
     dataset: str
@@ -45,12 +52,13 @@ class Config:
     frozen: tuple[float, ...] = (0.0, 0.3)
     shots: tuple[int, ...] = (1, 4, 16)
     seeds: tuple[int, ...] = (1,)
+    copies: int = 4
 
 
 def main(config: Config) -> None:
     """Prints a line for each training."""
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
-    images, truth = val.decoded(), torch.from_numpy(val.labels)
+    images, truth = [open_image(x) for x in val.decoded()], torch.from_numpy(val.labels)
     for name in config.networks:
         network = ImageNetwork(name)
         tuning = preset_of(network.module).tuning
@@ -65,15 +73,29 @@ def main(config: Config) -> None:
             start = perf_counter()
             tuned.fit(shots.decoded(), shots.labels.tolist())
             seconds = perf_counter() - start
-            log_p = torch.from_numpy(np.log(tuned.predict_proba(images)))
-            accuracy = 100 * float((log_p.argmax(1) == truth).double().mean())
-            temperature = fit_temperature(-log_p, truth)
-            nats = negative_log_likelihood(-log_p, truth, temperature)
+            own = log_probabilities(tuned, images)
+            torch.manual_seed(seed)
             print(
-                f"{name} at scale {scale}, {steps} steps, lr {lr}, {frozen} frozen, {k} shots, seed {seed}: "
-                f"{accuracy:.1f} % ({nats:.2f} nats) in {seconds:.0f} s, temperature {temperature:.2f}",
-                flush=True,
+                f"{name} at scale {scale}, {steps} steps, lr {lr}, {frozen} frozen, {k} shots, seed {seed}, "
+                f"{seconds:.0f} s: as it is {judged(own, truth)}",
+                end="",
             )
+            for way, change in (("in other colours", recolour), ("views", partial(random_view, recolour=recolour))):
+                more = [log_probabilities(tuned, [change(x) for x in images]) for _ in range(config.copies)]
+                print(f"; {way} {judged(own + sum(more), truth)}", end="")
+            print(flush=True)
+
+
+def log_probabilities(tuned: FineTuned, images: Sequence[Image.Image]) -> Tensor:
+    """Of images [N, C]."""
+    return torch.from_numpy(np.log(tuned.predict_proba(images)))
+
+
+def judged(logits_NC: Tensor, truth_N: Tensor) -> str:
+    """Accuracy, nats and temperature."""
+    accuracy = 100 * float((logits_NC.argmax(1) == truth_N).double().mean())
+    temperature = fit_temperature(-logits_NC, truth_N)
+    return f"{accuracy:.1f} % ({negative_log_likelihood(-logits_NC, truth_N, temperature):.2f} nats, {temperature:.2f})"
 
 
 if __name__ == "__main__":
