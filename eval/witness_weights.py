@@ -1,35 +1,30 @@
-"""How much each witness should count beside the class tokens, from held-out shots.
+"""How much each witness should count beside the class tokens, from images of the val split.
 
-    python -m eval.witness_weights --errors docs/logs/fewshot/errors --output docs/logs/witness-weights.json
+    python -m eval.witness_weights --dataset fgvc:DIR --output docs/logs/witness-weights.json
 
-Reads the errors of held-out shots that a table has kept (two folds), lets every witness learn the same folds, and fits
-weights for each number of shots over all draws. A fold at 16 shots has 8 to learn from.
+Everything learns the same shots and is judged on the same images; then weights are fitted for each number of shots over
+all draws. Class tokens have 16 even trials. Weights are told beside 1 for the class tokens.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fewshot_diti.backbone import Backbone
-from fewshot_diti.calibration import Fit, held_out_log_probabilities
-from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.data import load_bundled, sample_shots
-from fewshot_diti.data.arguments import group_shots
-from fewshot_diti.evaluation.bench import FOLDS
+from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
 from fewshot_diti.files import write_atomically
-from fewshot_diti.presets import PRESETS
 from fewshot_diti.temperature import fit_temperature, fit_weights, negative_log_likelihood
-from fewshot_diti.timesteps import trial_weights, weighted_mean
-from fewshot_diti.weighting import timestep_weights
-from fewshot_diti.witnesses import FittedWitness, read_groups, score_offsets
+from fewshot_diti.witnesses import score_offsets
+
+TOKENS = "class tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,45 +32,41 @@ class Config:
     """What to read and where to write.
 
     Attributes:
-        errors: folder of kept errors, `diti-SHOTS-SEED.safetensors`.
-        output: JSON with the log-probabilities of every witness and what was fitted; what is there is kept.
+        dataset: as `load_images` reads it; the shots come from its split train, the images from val.
+        output: JSON with the log-probabilities of class tokens and every witness, and what was fitted; what is there
+            is kept.
         witnesses: by name.
-        shots, seeds: draws of the table.
+        shots, seeds: of the draws.
+        trials: of class tokens.
     """
 
-    errors: Path
+    dataset: str
     output: Path
+    backbone: str = "pocket"
+    concept: str = "aircraft"
     witnesses: tuple[str, ...] = ("features", "network", "linear-network")
-    shots: tuple[int, ...] = (16, 4, 8, 2)
-    seeds: tuple[int, ...] = (1, 2, 3)
+    shots: tuple[int, ...] = (16, 4, 2, 1, 8)
+    seeds: tuple[int, ...] = (1,)
+    trials: int = 16
 
 
-def judge(config: Config, num_shots: int, seed: int, names: list[str]) -> dict[str, Tensor]:
-    """Log-probabilities [N, C] of held-out shots by each witness, in the order of the kept errors."""
-    pool = load_bundled("train")
-    classifier = DiTiClassifier(concept="aircraft", witnesses=names)
-    settings = classifier.checked_settings(num_shots)
-    training, scoring = replace(settings.training, seed=seed), replace(settings.scoring, folds=FOLDS)
-    settings = settings._replace(training=training, scoring=scoring)
-    drawn = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
-    labels = [drawn.class_names[c] for c in drawn.labels]
-    groups = group_shots(drawn.decoded(), labels, classifier.encoder_.prepare)
-    fit = Fit(encoder=classifier.encoder_, prompts=classifier.prompts_, settings=settings, groups=groups)
-    found = {}
-    for name in names:
-        witness = classifier.witnesses_[name]
-        shots = read_groups(witness, classifier.encoder_, groups, training)
-        fitted = FittedWitness(name, witness, {x: shots[x] for x in sorted(shots)}, {})
-        found[name] = held_out_log_probabilities(fit, fitted)
-    return found
-
-
-def token_scores(path: Path, weighting: str, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [N, C] of held-out shots by the class tokens alone, columns in sorted order, and their classes [N]."""
-    kept = load_file(path)
-    errors, times = kept["held_out"], kept["timesteps"]
-    weights = trial_weights(timestep_weights(weighting, alphas_cumprod, shot_errors=(errors, times)), times)
-    return weighted_mean(errors, weights / weights.mean()), kept["held_out_labels"]
+def judge(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, seed: int) -> dict[str, Tensor]:
+    """Log-probabilities [N, C] of the val images by class tokens and each witness."""
+    classifier = DiTiClassifier(
+        backbone,
+        concept=config.concept,
+        training=TrainingConfig(seed=seed),
+        scoring=ScoringConfig(
+            witnesses=config.witnesses,
+            witness_weights=(1.0,) * len(config.witnesses),
+            trials=config.trials,
+            density="even",
+            seed=seed,
+        ),
+        prediction=PredictionConfig(schedule="exhaustive"),
+    )
+    classifier.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
+    return classifier.evidence(val.decoded())
 
 
 def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
@@ -108,37 +99,46 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
 
 def main(config: Config) -> None:
     """Judges what is not judged yet, then fits and prints."""
-    kept: dict[str, Any] = json.loads(config.output.read_text()) if config.output.is_file() else {"judged": {}}
-    for seed in config.seeds:
-        for num_shots in config.shots:
-            known = kept["judged"].setdefault(f"{num_shots}-{seed}", {})
-            if missing := [name for name in config.witnesses if name not in known]:
-                found = judge(config, num_shots, seed, missing)
-                known |= {name: [[round(x, 4) for x in row] for row in p.tolist()] for name, p in found.items()}
-                write_atomically(config.output, json.dumps(kept).encode())
-                print(f"judged {num_shots}-{seed}", flush=True)
-    weighting = PRESETS["pocket"].scoring["weighting"]
-    alphas_cumprod = Backbone.from_pretrained("pocket").alphas_cumprod
+    backbone = Backbone.from_pretrained(config.backbone)
+    pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
+    made_from = {"dataset": config.dataset, "backbone": backbone.hash, "trials": config.trials}
+    kept: dict[str, Any] = (
+        json.loads(config.output.read_text()) if config.output.is_file() else made_from | {"judged": {}}
+    )
+    if {k: kept.get(k) for k in made_from} != made_from:
+        raise ValueError(f"{config.output} was made by another backbone or of other images; pass another --output.")
+    names = [val.class_names[c] for c in val.labels]
+    truth = torch.from_numpy(np.unique(names, return_inverse=True)[1])  # a classifier sorts its labels
     for num_shots in config.shots:
-        draws = [
-            (*token_scores(config.errors / f"diti-{num_shots}-{seed}.safetensors", weighting, alphas_cumprod), seed)
-            for seed in config.seeds
-        ]
+        for seed in config.seeds:
+            known = kept["judged"].setdefault(f"{num_shots}-{seed}", {})
+            if set((TOKENS, *config.witnesses)) <= set(known):
+                continue
+            shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
+            check_disjoint(shots, val)
+            found = judge(config, backbone, shots, val, seed)
+            known |= {name: [[round(x, 4) for x in row] for row in p.tolist()] for name, p in found.items()}
+            write_atomically(config.output, json.dumps(kept).encode())
         parts = {
             name: torch.cat(
                 [torch.tensor(kept["judged"][f"{num_shots}-{s}"][name], dtype=torch.float64) for s in config.seeds]
             )
-            for name in config.witnesses
+            for name in (TOKENS, *config.witnesses)
         }
-        truth = torch.cat([truth for _, truth, _ in draws])
-        kept[str(num_shots)] = report(torch.cat([scores for scores, _, _ in draws]), parts, truth)
-        print(f"\n{num_shots} shots, {num_shots // FOLDS} of them to learn from; {len(truth)} held-out shots")
+        kept[str(num_shots)] = report(-parts.pop(TOKENS), parts, truth.repeat(len(config.seeds)))
+        print(f"\n{num_shots} shots, seeds {config.seeds}, {len(val)} images")
         for name, row in kept[str(num_shots)].items():
             weights = [round(weight, 2) for weight in row.get("weights", ())]
             more = f"weights {weights}, {row['softer']:.2f} x as soft" if weights else ""
-            print(f"{name:45s} {100 * row['accuracy']:5.1f} % {row['nats']:.3f} nats {row['temperature']:.3g} {more}")
+            print(
+                f"{name:45s} {100 * row['accuracy']:5.1f} % {row['nats']:.3f} nats {row['temperature']:.3g} {more}",
+                flush=True,
+            )
     write_atomically(config.output, json.dumps(kept).encode())
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
