@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import tyro
 from torch import Tensor
 
 from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, ScoringConfig, TrainingConfig
+from fewshot_diti.backbone import load_backbone
 from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
 from fewshot_diti.files import write_atomically
 from fewshot_diti.temperature import fit_temperature, fit_weights, negative_log_likelihood
@@ -48,6 +49,7 @@ class Config:
     shots: tuple[int, ...] = (16, 4, 2, 1, 8)
     seeds: tuple[int, ...] = (1,)
     trials: int = 16
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def judge(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, seed: int) -> dict[str, Tensor]:
@@ -99,9 +101,14 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
 
 def main(config: Config) -> None:
     """Judges what is not judged yet, then fits and prints."""
-    backbone = Backbone.from_pretrained(config.backbone)
+    backbone = load_backbone(config.backbone, config.dtype)
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
-    made_from = {"dataset": config.dataset, "backbone": backbone.hash, "trials": config.trials}
+    made_from = {
+        "dataset": config.dataset,
+        "backbone": backbone.hash,
+        "dtype": str(backbone.dtype),
+        "trials": config.trials,
+    }
     kept: dict[str, Any] = (
         json.loads(config.output.read_text()) if config.output.is_file() else made_from | {"judged": {}}
     )
@@ -117,7 +124,7 @@ def main(config: Config) -> None:
             shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
             check_disjoint(shots, val)
             found = judge(config, backbone, shots, val, seed)
-            known |= {name: [[round(x, 4) for x in row] for row in p.tolist()] for name, p in found.items()}
+            known |= {name: [[round(x, 6) for x in row] for row in p.tolist()] for name, p in found.items()}
             write_atomically(config.output, json.dumps(kept).encode())
         parts = {
             name: torch.cat(

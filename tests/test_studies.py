@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from small_grid import PRESET, SCORING
 
-from eval import information, shortcuts, witness_gain
+from eval import information, pilots, shortcuts, witness_gain, witness_weights
 from fewshot_diti import Backbone
+from fewshot_diti.backbone import load_backbone
 from fewshot_diti.commands.evaluate import EvalConfig
+from fewshot_diti.data import load_images, sample_shots
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.shipped import trained_classifier
 from fewshot_diti.presets import PRESETS
@@ -52,6 +55,44 @@ def test_the_gain_of_a_witness_is_what_the_decision_loses_without_it(
     picture = few.output_dir / "picture.png"
     witness_gain.main(witness_gain.Config(grid=few, picture=picture))
     assert picture.is_file() and "without features" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_settings")
+def test_witnesses_are_weighed_on_val_images_in_the_order_of_their_classes(
+    data: Path, backbone_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "parts"
+    for split, source in (("train", "train"), ("val", "test")):
+        shutil.copytree(data / source, folder / split)
+    log = tmp_path / "weights.json"
+    config = witness_weights.Config(
+        dataset=f"folder:{folder}",
+        output=log,
+        backbone=str(backbone_folder),
+        concept="part",
+        witnesses=("features",),
+        shots=(2,),
+        trials=3,
+    )
+    witness_weights.main(config)
+    first = log.read_bytes()
+    witness_weights.main(config)  # judges nothing again
+    assert log.read_bytes() == first
+    kept = json.loads(first)
+    assert set(kept["judged"]["2-1"]) == {"class tokens", "features"}
+    with pytest.raises(ValueError, match="another backbone or of other images"):
+        witness_weights.main(replace(config, trials=4))
+
+    pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
+    names = sorted(val.class_names)
+    truth = [names.index(val.class_names[c]) for c in val.labels]
+    log_p = np.array(kept["judged"]["2-1"]["features"])
+    assert kept["2"]["features"]["accuracy"] == np.mean(log_p.argmax(1) == truth) >= 0.5  # the classes' colours differ
+
+    asked = pilots.Config(backbones=(str(backbone_folder),), dataset=config.dataset, concept="part", shots=(2,))
+    shots = pool.subset(sample_shots(pool, 2, 1).rows(pool))
+    found = pilots.evidence(asked, load_backbone(str(backbone_folder), "auto"), shots, val, 1)
+    np.testing.assert_allclose(found.numpy(), log_p, atol=1e-5)
 
 
 def test_a_network_that_sees_latents_sees_what_the_backbone_does(
