@@ -2,7 +2,7 @@
 
     python -m eval.pilots --backbones pocket runs/pocket-sd-second/pipeline --dataset fgvc:DIR
 
-What runs of pre-training are chosen by, in a minute; how good class tokens are on it, in minutes for each draw, says
+What runs of pre-training are chosen by, in minutes; how good class tokens are on it, in minutes for each draw, says
 
     python -m eval.witness_weights --dataset fgvc:DIR --output FILE --backbone FOLDER --witnesses features --shots 2 16
 """
@@ -47,16 +47,23 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-def evidence(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, seed: int) -> Tensor:
-    """Log-probabilities [N, C] of features."""
-    prompts = Prompts.complete(None, None, config.concept)
-    encoder = Encoder(backbone, ImageGeometry(size=backbone.image_size), prompts.generic)
-    training = replace(recommended(int(np.bincount(shots.labels).max()), backbone.kind).training, seed=seed)
-    groups = group_shots(shots.decoded(), names_of(shots), encoder.prepare)
-    witness = UnetWitness()
-    fitted = FittedWitness.fit("features", witness, read_groups(witness, encoder, groups, training), training)
-    images = [encoder.prepare(image) for image in val.decoded()]
-    return fitted.log_probabilities(encoder, images, encoder.latents(images))
+class Judged:
+    """A backbone on the val images, which are read once."""
+
+    def __init__(self, backbone: Backbone, concept: str, val: ImageSet) -> None:
+        generic = Prompts.complete(None, None, concept).generic
+        self.encoder = Encoder(backbone, ImageGeometry(size=backbone.image_size), generic)
+        self.witness = UnetWitness()
+        images = [self.encoder.prepare(image) for image in val.decoded()]
+        self.read = self.witness.read(self.encoder, images, self.encoder.latents(images))
+
+    def log_probabilities(self, shots: ImageSet, seed: int) -> Tensor:
+        """Of the val images [N, C] by the features."""
+        kind, num_shots = self.encoder.backbone.kind, int(np.bincount(shots.labels).max())
+        training = replace(recommended(num_shots, kind).training, seed=seed)
+        groups = group_shots(shots.decoded(), names_of(shots), self.encoder.prepare)
+        read = read_groups(self.witness, self.encoder, groups, training)
+        return FittedWitness.fit("features", self.witness, read, training).judge.log_probabilities(self.read)
 
 
 def names_of(images: ImageSet) -> list[str]:
@@ -71,13 +78,13 @@ def main(config: Config) -> None:
     table = Table("backbone", *(f"{k} shots" for k in config.shots))
     table.title = f"Accuracy in % (nats at the best temperature) on {len(val)} images, mean of seeds {config.seeds}"
     for name in config.backbones:
-        backbone, cells = load_backbone(name, config.dtype), []
+        judged, cells = Judged(load_backbone(name, config.dtype), config.concept, val), []
         for k in config.shots:
             found = []
             for seed in config.seeds:
                 shots = pool.subset(sample_shots(pool, k, seed).rows(pool))
                 check_disjoint(shots, val)
-                log_p = evidence(config, backbone, shots, val, seed)
+                log_p = judged.log_probabilities(shots, seed)
                 accuracy = 100 * float((log_p.argmax(1) == truth).double().mean())
                 found.append((accuracy, negative_log_likelihood(-log_p, truth, fit_temperature(-log_p, truth))))
             cells.append("{:.1f} ({:.2f})".format(*np.mean(found, axis=0)))

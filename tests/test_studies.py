@@ -89,9 +89,8 @@ def test_witnesses_are_weighed_on_val_images_in_the_order_of_their_classes(
     log_p = np.array(kept["judged"]["2-1"]["features"])
     assert kept["2"]["features"]["accuracy"] == np.mean(log_p.argmax(1) == truth) >= 0.5  # the classes' colours differ
 
-    asked = pilots.Config(backbones=(str(backbone_folder),), dataset=config.dataset, concept="part", shots=(2,))
     shots = pool.subset(sample_shots(pool, 2, 1).rows(pool))
-    found = pilots.evidence(asked, load_backbone(str(backbone_folder), "auto"), shots, val, 1)
+    found = pilots.Judged(load_backbone(str(backbone_folder), "auto"), "part", val).log_probabilities(shots, 1)
     np.testing.assert_allclose(found.numpy(), log_p, atol=1e-5)
 
 
