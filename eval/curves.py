@@ -28,7 +28,7 @@ class Curves:
     """
 
     vae: Path = Path("docs/logs/pocket-vae.jsonl")
-    unet: tuple[Path, ...] = tuple(Path(f"docs/logs/pocket-sd-{run}.jsonl") for run in (1, 2, 3))
+    unet: tuple[Path, ...] = tuple(Path(f"docs/logs/pocket-sd-{run}.jsonl") for run in (1, 2, 3, 4, 5))
     output: Path = Path("docs/pocket-curves.png")
 
 

@@ -1,6 +1,6 @@
 """How good the features of a Stable Diffusion's U-Net are, on images of the val split.
 
-    python -m eval.pilots --backbones pocket runs/pocket-sd-second/pipeline --dataset fgvc:DIR
+    python -m eval.pilots --backbones pocket runs/pocket-sd-third/pipeline --dataset fgvc:DIR
 
 What runs of pre-training are chosen by, in minutes; how good class tokens are on it, in minutes for each draw, says
 
