@@ -21,6 +21,7 @@ from torch import Tensor
 from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.evaluation.task import fingerprint
 from fewshot_diti.files import write_atomically
 from fewshot_diti.temperature import fit_temperature, fit_weights, negative_log_likelihood
 from fewshot_diti.witnesses import score_offsets
