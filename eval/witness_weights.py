@@ -105,7 +105,7 @@ def main(config: Config) -> None:
     backbone = load_backbone(config.backbone, config.dtype)
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
     made_from = {
-        "dataset": config.dataset,
+        "images": fingerprint(val),
         "backbone": backbone.hash,
         "dtype": str(backbone.dtype),
         "trials": config.trials,
