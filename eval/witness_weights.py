@@ -73,7 +73,7 @@ def judge(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, se
 
 
 def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
-    """Accuracy and likelihood of the class tokens, of each witness, and of both together, with the weights fitted."""
+    """Accuracy and likelihood of class tokens, of each witness, and of them together, with equal and fitted weights."""
 
     def judged(scores: Tensor) -> dict[str, float]:
         best = fit_temperature(scores, truth)
@@ -96,7 +96,11 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
             together["weights"] = [weight / alone for weight in weights]  # type: ignore[assignment]
             together["softer"] = together["temperature"] / alone
             found[f"{' + '.join(some)}, {how}"] = together
-    found["witnesses without class tokens"] = judged(sum(-p for p in log_p.values()))  # type: ignore[arg-type]
+    for some in several:
+        first, *rest = (log_p[name] for name in some)
+        weights = fit_weights(-first, rest, truth, [1.0] * len(rest), 1.0)
+        scores = -first + score_offsets(rest, weights) if rest else -first
+        found[f"{' + '.join(some)}, fitted, without {TOKENS}"] = judged(scores)
     return found
 
 
@@ -139,7 +143,7 @@ def main(config: Config) -> None:
             weights = [round(weight, 2) for weight in row.get("weights", ())]
             more = f"weights {weights}, {row['softer']:.2f} x as soft" if weights else ""
             print(
-                f"{name:45s} {100 * row['accuracy']:5.1f} % {row['nats']:.3f} nats {row['temperature']:.3g} {more}",
+                f"{name:60s} {100 * row['accuracy']:5.1f} % {row['nats']:.3f} nats {row['temperature']:.3g} {more}",
                 flush=True,
             )
     write_atomically(config.output, json.dumps(kept).encode())
