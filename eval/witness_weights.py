@@ -98,8 +98,8 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
             found[f"{' + '.join(some)}, {how}"] = together
     for some in several:
         first, *rest = (log_p[name] for name in some)
-        weights = fit_weights(-first, rest, truth, [1.0] * len(rest), 1.0)
-        scores = -first + score_offsets(rest, weights) if rest else -first
+        shares = fit_weights(-first, rest, truth, [1.0] * len(rest), 1.0)
+        scores = -first + score_offsets(rest, shares) if rest else -first
         found[f"{' + '.join(some)}, fitted, without {TOKENS}"] = judged(scores)
     return found
 
