@@ -89,7 +89,7 @@ def main(config: Config) -> None:
                 found.append((accuracy, negative_log_likelihood(-log_p, truth, fit_temperature(-log_p, truth))))
             cells.append("{:.1f} ({:.2f})".format(*np.mean(found, axis=0)))
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
