@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from eval.val import draw, judged
 from fewshot_diti.backbone import Backbone, load_backbone
-from fewshot_diti.data import ImageGeometry, ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.data import ImageGeometry, ImageSet, load_images
 from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.encoding import Encoder
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts
-from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
 from fewshot_diti.witnesses import FittedWitness, UnetWitness, read_groups
 
 
@@ -47,7 +47,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class Judged:
+class Reader:
     """A backbone on the val images, which are read once."""
 
     def __init__(self, backbone: Backbone, concept: str, val: ImageSet) -> None:
@@ -78,15 +78,12 @@ def main(config: Config) -> None:
     table = Table("backbone", *(f"{k} shots" for k in config.shots))
     table.title = f"Accuracy in % (nats at the best temperature) on {len(val)} images, mean of seeds {config.seeds}"
     for name in config.backbones:
-        judged, cells = Judged(load_backbone(name, config.dtype), config.concept, val), []
+        reader, cells = Reader(load_backbone(name, config.dtype), config.concept, val), []
         for k in config.shots:
             found = []
             for seed in config.seeds:
-                shots = pool.subset(sample_shots(pool, k, seed).rows(pool))
-                check_disjoint(shots, val)
-                log_p = judged.log_probabilities(shots, seed)
-                accuracy = 100 * float((log_p.argmax(1) == truth).double().mean())
-                found.append((accuracy, negative_log_likelihood(-log_p, truth, fit_temperature(-log_p, truth))))
+                verdict = judged(-reader.log_probabilities(draw(pool, val, k, seed), seed), truth)
+                found.append((100 * verdict.accuracy, verdict.nats))
             cells.append("{:.1f} ({:.2f})".format(*np.mean(found, axis=0)))
         table.add_row(name, *cells)
     Console(width=120).print(table)

@@ -21,13 +21,13 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from eval.val import draw, judged
 from fewshot_diti.baselines.imagenet import PACKAGED, FineTuned, ImageNetwork, size_for
 from fewshot_diti.baselines.presets import preset_of
 from fewshot_diti.baselines.views import ColourJitter, random_view
-from fewshot_diti.data import check_disjoint, load_images, sample_shots
+from fewshot_diti.data import load_images
 from fewshot_diti.data.images import open_image
 from fewshot_diti.presets import recommended
-from fewshot_diti.temperature import fit_temperature, negative_log_likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,7 @@ def main(config: Config) -> None:
         for k, seed, scale, steps, lr, frozen in product(
             config.shots, config.seeds, config.scales, config.steps, config.lrs, config.frozen
         ):
-            shots = pool.subset(sample_shots(pool, k, seed).rows(pool))
-            check_disjoint(shots, val)
+            shots = draw(pool, val, k, seed)
             settings = replace(tuning, steps=steps, lr=lr, frozen=frozen)
             recolour = ColourJitter.of(recommended(k).training)
             tuned = FineTuned(network.at(size_for(config.size, scale)), settings, recolour=recolour, seed=seed)
@@ -77,12 +76,12 @@ def main(config: Config) -> None:
             torch.manual_seed(seed)
             print(
                 f"{name} at scale {scale}, {steps} steps, lr {lr}, {frozen} frozen, {k} shots, seed {seed}, "
-                f"{seconds:.0f} s: as it is {judged(own, truth)}",
+                f"{seconds:.0f} s: as it is {said(own, truth)}",
                 end="",
             )
             for way, change in (("in other colours", recolour), ("views", partial(random_view, recolour=recolour))):
                 more = [log_probabilities(tuned, [change(x) for x in images]) for _ in range(config.copies)]
-                print(f"; {way} {judged(own + sum(more), truth)}", end="")
+                print(f"; {way} {said(own + sum(more), truth)}", end="")
             print(flush=True)
 
 
@@ -91,11 +90,10 @@ def log_probabilities(tuned: FineTuned, images: Sequence[Image.Image]) -> Tensor
     return torch.from_numpy(np.log(tuned.predict_proba(images)))
 
 
-def judged(logits_NC: Tensor, truth_N: Tensor) -> str:
+def said(logits_NC: Tensor, truth_N: Tensor) -> str:
     """Accuracy, nats and temperature."""
-    accuracy = 100 * float((logits_NC.argmax(1) == truth_N).double().mean())
-    temperature = fit_temperature(-logits_NC, truth_N)
-    return f"{accuracy:.1f} % ({negative_log_likelihood(-logits_NC, truth_N, temperature):.2f} nats, {temperature:.2f})"
+    accuracy, nats, temperature = judged(-logits_NC, truth_N)
+    return f"{100 * accuracy:.1f} % ({nats:.2f} nats, {temperature:.2f})"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m eval.witness_weights --dataset fgvc:DIR --output docs/logs/witness-weights.json
 
 Everything learns the same shots and is judged on the same images; then weights are fitted for each number of shots over
-all draws. Class tokens have 16 even trials. Weights are told beside 1 for the class tokens.
+all draws. Class tokens have 16 even trials, and the weight 1.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 import tyro
 from torch import Tensor
 
+from eval.val import draw, judged
 from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.backbone import load_backbone
-from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
+from fewshot_diti.data import ImageSet, load_images
 from fewshot_diti.evaluation.task import fingerprint
 from fewshot_diti.files import write_atomically
-from fewshot_diti.temperature import fit_temperature, fit_weights, negative_log_likelihood
+from fewshot_diti.temperature import fit_weights
 from fewshot_diti.witnesses import score_offsets
 
 TOKENS = "class tokens"
@@ -75,15 +76,10 @@ def judge(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, se
 def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
     """Accuracy and likelihood of class tokens, of each witness, and of them together, with equal and fitted weights."""
 
-    def judged(scores: Tensor) -> dict[str, float]:
-        best = fit_temperature(scores, truth)
-        return {
-            "accuracy": float((scores.argmin(1) == truth).double().mean()),
-            "nats": negative_log_likelihood(scores, truth, best),
-            "temperature": best,
-        }
+    def verdict(scores: Tensor) -> dict[str, Any]:
+        return judged(scores, truth)._asdict()
 
-    found: dict[str, Any] = {"class tokens": judged(tokens)} | {name: judged(-p) for name, p in log_p.items()}
+    found: dict[str, Any] = {"class tokens": verdict(tokens)} | {name: verdict(-p) for name, p in log_p.items()}
     alone = found["class tokens"]["temperature"]
     names = tuple(log_p)
     several = (names, *(tuple(x for x in names if x != out) for out in names)) if len(names) > 1 else ()
@@ -92,15 +88,15 @@ def report(tokens: Tensor, log_p: dict[str, Tensor], truth: Tensor) -> dict[str,
         start = [alone] * len(some)
         fitted = fit_weights(tokens, parts, truth, start, alone * (1 + 0.5 * len(some)))
         for how, weights in (("equal", start), ("fitted", list(fitted))):
-            together = judged(tokens + score_offsets(parts, weights))
-            together["weights"] = [weight / alone for weight in weights]  # type: ignore[assignment]
+            together = verdict(tokens + score_offsets(parts, weights))
+            together["weights"] = [weight / alone for weight in weights]
             together["softer"] = together["temperature"] / alone
             found[f"{' + '.join(some)}, {how}"] = together
     for some in several:
         first, *rest = (log_p[name] for name in some)
         shares = fit_weights(-first, rest, truth, [1.0] * len(rest), 1.0)
         scores = -first + score_offsets(rest, shares) if rest else -first
-        found[f"{' + '.join(some)}, fitted, without {TOKENS}"] = judged(scores)
+        found[f"{' + '.join(some)}, fitted, without {TOKENS}"] = verdict(scores)
     return found
 
 
@@ -126,9 +122,7 @@ def main(config: Config) -> None:
             known = kept["judged"].setdefault(f"{num_shots}-{seed}", {})
             if set((TOKENS, *config.witnesses)) <= set(known):
                 continue
-            shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
-            check_disjoint(shots, val)
-            found = judge(config, backbone, shots, val, seed)
+            found = judge(config, backbone, draw(pool, val, num_shots, seed), val, seed)
             known |= {name: [[round(x, 6) for x in row] for row in p.tolist()] for name, p in found.items()}
             write_atomically(config.output, json.dumps(kept).encode())
         parts = {

@@ -90,7 +90,7 @@ def test_witnesses_are_weighed_on_val_images_in_the_order_of_their_classes(
     assert kept["2"]["features"]["accuracy"] == np.mean(log_p.argmax(1) == truth) >= 0.5  # the classes' colours differ
 
     shots = pool.subset(sample_shots(pool, 2, 1).rows(pool))
-    found = pilots.Judged(load_backbone(str(backbone_folder), "auto"), "part", val).log_probabilities(shots, 1)
+    found = pilots.Reader(load_backbone(str(backbone_folder), "auto"), "part", val).log_probabilities(shots, 1)
     np.testing.assert_allclose(found.numpy(), log_p, atol=1e-5)
 
 
