@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     backbone, network = load_backbone(config.backbone), ImageNetwork(config.network)
     pool, test = (load_images(config.dataset, split) for split in ("train", "test"))
     recolour = ColourJitter.of(recommended(1, backbone.kind).training)
-    truth = np.array([test.class_names[c] for c in test.labels])
+    truth = np.array(test.label_names)
     lines = []
     for name, way in versions(backbone).items():
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
             for seed in config.seeds:
                 shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
                 probe = LogisticProbe({name: kept}, recolour=recolour, seed=seed)
-                probe.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
+                probe.fit(shots.decoded(), shots.label_names)
                 right = probe.predict(test.decoded()) == truth
                 seen = seen_attribute(shots, test, config.column)
                 known = np.array([bool(value) for value in test.attributes[config.column]])

@@ -61,20 +61,15 @@ class Reader:
         """Of the val images [N, C] by the features."""
         kind, num_shots = self.encoder.backbone.kind, int(np.bincount(shots.labels).max())
         training = replace(recommended(num_shots, kind).training, seed=seed)
-        groups = group_shots(shots.decoded(), names_of(shots), self.encoder.prepare)
+        groups = group_shots(shots.decoded(), shots.label_names, self.encoder.prepare)
         read = read_groups(self.witness, self.encoder, groups, training)
         return FittedWitness.fit("features", self.witness, read, training).judge.log_probabilities(self.read)
-
-
-def names_of(images: ImageSet) -> list[str]:
-    """The class of each image."""
-    return [images.class_names[c] for c in images.labels]
 
 
 def main(config: Config) -> None:
     """Prints one table."""
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
-    truth = torch.from_numpy(np.unique(names_of(val), return_inverse=True)[1])  # labels are sorted in a witness
+    truth = torch.from_numpy(np.unique(val.label_names, return_inverse=True)[1])  # labels are sorted in a witness
     table = Table("backbone", *(f"{k} shots" for k in config.shots))
     table.title = f"Accuracy in % (nats at the best temperature) on {len(val)} images, mean of seeds {config.seeds}"
     for name in config.backbones:

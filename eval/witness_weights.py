@@ -69,7 +69,7 @@ def judge(config: Config, backbone: Backbone, shots: ImageSet, val: ImageSet, se
         ),
         prediction=PredictionConfig(schedule="exhaustive"),
     )
-    classifier.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
+    classifier.fit(shots.decoded(), shots.label_names)
     return classifier.evidence(val.decoded())
 
 
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     )
     if {k: kept.get(k) for k in made_from} != made_from:
         raise ValueError(f"{config.output} was made by another backbone or of other images; pass another --output.")
-    names = [val.class_names[c] for c in val.labels]
+    names = val.label_names
     truth = torch.from_numpy(np.unique(names, return_inverse=True)[1])  # a classifier sorts its labels
     for num_shots in config.shots:
         for seed in config.seeds:

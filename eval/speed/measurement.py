@@ -121,7 +121,7 @@ class Measurement:
             return DiTiClassifier.from_pretrained(self.bank_folder, self.backbone)
         classifier = DiTiClassifier(self.backbone, concept=self.config.concept, **self.settings._asdict())
         shots = self.shots
-        classifier.fit(shots.decoded(), [shots.class_names[c] for c in shots.labels])
+        classifier.fit(shots.decoded(), shots.label_names)
         classifier.save_pretrained(self.bank_folder)
         return classifier
 
@@ -171,7 +171,7 @@ class Measurement:
     @cached_property
     def groups(self) -> Groups:
         """The shots of each class."""
-        labels = [self.shots.class_names[c] for c in self.shots.labels]
+        labels = self.shots.label_names
         return group_shots(self.shots.decoded(), labels, self.encoder.prepare)
 
     def shots_of(self, label: str) -> list[DecodedImage]:

@@ -156,7 +156,7 @@ def _accuracy(records: dict[Run, dict[str, Any]], method: str, shots: Sequence[i
 def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By method and shots: `against` compared with it, on the seeds that both have."""
     config = grid.config
-    truth = [grid.test.class_names[c] for c in grid.test.labels]
+    truth = grid.test.label_names
 
     def correct(method: str, k: int) -> dict[int, np.ndarray]:
         return {

@@ -113,6 +113,11 @@ class ImageSet:
         return self._decoded_once[0]
 
     @property
+    def label_names(self) -> list[str]:
+        """The name of each image's class."""
+        return [self.class_names[c] for c in self.labels]
+
+    @property
     def thumbnails(self) -> np.ndarray:
         """uint8 [N, 16, 16, 3], from the pass that gives `ids`; errors as `ids`."""
         return self._decoded_once[1]

@@ -33,7 +33,7 @@ class Task:
 
     def shot_labels(self) -> list[str]:
         """The name of each shot's class."""
-        return [self.shots.class_names[c] for c in self.shots.labels]
+        return self.shots.label_names
 
     def test_images(self) -> LazyImages:
         """The images to classify."""
@@ -41,7 +41,7 @@ class Task:
 
     def truth(self) -> list[str]:
         """The name of each test image's class, for figures alone: no method reads it."""
-        return [self.class_names[c] for c in self.test.labels]
+        return self.test.label_names
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
