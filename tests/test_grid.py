@@ -21,7 +21,7 @@ from small_grid import QUIET
 from fewshot_diti.baselines import presets
 from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.baselines.tip_adapter import TipSettings
-from fewshot_diti.commands.evaluate import EvalConfig, evaluate
+from fewshot_diti.commands.evaluate import EvalConfig, evaluate, plan
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation.class_tokens import tip_adapter
 from fewshot_diti.evaluation.grid import Grid
@@ -62,6 +62,12 @@ def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     assert len(before) == 2 * len(fast.methods)
     assert evaluate(fast, QUIET) == 0
     assert times(folder) == before
+    took = {"training_seconds": 600.0, "seconds_per_image": 100.0, "seconds": 0.1}  # of six images
+    shipped = json.loads((folder / "fewshot-diti" / "2-1.json").read_text())
+    (folder / "fewshot-diti" / "2-1.json").write_text(json.dumps(shipped | took))
+    (folder / "fewshot-diti" / "1-1.json").unlink()
+    assert "fewshot-diti/1-1.json  about 1200 s" in plan(Grid(fast))
+    assert evaluate(fast, QUIET) == 0
     (folder / "ncm-sd" / "1-1.json").unlink()
     (folder / "diti" / "1-1.json").write_text((folder / "diti" / "1-1.json").read_text().replace("ok", "failed", 1))
     assert {(r.method, r.num_shots) for r in Grid(fast).missing()} == {("ncm-sd", 1), ("diti", 1)}

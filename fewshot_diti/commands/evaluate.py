@@ -96,7 +96,10 @@ def plan(grid: Grid) -> str:
             unknown += 1
             lines.append(f"{run.path}  time unknown")
             continue
-        seconds = done[min(near, key=lambda other: abs(other.num_shots - run.num_shots))]["seconds"]
+        record = done[min(near, key=lambda other: abs(other.num_shots - run.num_shots))]
+        seconds = record["seconds"]
+        if METHODS[run.method].reads == "classifier":  # it is trained, and decides, before the run
+            seconds += record["training_seconds"] + record["seconds_per_image"] * len(grid.test)
         total += seconds
         lines.append(f"{run.path}  about {seconds:.0f} s")
     lines.append(f"{len(missing)} runs to do, {len(done)} done; about {total / 60:.0f} minutes, {unknown} unknown.")
