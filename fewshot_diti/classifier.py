@@ -301,7 +301,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             classifier.scoring, classifier.prediction = saved.given_scoring, saved.settings.prediction
         classifier._load(saved.settings.scoring.witnesses if saved else ())
         bank.check_backbone(classifier.backbone_)
-        kind, most = classifier.backbone_.kind, max((token.num_shots for token in bank.tokens), default=1)
+        kind, most = classifier.backbone_.kind, max([1, *(token.num_shots for token in bank.tokens)])
         classifier.settings_ = saved.settings if saved else complete(kind, most, scoring=classifier.scoring)
         calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_, most)
         classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete

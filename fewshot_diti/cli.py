@@ -1,12 +1,15 @@
-"""The command `fewshot-diti`: demo, train, score, eval."""
+"""The command `fewshot-diti`: demo, train, add, score, eval, export, import, info."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import tyro
@@ -14,25 +17,38 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import subcommand
 
+from fewshot_diti.commands.add import AddConfig, add
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
+from fewshot_diti.commands.export import ExportConfig, export
+from fewshot_diti.commands.import_lora import ImportConfig, import_
+from fewshot_diti.commands.info import InfoConfig, info
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
+from fewshot_diti.progress import silent
 from fewshot_diti.reports import printable_lines
 from fewshot_diti.training import TrainingError
 
 Command = (
     Annotated[DemoConfig, subcommand("demo")]
     | Annotated[TrainConfig, subcommand("train")]
+    | Annotated[AddConfig, subcommand("add")]
     | Annotated[ScoreConfig, subcommand("score")]
     | Annotated[EvalConfig, subcommand("eval")]
+    | Annotated[ExportConfig, subcommand("export")]
+    | Annotated[ImportConfig, subcommand("import")]
+    | Annotated[InfoConfig, subcommand("info")]
 )
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: the command ends as it does where the user interrupts it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 1 (some images could not be scored), 2 (the user's error) or
-    130 (interrupted).
+    """Runs the command and returns its exit status: 0, 1 (some images could not be scored), 2 (the user's error),
+    130 (interrupted) or 143 (terminated).
 
     Args:
         arguments: by default those of the process.
@@ -51,16 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable_lines(str(message))}\n"
     disable_progress_bar()  # of reading weights from disk, which takes a second; downloads and training keep theirs
     try:
-        console = Console(quiet=not process_state().is_main_process, markup=False, emoji=False, highlight=False)
-        if isinstance(command, DemoConfig):
-            run_demo(command, console)
-            return 0
-        if isinstance(command, TrainConfig):
-            train(command, console)
-            return 0
-        if isinstance(command, EvalConfig):
-            return evaluate(command, console)
-        return score(command, console)
+        with _terminable(), silent(command.quiet):
+            quiet = command.quiet or not process_state().is_main_process
+            console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+            return _run(command, console) or 0
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -81,3 +94,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _run(command: Command, console: Console) -> int | None:
+    """The exit status, None for 0."""
+    match command:
+        case DemoConfig():
+            run_demo(command, console)
+        case TrainConfig():
+            train(command, console)
+        case AddConfig():
+            add(command, console)
+        case ScoreConfig():
+            return score(command, console)
+        case EvalConfig():
+            return evaluate(command, console)
+        case ExportConfig():
+            export(command, console)
+        case ImportConfig():
+            import_(command, console)
+        case InfoConfig():
+            info(command, console)
+    return None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside the context SIGTERM is an exception; Python takes signals in the main thread alone."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

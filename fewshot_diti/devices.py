@@ -10,6 +10,7 @@ import torch
 from fewshot_diti.distributed import process_state
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TrainingDtype = Literal["auto", "float32", "bfloat16"]  # float16 loses small gradients
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

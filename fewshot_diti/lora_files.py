@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from fewshot_diti.files import write_atomically
 from fewshot_diti.lora import Target
 
 LoraFormat = Literal["diffusers", "kohya", "peft"]
+_LONGEST = 80  # characters of a file's name; a name has at most 255 bytes, and a character four
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}  # on Windows
 _Adapters = dict[Target, tuple[Tensor, Tensor]]
 _Files = dict[str, bytes]
 
@@ -43,7 +46,7 @@ def export_lora(bank: Bank, label: Label, folder: str | Path, format: LoraFormat
     one = bank.select([label])
     scaled = one.layout.split(one.scaled_rows())
     adapters = {t: (a[0].contiguous(), (b[0] * one.layout.scale).contiguous()) for t, (a, b) in scaled.items()}
-    loaded, files = _FORMATS[format](one, adapters)
+    loaded, files = _FORMATS[format](one, adapters, file_names(bank.labels)[one.labels[0]])
     for name in (MANIFEST, *files):
         if (Path(folder) / name).exists():
             raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
@@ -54,7 +57,45 @@ def export_lora(bank: Bank, label: Label, folder: str | Path, format: LoraFormat
     return Path(folder) / loaded
 
 
-def _diffusers(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+def export_classes(
+    bank: Bank, folder: str | Path, format: LoraFormat = "diffusers", labels: Sequence[Label] | None = None
+) -> dict[Label, Path]:
+    """`export_lora` of several class tokens, by default all, each into a folder of its own; with "kohya" into one.
+
+    Returns what the other tool loads of each. Nothing is written where one of them cannot be.
+
+    Raises:
+        ValueError: as `export_lora`.
+    """
+    chosen = bank.labels if labels is None else bank.select(labels).labels
+    if format not in _FORMATS:
+        raise ValueError(f"format={format!r}; pass one of {sorted(_FORMATS)}.")
+    names = file_names(bank.labels)  # of all, so that a class's name does not depend on which others are exported
+    folder, together = Path(folder), format == "kohya"
+    places = {x: folder / (f"{names[x]}.safetensors" if together else names[x]) for x in chosen}
+    if there := [place for place in places.values() if place.exists()]:
+        raise ValueError(f"{there[0]} is there already; pass another folder, or remove it.")
+    return {x: export_lora(bank, x, folder if together else places[x], format) for x in chosen}
+
+
+def file_names(labels: Sequence[Label]) -> dict[Label, str]:
+    """A name of a file or folder for each class: letters, digits, dots and dashes, the same on every system.
+
+    Long names are cut; what would be one name (also where a system does not tell capitals apart) is numbered.
+    """
+    names: dict[Label, str] = {}
+    taken: set[str] = set()
+    for label in labels:
+        base = re.sub(r"[^\w.-]+", "_", str(label)).strip(".")[:_LONGEST] or "_"
+        if base.split(".")[0].upper() in _RESERVED:
+            base = f"_{base}"
+        found = (base if number == 1 else f"{base}-{number}" for number in count(1))
+        names[label] = next(name for name in found if name.casefold() not in taken)
+        taken.add(names[label].casefold())
+    return names
+
+
+def _diffusers(bank: Bank, adapters: _Adapters, _: str) -> tuple[str, _Files]:
     tensors: dict[str, Tensor] = {}
     for target, (a, b) in adapters.items():
         # every reader of the format knows the text encoder under its old prefix
@@ -67,24 +108,23 @@ def _diffusers(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
     return name, {name: save_tensors(tensors, metadata={"format": "pt", "lora_adapter_metadata": encoded})}
 
 
-def _kohya(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+def _kohya(bank: Bank, adapters: _Adapters, name: str) -> tuple[str, _Files]:
     tensors: dict[str, Tensor] = {}
     rank = bank.layout.rank
     for target, (a, b) in adapters.items():
         prefix = "lora_unet" if target.network == "unet" else "lora_te_text_model"
-        name = f"{prefix}_{target.name.replace('.', '_')}"
-        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": tensor(float(rank))}
+        key = f"{prefix}_{target.name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": tensor(float(rank))}
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_training_comment": f"fewshot-diti class token {bank.labels[0]!r}, prompt: {bank.tokens[0].prompt}",
     }
-    name = re.sub(r"[^\w.-]+", "_", str(bank.labels[0])) + ".safetensors"
-    return name, {name: save_tensors(tensors, metadata=metadata)}
+    return f"{name}.safetensors", {f"{name}.safetensors": save_tensors(tensors, metadata=metadata)}
 
 
-def _peft(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
+def _peft(bank: Bank, adapters: _Adapters, _: str) -> tuple[str, _Files]:
     files: _Files = {}
     for network, config in _peft_configs(bank).items():
         tensors = {
@@ -99,7 +139,7 @@ def _peft(bank: Bank, adapters: _Adapters) -> tuple[str, _Files]:
     return "", files
 
 
-_FORMATS: dict[str, Callable[[Bank, _Adapters], tuple[str, _Files]]] = {
+_FORMATS: dict[str, Callable[[Bank, _Adapters, str], tuple[str, _Files]]] = {
     "diffusers": _diffusers,
     "kohya": _kohya,
     "peft": _peft,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from fewshot_diti.distributed import process_state
 
 _SECONDS = 60.0  # between two lines
+_DISABLE = "TQDM_DISABLE"
 
 
 class Progress:
@@ -69,5 +72,20 @@ def counted(number: int, unit: str) -> str:
     return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
+@contextmanager
+def silent(on: bool = True) -> Iterator[None]:
+    """No progress is shown inside the context, where it is `on`."""
+    before = os.environ.get(_DISABLE)
+    if on:
+        os.environ[_DISABLE] = "1"  # that of tqdm: downloads show none either
+    try:
+        yield
+    finally:
+        if on and before is None:
+            del os.environ[_DISABLE]
+        elif on and before is not None:
+            os.environ[_DISABLE] = before
+
+
 def _disabled() -> bool:
-    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+    return os.environ.get(_DISABLE, "").lower() not in ("", "0", "false")

@@ -97,6 +97,9 @@ def accuracy_table(
     return table
 
 
+_PLACES = ("first", "second", "third")
+
+
 def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """The top classes and the margin of each image, from records with path, probabilities (best first) and margin.
 
@@ -111,8 +114,8 @@ def prediction_table(records: Sequence[Mapping[str, Any]]) -> Table:
         caption_justify="left",
     )
     table.add_column("image", overflow="fold")
-    for title in ("first", "second", "third")[: max((len(r["probabilities"]) for r in records), default=0)]:
-        table.add_column(title)
+    for place in range(max((len(record["probabilities"]) for record in records), default=0)):
+        table.add_column(_PLACES[place] if place < len(_PLACES) else f"{place + 1}th")
     table.add_column("margin", justify="right")
     for record in records:
         top = [f"{printable(label)} {100 * p:.1f} %" for label, p in record["probabilities"].items()]

@@ -1,6 +1,8 @@
 """The command line: its options, and what it says of settings and paths that are wrong."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,17 @@ pytestmark = pytest.mark.usefixtures("quick_train")
 
 def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
-        "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed",
+        "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed --quiet",
         "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split"
-        " --val_split --dtype --shortlist --batch_size --seed",
-        "score": "--bank --output --backbone --dtype --batch_size --compile",
+        " --val_split --dtype --shortlist --batch_size --seed --quiet",
+        "add": "--output_dir --more_shots --shots --split --backbone --dtype --batch_size --seed --quiet",
+        "score": "--bank --output --top_k --split --image_column --backbone --dtype --batch_size --compile --quiet",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --shots_file"
         " --concept --trials --training_share --max_test_images --shift --group --output_dir --quick"
-        " --dry_run --against",
+        " --dry_run --against --quiet",
+        "export": "--output_dir --format --classes --quiet",
+        "import": "--output_dir --prompt --backbone --concept --resize --quiet",
+        "info": "--quiet",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:
@@ -75,6 +81,39 @@ def test_settings_out_of_range_are_refused_with_what_is_allowed(bank: Path, caps
         with pytest.raises(SystemExit) as exit_:
             cli.main(command)
         assert exit_.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_a_typo_is_answered_with_the_option_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, meant in (
+        (["train", "DIR", "--ouput_dir", "B", "--concept", "part"], "--output_dir"),
+        (["scroe", "--bank", "B", "a.png"], "score"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(command)
+        assert exit_.value.code == 2 and meant in capsys.readouterr().err
+
+
+def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
+    shots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
+        monkeypatch.setattr(cli, "train", lambda *_, number=number: signal.raise_signal(number))
+        assert cli.main(["train", str(shots), "--output_dir", "B", "--concept", "part"]) == status
+        assert capsys.readouterr().err == f"{word}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_quiet_commands_print_nothing(
+    bank: Path, shots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert cli.main(["info", str(bank), "--quiet"]) == 0
+    command = ["score", "--bank", str(bank), str(shots), "--output", str(tmp_path / "out.jsonl"), "--quiet"]
+    assert cli.main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    assert "TQDM_DISABLE" not in os.environ
 
 
 def test_other_exceptions_keep_their_traceback(shots: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_commands import CLASSES, read_lines, save_image, train_command
@@ -106,8 +109,9 @@ def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
     first, second = read_lines(tmp_path / "o.jsonl")
     assert first.keys() == {"path", "error"} and first["path"] == str(broken) and str(broken) in first["error"]
     assert second["path"] == str(tests / "1.png") and second["label"] in second["scores"]
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"not scored: {first['error']}"
+    *_, named, last = capsys.readouterr().out.splitlines()
+    assert named == f"not scored: {first['error']}"
+    assert last.startswith("1 image scored in") and last.endswith("; 1 not scored.") and "images/s" in last
 
 
 def test_score_scores_the_rest_where_paths_lead_nowhere(
@@ -133,12 +137,14 @@ def test_names_cannot_write_to_the_terminal(
 ) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
-    shutil.copy(tests / "0.png", folder / "a\x1b[31m\nJSON lines: fake.png")
+    shutil.copy(tests / "0.png", folder / "a\x1b[31m\npredictions: fake.png")
     (folder / "b\x1b]0;title\nnot scored: nothing.png").write_bytes(b"no picture")
     assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 1
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert not any(line.startswith("JSON lines: fake") or line == "not scored: nothing.png" for line in out.split("\n"))
+    assert not any(
+        line.startswith("predictions: fake") or line == "not scored: nothing.png" for line in out.split("\n")
+    )
 
 
 def test_a_console_without_the_letters_of_a_name_stops_nothing(bank: Path, tests: Path, tmp_path: Path) -> None:
@@ -162,12 +168,78 @@ def test_score_replaces_its_own_output_alone_and_counts_what_it_passes_over(
     folder.mkdir()
     shutil.copy(tests / "0.png", folder)
     (folder / "notes.txt").write_text("")
-    before = (folder / "0.png").read_bytes()
-    assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(folder / "0.png")]) == 2
-    assert (folder / "0.png").read_bytes() == before
+    (folder / "table.csv").write_text("of the user")
+    assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(folder / "table.csv")]) == 2
+    assert (folder / "table.csv").read_text() == "of the user"
     for _ in range(2):
         assert cli.main(["score", "--bank", str(bank), str(folder), "--output", str(tmp_path / "out.jsonl")]) == 0
-    assert "1 file is passed over (1 .txt)" in capsys.readouterr().out
+    assert "2 files are passed over (1 .csv, 1 .txt)" in capsys.readouterr().out
+
+
+def test_csv_and_parquet_have_a_row_per_image(bank: Path, tests: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken, and more.png"
+    broken.write_bytes(b"no picture")
+    tables = []
+    for suffix in ("jsonl", "csv", "parquet"):
+        output = tmp_path / f"out.{suffix}"
+        command = ["score", "--bank", str(bank), str(broken), str(tests), "--output", str(output), "--top_k", "2"]
+        assert cli.main(command) == 1
+        tables.append(output)
+    records, rows = read_lines(tables[0]), list(csv.DictReader(tables[1].open(newline="")))
+    stored = pq.read_table(tables[2]).to_pylist()
+    assert len(records) == len(rows) == len(stored) == 7
+    assert rows[0]["path"] == str(broken) and rows[0]["label"] == "" and rows[0]["error"] == records[0]["error"]
+    assert stored[0]["label"] is None and stored[0]["error"] == records[0]["error"]
+    for record, row, kept in zip(records[1:], rows[1:], stored[1:], strict=True):
+        (best, p), (second, q) = record["probabilities"].items()
+        assert [kept[name] for name in ("label_1", "probability_1", "label_2", "probability_2")] == [best, p, second, q]
+        for name in ("path", "image_id", "label", "margin", "decided", "evaluations"):
+            assert kept[name] == record[name] and row[name] == str(record[name])
+        assert float(row["probability_2"]) == q and "scores" not in row
+    with pytest.raises(SystemExit):
+        cli.main(["score", "--bank", str(bank), str(tests), "--output", str(tmp_path / "out.xlsx")])
+
+
+def test_more_of_the_best_classes_are_named_without_scoring_again(
+    bank: Path, tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    command = ["score", "--bank", str(bank), str(tests / "0.png"), "--output", str(output), "--top_k"]
+    assert cli.main([*command, "1"]) == 0
+    one = read_lines(output)[0]["probabilities"]
+    monkeypatch.setattr(DiTiClassifier, "decide", lambda *_: 1 / 0)
+    assert cli.main([*command, "3"]) == 0
+    assert len(one) == 1 and one.items() <= read_lines(output)[0]["probabilities"].items()
+
+
+def test_patterns_tables_and_data_sets_are_scored(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scored(*images: str) -> list[dict]:
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        assert cli.main(["score", "--bank", str(bank), *images, "--output", str(output)]) == 0
+        return read_lines(output)
+
+    plain = scored(str(tests))[:5]
+    assert scored(str(tests / "[0-4].png")) == plain
+    (tmp_path / "table.csv").write_text("path\n" + "".join(f"{n}.png\n" for n in range(5)))
+    assert scored(f"manifest:{tmp_path / 'table.csv'}@{tests}") == plain
+    pictures = {"photo": [str(tests / f"{n}.png") for n in range(5)]}
+    stored = datasets.Dataset.from_dict(pictures).cast_column("photo", datasets.Image())
+    datasets.DatasetDict({"new": stored}).save_to_disk(tmp_path / "stored")
+    found = scored(f"hub:{tmp_path / 'stored'}", "--split", "new", "--image_column", "photo")
+    assert [r["path"] for r in found] == [f"{tmp_path / 'stored'} new row {n}" for n in range(5)]
+    assert [{**r, "path": ""} for r in found] == [{**r, "path": ""} for r in plain]
+    capsys.readouterr()
+    for wrong, text in (
+        ([str(tests / "*.bmp")], "matches no file"),
+        ([str(tests), "--split", "new"], "has neither splits nor columns"),
+        ([f"hub:{tmp_path / 'stored'}", str(tests)], "pass a data set by itself"),
+        ([f"hub:{tmp_path / 'stored'}", "--split", "old"], "has the splits new"),
+        ([f"manifest:{tmp_path / 'table.csv'}"], "There is no image file"),
+    ):
+        command = ["score", "--bank", str(bank), *wrong, "--output", str(tmp_path / "none.jsonl")]
+        assert cli.main(command) == 2 and text in capsys.readouterr().err
 
 
 def test_two_processes_score_as_one_and_neither_an_image_twice(
@@ -206,7 +278,9 @@ def test_score_names_an_image_below_the_banner_and_a_path_that_is_no_utf8(
     records = read_lines(output)
     assert [record["path"] for record in records] == images
     assert ["error" in record for record in records] == [False, True, False]
-    assert cli.main(["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path)]) == 2
+    (tmp_path / "folder.csv").mkdir()
+    command = ["score", "--bank", str(tmp_path / "bank"), images[0], "--output", str(tmp_path / "folder.csv")]
+    assert cli.main(command) == 2
     assert "is there already and no output of score" in capsys.readouterr().err
 
 

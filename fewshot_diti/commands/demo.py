@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.config import ScoringConfig
 from fewshot_diti.data import ImageSet, load_bundled, sample_shots, seen_attribute
+from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.evaluation.run import BANK, FewShotRun, begin, classify, learn
 from fewshot_diti.evaluation.task import make_task
 from fewshot_diti.files import write_atomically
@@ -40,6 +40,7 @@ class DemoConfig:
         backbone: "pocket", a folder in diffusers' layout, or a hub id.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         seed: of the draw of images, of training and of scoring.
+        quiet: prints nothing but errors and warnings.
 
     Raises:
         ValueError: a value is out of its range.
@@ -50,8 +51,9 @@ class DemoConfig:
     test_images: int = 120
     trials: int = 32
     backbone: str = POCKET
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    dtype: TrainingDtype = "auto"
     seed: int = 0
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         for name, most in (("shots", 24), ("test_images", 240), ("trials", 1000)):

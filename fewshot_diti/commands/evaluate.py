@@ -33,6 +33,7 @@ class EvalConfig(GridConfig):
         dry_run: prints what would run, and how long it would take, and runs nothing.
         against: the method that all others are compared with, image by image; by default `fewshot-diti`, else
             `diti`, else the first of the methods.
+        quiet: prints nothing but errors and warnings.
 
     Raises:
         ValueError: as `GridConfig`, or `against` is none of the methods.
@@ -41,6 +42,7 @@ class EvalConfig(GridConfig):
     quick: bool = False
     dry_run: bool = False
     against: str = ""
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

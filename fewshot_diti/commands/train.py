@@ -25,6 +25,7 @@ from fewshot_diti.data import (
     warn_of_near_duplicates,
 )
 from fewshot_diti.data.sources import training_splits
+from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.evaluation.run import fit_and_save
 from fewshot_diti.files import check_writable
 from fewshot_diti.reports import printable, wilson_interval
@@ -62,6 +63,7 @@ class TrainConfig:
         batch_size: samples in one forward, of training (one class's at least) and of scoring; lower it where memory
             runs out. Never changes a result beyond rounding.
         seed: of the draw of shots, of training and of scoring.
+        quiet: prints nothing but errors and warnings.
 
     Raises:
         ValueError: a value is out of its range.
@@ -78,10 +80,11 @@ class TrainConfig:
     banner_rows: int = 0
     split: str | None = None
     val_split: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    dtype: TrainingDtype = "auto"
     shortlist: int | None = None
     batch_size: int | None = None
     seed: int = 0
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.shots != "all" and self.shots < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -146,14 +145,6 @@ def visible_files(root: Path) -> list[Path]:
             elif not folder.resolve().is_relative_to(path.resolve()):
                 links.append(path)
     return sorted(found)
-
-
-def find_file(path: Path) -> Path:
-    """The path, or where no file is there, the same path in Unicode's other form (NFC or NFD) where one is."""
-    if os.path.isfile(path):
-        return path
-    others = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    return next((other for other in others if os.path.isfile(other)), path)
 
 
 def passed_over(files: Iterable[Path]) -> str:

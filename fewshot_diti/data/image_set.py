@@ -207,6 +207,11 @@ def image_files_set(
     )
 
 
+def unlabelled(images: Sequence[ImageSource | Callable[[], ImageSource]], names: tuple[str, ...]) -> ImageSet:
+    """Images whose classes are not known: all under one class without a name."""
+    return ImageSet(images=images, labels=np.zeros(len(names), dtype=np.int64), class_names=("",), names=names)
+
+
 def index_labels(values: Sequence[str], known: Iterable[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
     """(int64 labels, class names in order) of label texts and further known classes; whole numbers sort by value."""
     normalized = {value: normalize_class_name(value) for value in {*values, *known}}
@@ -230,6 +235,12 @@ def normalize_class_name(name: str) -> str:
 
 
 _REVERSING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def check_one_of(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises a ValueError that names what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r}; pass one of {', '.join(allowed)}.")
 
 
 class SplitError(ValueError):

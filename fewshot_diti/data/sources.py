@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import datasets
 import numpy as np
-from pyarrow.lib import ArrowException
 
 from fewshot_diti.data.benchmarks import load_duke, load_isic2019, load_veri
-from fewshot_diti.data.folders import find_file, folder_splits, load_folder, raise_no_layout
-from fewshot_diti.data.image_set import ImageSet, check_has_split, image_files_set, index_labels
-from fewshot_diti.data.images import ImageSource
-from fewshot_diti.data.tables import read_csv, read_manifest, read_utf8
+from fewshot_diti.data.folders import folder_splits, load_folder, raise_no_layout
+from fewshot_diti.data.hub import load_hub
+from fewshot_diti.data.image_set import ImageSet, check_has_split, check_one_of, image_files_set
+from fewshot_diti.data.tables import listed_files, manifest_place, read_csv, read_manifest, read_utf8
 from fewshot_diti.files import shipped
 
 FgvcLevel = Literal["variant", "family", "manufacturer"]
@@ -45,8 +41,8 @@ def load_fgvc(folder: str | Path, split: str, level: str = "variant") -> ImageSe
         FileNotFoundError: the layout is not there.
         ValueError: an unknown split or level.
     """
-    _check("split", split, get_args(FgvcSplit))
-    _check("level", level, get_args(FgvcLevel))
+    check_one_of("split", split, get_args(FgvcSplit))
+    check_one_of("level", level, get_args(FgvcLevel))
     candidates = [Path(folder), Path(folder) / "data"]
     root = next((c for c in candidates if (c / "images").is_dir()), None)
     if root is None or not (root / f"images_{level}_{split}.txt").is_file():
@@ -119,13 +115,7 @@ def load_manifest(file: str | Path, split: str | None = None, image_root: str | 
         )
     check_has_split(str(file), split, splits)
     chosen = [row for row in rows if split is None or row.get("split") == split]
-    paths = [find_file(root / row["path"]) for row in chosen]
-    inside = os.path.join(os.path.abspath(root), "")
-    if outside := [str(path) for path in paths if not os.path.abspath(path).startswith(inside)]:
-        raise ValueError(
-            f"{file} names {len(outside)} images that do not lie in {root}, {outside[0]} first; name the folder that "
-            f"the images lie in: manifest:{file}@DIR."
-        )
+    paths = listed_files(file, root, chosen)
     if missing := [str(path) for path in paths if not os.path.isfile(path)]:
         raise FileNotFoundError(
             f"{file} names {len(missing)} images that are not there, {missing[0]} first; paths are relative to {root}."
@@ -139,81 +129,13 @@ def load_manifest(file: str | Path, split: str | None = None, image_root: str | 
     )
 
 
-def load_hub(
-    id_or_path: str, split: str | None = None, image_column: str = "image", label_column: str = "label"
-) -> ImageSet:
-    """A split of a `datasets` data set, by hub id, local folder, or folder written by `save_to_disk`.
-
-    ClassLabel names become the class names; other labels become texts, and then only those of this split are known.
-    Scalar columns become attributes.
-
-    Raises:
-        ValueError: no such split or column, no row, or an image without a label.
-    """
-    folder = Path(id_or_path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        try:
-            stored = datasets.load_from_disk(id_or_path)
-        except IndexError as error:  # how `datasets` fails on a set without rows
-            raise ValueError(f"{id_or_path} holds no images; pass another data set.") from error
-        except (ArrowException, ValueError) as error:
-            raise ValueError(f"{id_or_path} is damaged or cut short ({error}); save the data set again.") from error
-        if isinstance(stored, datasets.Dataset):
-            check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
-    else:
-        stored = datasets.load_dataset(id_or_path, split=split)
-    if isinstance(stored, datasets.DatasetDict):
-        check_has_split(id_or_path, split, list(stored))
-        stored = stored[split]
-    if not len(stored):
-        raise ValueError(f"{id_or_path} {split or ''} holds no images; pass another data set or split.")
-    for column in (image_column, label_column):
-        _check(f"column of {id_or_path}", column, stored.column_names)
-    try:
-        stored = stored.cast_column(
-            image_column, datasets.Image(decode=False)
-        )  # decoded by `decode`, as all images are
-    except (ArrowException, TypeError) as error:
-        raise ValueError(
-            f"Column {image_column!r} of {id_or_path} holds {stored.features[image_column]}, not images; name the one "
-            "that does, as in hub:ID@image,label."
-        ) from error
-    texts = {
-        key: _texts(stored, key)
-        for key, feature in stored.features.items()
-        if key != image_column and isinstance(feature, datasets.Value | datasets.ClassLabel)
-    }
-    if label_column not in texts or stored.features[label_column].dtype.startswith("float"):
-        raise ValueError(
-            f"Column {label_column!r} of {id_or_path} holds {stored.features[label_column]}; labels are texts, whole "
-            "numbers or ClassLabels. Name another column, as in hub:ID@image,label."
-        )
-    labels_as_text = texts.pop(label_column)
-    if "" in labels_as_text:
-        raise ValueError(f"Row {labels_as_text.index('')} of {id_or_path} has no {label_column}; filter such rows out.")
-    feature = stored.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        class_names = tuple(feature.names)
-        labels = np.array(feature.str2int(list(labels_as_text)), dtype=np.int64)
-    else:
-        labels, class_names = index_labels(labels_as_text)
-    column = stored[image_column]  # lazy: an image is read when its row is asked for
-    return ImageSet(
-        images=[partial(_stored_image, column, row) for row in range(len(stored))],
-        labels=labels,
-        class_names=class_names,
-        names=tuple(f"{id_or_path} {split or ''} row {row}".replace("  ", " ") for row in range(len(stored))),
-        attributes=texts,
-    )
-
-
 def load_bundled(split: str = "train") -> ImageSet:
     """The images that ship: 12 aircraft variants with 24 train and 20 test images each (half in train's liveries).
 
     Raises:
         ValueError: a split other than train and test.
     """
-    _check("split", split, ("train", "test"))
+    check_one_of("split", split, ("train", "test"))
     folder = shipped("aircraft")
     table = read_csv(folder / "attributes.csv")
     rows = [row for row in table if row["split"] == split]
@@ -249,8 +171,8 @@ def load_images(spec: str, split: str | None = None) -> ImageSet:
     if kind == "folder" and place:
         return load_folder(place, split)
     if kind == "manifest" and place:
-        file, _, root = place.rpartition("@")
-        return load_manifest(file, split, root) if file and not Path(place).exists() else load_manifest(place, split)
+        file, root = manifest_place(place)
+        return load_manifest(file, split, root)
     if kind == "hub" and place:
         id_or_path, _, columns = place.rpartition("@")
         return load_hub(id_or_path, split, *columns.split(",")) if columns.count(",") == 1 else load_hub(place, split)
@@ -282,11 +204,6 @@ def normalize_airline(name: str) -> str:
     return "" if name.lower() == "default" else _ONE_AIRLINE.get(name, name)
 
 
-def _check(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{what} {value!r}; pass one of {', '.join(allowed)}.")
-
-
 def _read_fgvc_list(path: Path) -> dict[str, str]:
     """Image -> class of one of the official lists; raises ValueError naming a line without a class."""
     classes: dict[str, str] = {}
@@ -300,19 +217,3 @@ def _read_fgvc_list(path: Path) -> dict[str, str]:
                 f"{classes[image]!r}; keep one."
             )
     return classes
-
-
-def _stored_image(column: Sequence[dict[str, Any] | None], row: int) -> ImageSource:
-    """The file of an image in a data set's column: its bytes, or its path; raises ValueError for an empty cell."""
-    cell = column[row]
-    if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise ValueError("the row has no image; filter such rows out")
-    return cell["path"] if cell["bytes"] is None else cell["bytes"]
-
-
-def _texts(stored: datasets.Dataset, column: str) -> tuple[str, ...]:
-    """A scalar column as texts, ClassLabels by name; "" for None and for ClassLabel's -1 (no label)."""
-    feature, values = stored.features[column], list(stored[column])
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple("" if value is None or value < 0 else feature.int2str(value) for value in values)
-    return tuple("" if value is None else str(value) for value in values)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fewshot_diti.data.folders import IMAGE_SUFFIXES, find_file
+from fewshot_diti.data.folders import IMAGE_SUFFIXES
 from fewshot_diti.data.image_set import ImageSet, index_labels
 from fewshot_diti.data.shots import Shots
-from fewshot_diti.data.tables import decode_utf8, parse_json
+from fewshot_diti.data.tables import decode_utf8, find_file, parse_json
 
 _LINE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:\s+(\S.*))?", re.IGNORECASE)
 _STRUCTURE = ("PROTO", "EMPTY_LIST", "EMPTY_DICT", "MARK", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "STOP")

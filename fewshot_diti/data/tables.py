@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +67,13 @@ def read_csv(file: Path) -> list[dict[str, str]]:
     return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
 
 
-def read_manifest(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV, of a JSON list of objects, or of JSON lines, each with a path and a label.
+def read_manifest(file: Path, needed: tuple[str, ...] = ("path", "label")) -> list[dict[str, str]]:
+    """The rows of a CSV, of a JSON list of objects, or of JSON lines, each with the columns `needed`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another file type, no row, a row without path or label, or one of these that is neither text nor
-            whole number.
+        ValueError: another file type, no row, a row without one of these columns, or path, label or split that is
+            neither text nor whole number.
     """
     suffix = file.suffix.lower()
     if suffix not in (".csv", ".json", ".jsonl"):
@@ -86,11 +89,41 @@ def read_manifest(file: Path) -> list[dict[str, str]]:
             parsed = [parse_json(line, f"Line {number} of {file}") for number, line in lines]
         rows = _as_texts(parsed, file)
     if not rows:
-        raise ValueError(f"{file} lists no images; it needs a row with path and label for each.")
+        raise ValueError(f"{file} lists no images; it needs a row with {' and '.join(needed)} for each.")
     for number, row in enumerate(rows, start=1):
-        if not row.get("path") or not row.get("label"):
-            raise ValueError(f"Row {number} of {file} is {row}; every row needs the columns path and label.")
+        if not all(row.get(column) for column in needed):
+            raise ValueError(f"Row {number} of {file} is {row}; every row needs {' and '.join(needed)}.")
     return rows
+
+
+def manifest_place(place: str) -> tuple[Path, Path]:
+    """A manifest and the folder that its paths start from, of FILE@DIR, or of FILE: its own folder."""
+    file, _, root = place.rpartition("@")
+    return (Path(file), Path(root)) if file and not Path(place).exists() else (Path(place), Path(place).parent)
+
+
+def listed_files(file: Path, root: Path, rows: Sequence[Mapping[str, str]]) -> list[Path]:
+    """The files of a manifest's rows, whether they are there or not.
+
+    Raises:
+        ValueError: one does not lie in the folder, so that a table from elsewhere cannot name any file of this machine.
+    """
+    paths = [find_file(root / row["path"]) for row in rows]
+    inside = os.path.join(os.path.abspath(root), "")
+    if outside := [str(path) for path in paths if not os.path.abspath(path).startswith(inside)]:
+        raise ValueError(
+            f"{file} names {len(outside)} images that do not lie in {root}, {outside[0]} first; name the folder that "
+            f"the images lie in: manifest:{file}@DIR."
+        )
+    return paths
+
+
+def find_file(path: Path) -> Path:
+    """The path, or where no file is there, the same path in Unicode's other form (NFC or NFD) where one is."""
+    if os.path.isfile(path):
+        return path
+    others = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((other for other in others if os.path.isfile(other)), path)
 
 
 def _as_texts(parsed: Any, file: Path) -> list[dict[str, str]]:

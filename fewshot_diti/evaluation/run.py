@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -21,6 +21,7 @@ from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageSet, Shots, load_images, sample_shots
 from fewshot_diti.data.images import ImageGeometry, ImageSource, ResizeRule
+from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.task import Task, fingerprint, listed_shots, make_task
@@ -64,7 +65,7 @@ class FewShotRun:
     output_dir: Path
     num_shots: int
     backbone: str = POCKET
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 loses small gradients
+    dtype: TrainingDtype = "auto"
     train_split: str = "train"
     shots_file: Path | None = None
     seed: int = 1

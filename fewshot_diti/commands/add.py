@@ -1,0 +1,122 @@
+"""`fewshot-diti add`: further classes for a bank, or more shots of some; the other class tokens stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from fewshot_diti.backbone import load_backbone
+from fewshot_diti.backbone_search import find_backbone
+from fewshot_diti.bank import Bank
+from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.config import Label, TrainingConfig
+from fewshot_diti.data import load_images, sample_shots, warn_of_near_duplicates
+from fewshot_diti.data.sources import training_splits
+from fewshot_diti.devices import TrainingDtype
+from fewshot_diti.files import check_writable
+from fewshot_diti.progress import counted
+from fewshot_diti.reports import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddConfig:
+    """Adds the classes of a folder of images to a bank. The class tokens that are there stay as they are, to the bit.
+
+    Attributes:
+        bank: folder that `fewshot-diti train` wrote.
+        data: the images of the new classes, as `train` takes them.
+        output_dir: folder that gets the larger bank; by default it takes the place of the one that is there.
+        more_shots: classes that the bank has already are learned anew, from the images given here alone: give all of
+            them, old and new.
+        shots: images of each class to learn from, or "all".
+        split: which of the data's splits holds the shots; by default train, where there is one.
+        backbone: folder or hub id of the bank's backbone, where it has moved since.
+        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        batch_size: samples in one forward; lower it where memory runs out. By default as at training.
+        seed: of the draw of shots, where not all are taken.
+        quiet: prints nothing but errors and warnings.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    bank: Annotated[Positional[Path], arg(metavar="BANK")]
+    data: Annotated[Positional[str], arg(metavar="DIR")]
+    output_dir: Path | None = None
+    more_shots: bool = False
+    shots: int | Literal["all"] = "all"
+    split: str | None = None
+    backbone: str | None = None
+    dtype: TrainingDtype = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shots != "all" and self.shots < 1:
+            raise ValueError(f'shots={self.shots}; pass a whole number of at least 1, or "all".')
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
+
+
+def add(config: AddConfig, console: Console) -> None:
+    """Trains the new class tokens and saves the larger bank.
+
+    Raises:
+        OSError, ValueError: bank, backbone or images cannot be loaded, or a class is in the bank already.
+        TrainingError: a class's loss was not finite; the other classes are saved.
+    """
+    bank, output = Bank.from_pretrained(config.bank), config.output_dir or config.bank
+    if output != config.bank and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} holds files; pass another --output_dir, or leave it out to extend the bank itself.")
+    data = load_images(config.data, config.split or training_splits(config.data)[0]).without_empty_classes()
+    shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
+    labels = [_of_type(name, bank) for name in shots.label_names]
+    known = [label for label in dict.fromkeys(labels) if label in bank.labels]
+    if known and not config.more_shots:
+        raise ValueError(
+            f"Classes {known} are in the bank already; pass --more_shots to learn them anew from the images in "
+            f"{config.data}, or leave their folders out."
+        )
+    warn_of_near_duplicates(shots, None)
+    check_writable(output)  # before the training, not after it
+    if config.backbone is None:
+        backbone = find_backbone(bank.backbone_name, bank.backbone_hash, dtype=config.dtype)
+    else:
+        backbone = load_backbone(config.backbone, config.dtype)
+    classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
+    if config.batch_size is not None:
+        given = classifier.training or TrainingConfig()
+        classifier.training = replace(given, samples_per_batch=config.batch_size)
+    if known:
+        classifier.remove_classes(known)
+    try:
+        classifier.add_classes(shots.decoded(), labels)
+    finally:  # where a class fails, the others are trained and kept
+        if set(classifier.classes_.tolist()) > set(bank.labels) - set(known):
+            classifier.save_pretrained(output)
+    counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
+    named = ", ".join(f"{printable(str(label))} ({counted(count, 'shot')})" for label, count in counts.items())
+    console.out(f"Learned: {named}. The other {len(bank) - len(known)} class tokens are as they were.")
+    console.out(f"The bank is in {output}, with {len(classifier.classes_)} classes.")
+
+
+def _of_type(name: str, bank: Bank) -> Label:
+    """A folder's name as a label of the type that the bank's have.
+
+    Raises:
+        ValueError: the bank's labels are whole numbers and this is none, or they are neither texts nor whole numbers.
+    """
+    kinds = {type(label) for label in bank.labels}
+    if kinds <= {str}:
+        return name
+    try:
+        if kinds == {int}:
+            return int(name)
+    except ValueError:
+        pass
+    raise ValueError(f"The bank's labels are {', '.join(map(repr, bank.labels[:3]))} and so on; {name!r} is none such.")

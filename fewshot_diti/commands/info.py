@@ -1,0 +1,91 @@
+"""`fewshot-diti info`: what a bank holds, and whether it can be used on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from fewshot_diti.backbone_search import find_backbone
+from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import MANIFEST, SETTINGS, read_files
+from fewshot_diti.classifier_files import read_settings
+from fewshot_diti.progress import counted
+from fewshot_diti.reports import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Shows what a bank holds: classes, shots, backbone, size, date, accuracy, and whether its backbone is here.
+
+    Attributes:
+        bank: folder that `fewshot-diti train` wrote.
+        quiet: prints nothing but errors and warnings.
+    """
+
+    bank: Annotated[Positional[Path], arg(metavar="BANK")]
+    quiet: bool = False
+
+
+def info(config: InfoConfig, console: Console) -> None:
+    """Prints a table of the classes and a line for everything else.
+
+    Raises:
+        OSError, ValueError: no whole bank in the folder.
+    """
+    bank = Bank.from_pretrained(config.bank)
+    table = Table("class", "shots", "prompt")
+    for token in bank.tokens:
+        table.add_row(printable(str(token.label)), str(token.num_shots or "unknown"), printable(token.prompt))
+    console.print(table)
+    height, width = bank.geometry.size
+    files = [path for path in config.bank.iterdir() if path.is_file()]
+    saved = datetime.fromtimestamp((config.bank / MANIFEST).stat().st_mtime, UTC)
+    lines = {
+        "classes": f"{len(bank)}, LoRA of rank {bank.layout.rank} on {len(bank.layout.targets)} layers",
+        "images": f"{width} x {height} pixels, {bank.geometry.resize}",
+        "size": f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB",
+        "written": f"{saved:%Y-%m-%d %H:%M} UTC",
+        "accuracy": _accuracy(config.bank),
+        "witnesses": _witnesses(config.bank),
+        "backbone": f"{printable(bank.backbone_name)}, hash {bank.backbone_hash}; {_whereabouts(bank)}",
+    }
+    for name, text in lines.items():
+        console.out(f"{name:9} {text}")
+
+
+def _accuracy(folder: Path) -> str:
+    """What cross-validation said."""
+    if not _has_settings(folder) or (saved := read_settings(folder)) is None:
+        return "not known: these are class tokens alone, without a classifier's settings"
+    if saved.calibration.accuracy is None:
+        return "not cross-validated"
+    folds = counted(saved.settings.scoring.folds, "fold")
+    return f"{100 * saved.calibration.accuracy:.1f} % of the shots, cross-validated in {folds} when it was trained"
+
+
+def _witnesses(folder: Path) -> str:
+    saved = read_settings(folder) if _has_settings(folder) else None
+    return ", ".join(saved.settings.scoring.witnesses) or "none" if saved else "none"
+
+
+def _has_settings(folder: Path) -> bool:
+    try:
+        read_files(folder, [SETTINGS])
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _whereabouts(bank: Bank) -> str:
+    """Whether the backbone is on this machine; nothing is downloaded."""
+    try:
+        found = find_backbone(bank.backbone_name, bank.backbone_hash, local_files_only=True)
+    except FileNotFoundError as error:
+        return f"NOT on this machine. {printable(str(error))}"
+    return f"found as {printable(found.name)}"

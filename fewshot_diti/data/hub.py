@@ -1,0 +1,121 @@
+"""Images of a `datasets` data set: from the hub, a local folder, or one that `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from pyarrow.lib import ArrowException
+
+from fewshot_diti.data.image_set import ImageSet, check_has_split, check_one_of, index_labels, unlabelled
+from fewshot_diti.data.images import ImageSource
+
+
+def load_hub(
+    id_or_path: str, split: str | None = None, image_column: str = "image", label_column: str = "label"
+) -> ImageSet:
+    """A split of a `datasets` data set, by hub id, local folder, or folder written by `save_to_disk`.
+
+    ClassLabel names become the class names; other labels become texts, and then only those of this split are known.
+    Scalar columns become attributes.
+
+    Raises:
+        ValueError: no such split or column, no row, or an image without a label.
+    """
+    stored = _load(id_or_path, split)
+    for column in (image_column, label_column):
+        check_one_of(f"column of {id_or_path}", column, stored.column_names)
+    images = _image_column(stored, id_or_path, image_column)
+    texts = {
+        key: _texts(stored, key)
+        for key, feature in stored.features.items()
+        if key != image_column and isinstance(feature, datasets.Value | datasets.ClassLabel)
+    }
+    if label_column not in texts or stored.features[label_column].dtype.startswith("float"):
+        raise ValueError(
+            f"Column {label_column!r} of {id_or_path} holds {stored.features[label_column]}; labels are texts, whole "
+            "numbers or ClassLabels. Name another column, as in hub:ID@image,label."
+        )
+    labels_as_text = texts.pop(label_column)
+    if "" in labels_as_text:
+        raise ValueError(f"Row {labels_as_text.index('')} of {id_or_path} has no {label_column}; filter such rows out.")
+    feature = stored.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = tuple(feature.names)
+        labels = np.array(feature.str2int(list(labels_as_text)), dtype=np.int64)
+    else:
+        labels, class_names = index_labels(labels_as_text)
+    return ImageSet(
+        images=images,
+        labels=labels,
+        class_names=class_names,
+        names=_row_names(id_or_path, split, len(images)),
+        attributes=texts,
+    )
+
+
+def load_hub_images(id_or_path: str, split: str | None = None, image_column: str = "image") -> ImageSet:
+    """The images of a split, without labels; otherwise as `load_hub`."""
+    stored = _load(id_or_path, split)
+    check_one_of(f"column of {id_or_path}", image_column, stored.column_names)
+    images = _image_column(stored, id_or_path, image_column)
+    return unlabelled(images, _row_names(id_or_path, split, len(images)))
+
+
+def _load(id_or_path: str, split: str | None) -> datasets.Dataset:
+    """A split with its rows; raises ValueError where there is no such split, or no row."""
+    folder = Path(id_or_path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        try:
+            stored = datasets.load_from_disk(id_or_path)
+        except IndexError as error:  # how `datasets` fails on a set without rows
+            raise ValueError(f"{id_or_path} holds no images; pass another data set.") from error
+        except (ArrowException, ValueError) as error:
+            raise ValueError(f"{id_or_path} is damaged or cut short ({error}); save the data set again.") from error
+        if isinstance(stored, datasets.Dataset):
+            check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
+    else:
+        stored = datasets.load_dataset(id_or_path, split=split)
+    if isinstance(stored, datasets.DatasetDict):
+        check_has_split(id_or_path, split, list(stored))
+        stored = stored[split]
+    if not len(stored):
+        raise ValueError(f"{id_or_path} {split or ''} holds no images; pass another data set or split.")
+    return stored
+
+
+def _image_column(stored: datasets.Dataset, name: str, column: str) -> list[Callable[[], ImageSource]]:
+    """The images of a column, each read when it is called; raises ValueError where the column holds none."""
+    try:  # they are decoded by `decode`, as all images are
+        stored = stored.cast_column(column, datasets.Image(decode=False))
+    except (ArrowException, TypeError) as error:
+        raise ValueError(
+            f"Column {column!r} of {name} holds {stored.features[column]}, not images; name the one that does, as in "
+            "hub:ID@image,label."
+        ) from error
+    cells = stored[column]  # lazy: an image is read when its row is asked for
+    return [partial(_stored_image, cells, row) for row in range(len(stored))]
+
+
+def _row_names(id_or_path: str, split: str | None, count: int) -> tuple[str, ...]:
+    return tuple(f"{id_or_path} {split or ''} row {row}".replace("  ", " ") for row in range(count))
+
+
+def _stored_image(column: Sequence[dict[str, Any] | None], row: int) -> ImageSource:
+    """The file of an image in a data set's column: its bytes, or its path; raises ValueError for an empty cell."""
+    cell = column[row]
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        raise ValueError("the row has no image; filter such rows out")
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]
+
+
+def _texts(stored: datasets.Dataset, column: str) -> tuple[str, ...]:
+    """A scalar column as texts, ClassLabels by name; "" for None and for ClassLabel's -1 (no label)."""
+    feature, values = stored.features[column], list(stored[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple("" if value is None or value < 0 else feature.int2str(value) for value in values)
+    return tuple("" if value is None else str(value) for value in values)
