@@ -81,7 +81,7 @@ def main(config: Config) -> None:
             )
             for way, change in (("in other colours", recolour), ("views", partial(random_view, recolour=recolour))):
                 more = [log_probabilities(tuned, [change(x) for x in images]) for _ in range(config.copies)]
-                print(f"; {way} {said(own + sum(more), truth)}", end="")
+                print(f"; {way} {said((own + sum(more)) / (1 + config.copies), truth)}", end="")
             print(flush=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +107,9 @@ def main(config: Config) -> None:
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
     made_from = {
         "images": fingerprint(val),
+        "pool": fingerprint(pool),
+        "concept": config.concept,
+        "version": metadata.version("fewshot-diti"),
         "backbone": backbone.hash,
         "dtype": str(backbone.dtype),
         "trials": config.trials,
@@ -114,7 +118,7 @@ def main(config: Config) -> None:
         json.loads(config.output.read_text()) if config.output.is_file() else made_from | {"judged": {}}
     )
     if {k: kept.get(k) for k in made_from} != made_from:
-        raise ValueError(f"{config.output} was made by another backbone or of other images; pass another --output.")
+        raise ValueError(f"{config.output} was made of other images or with other settings; pass another --output.")
     names = val.label_names
     truth = torch.from_numpy(np.unique(names, return_inverse=True)[1])  # a classifier sorts its labels
     for num_shots in config.shots:

@@ -45,6 +45,11 @@ def find_backbone(public_name: str, hash: str, hint: str | Path | None = None, *
         if found.hash == hash:
             return found
         tried.append(f"{name!r} has hash {found.hash}")
+    if public_name == POCKET:
+        raise FileNotFoundError(
+            f"This was made with another edition of the pocket (hash {hash}), which another version of fewshot-diti "
+            f"ships; install that version, or train again. Tried: {'; '.join(tried)}."
+        )
     raise FileNotFoundError(
         f"Backbone {public_name!r} with hash {hash} is not there; pass backbone= with its folder or hub id, or list "
         f"the folder that holds it in the environment variable {SEARCH_PATH}. Tried: {'; '.join(tried) or 'nothing'}."

@@ -187,7 +187,7 @@ class Bank:
             CONFIG: to_json(config),
             **(extra or {}),
         }
-        write_files(folder, contents, self._model_card())
+        write_files(folder, contents, self._model_card(sorted(extra or {})))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Bank:
@@ -216,7 +216,7 @@ class Bank:
 
         return export_lora(self, label, folder, format)
 
-    def _model_card(self) -> str:
+    def _model_card(self, extra: Sequence[str]) -> str:
         lines = [
             "---",
             "library_name: fewshot-diti",
@@ -232,6 +232,11 @@ class Bank:
             "|---|---|---|",
             *("| " + " | ".join(_cell(x) for x in (t.label, t.num_shots, t.prompt)) + " |" for t in self.tokens),
             "",
+            *(
+                ["Files called `witness-*` hold what was read of the shots: features, or their pixels.", ""]
+                if any(name.startswith("witness-") for name in extra)
+                else []
+            ),
             "```python",
             "from fewshot_diti import DiTiClassifier",
             "",

@@ -273,6 +273,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             settings=settings,
             calibration=self.calibration_,
             complete=self.complete_,
+            models={name: witness.model for name, witness in self.witnesses_.items()},
         )
         if process_state().is_main_process:
             save_classifier(bank, saved, self._held[1], folder)
@@ -305,7 +306,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         classifier.settings_ = saved.settings if saved else complete(kind, most, scoring=classifier.scoring)
         calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_, most)
         classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete
-        classifier._hold(bank, load_witnesses(folder, bank.labels, classifier.witnesses_) if saved else ())
+        known = load_witnesses(folder, bank.labels, classifier.witnesses_, saved.models) if saved else ()
+        classifier._hold(bank, known)
         return classifier
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -327,7 +329,8 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         concept = self.concept or PRESETS[self.backbone_.kind].concept
         self.prompts_ = Prompts.complete(self.prompt_template, self.generic_prompt, concept)
         names = self.settings_for(1).scoring.witnesses if witnesses is None else witnesses
-        self.witnesses_ = {name: make_witness(name, self.geometry_, concept) for name in names}
+        kind = self.backbone_.kind
+        self.witnesses_ = {name: make_witness(name, self.geometry_, concept, kind) for name in names}
         others = [witness.geometry for witness in self.witnesses_.values() if witness.geometry is not None]
         self.encoder_ = Encoder(self.backbone_, self.geometry_, self.prompts_.generic, others)
         self.complete_, self._warned = False, False

@@ -30,6 +30,7 @@ class Saved(NamedTuple):
         given_training, given_scoring: as the user gave them: what is not given goes by the number of shots.
         settings: complete, as fitted.
         complete: False where the fit was interrupted or failed: classes or the calibration are missing.
+        models: of the witnesses by name, as of `Witness.model`; of an older bank not known.
     """
 
     concept: str | None
@@ -39,6 +40,7 @@ class Saved(NamedTuple):
     settings: Settings
     calibration: Calibration
     complete: bool
+    models: Mapping[str, str] = {}
 
 
 def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness], folder: str | Path) -> None:
@@ -62,12 +64,20 @@ def load_classifier(folder: str | Path) -> tuple[Bank, Saved | None]:
 
 
 def load_witnesses(
-    folder: str | Path, labels: Sequence[Label], witnesses: Mapping[str, Witness]
+    folder: str | Path, labels: Sequence[Label], witnesses: Mapping[str, Witness], models: Mapping[str, str]
 ) -> tuple[FittedWitness, ...]:
-    """The witnesses by their names as they were saved, none where the classifier was saved without; errors as
-    `load_classifier`."""
+    """The witnesses by their names as they were saved, none where the classifier was saved without.
+
+    Raises:
+        ValueError: as `load_classifier`, or a witness reads images with another model than that of `Saved.models`.
+    """
     found = []
     for number, (name, witness) in enumerate(witnesses.items()):
+        if models.get(name, witness.model) != witness.model:
+            raise ValueError(
+                f"The witness {name!r} of {folder} was learned on another model ({models[name]}) than the one that is "
+                f"here now ({witness.model}); bring that model back, or train again."
+            )
         file = _witness_file(number)
         try:
             tensors = load(read_files(folder, [file])[file])
@@ -94,6 +104,7 @@ def _settings_file(saved: Saved) -> bytes:
             "settings": saved.settings.to_dict(),
             "calibration": asdict(saved.calibration),
             "complete": saved.complete,
+            "models": dict(saved.models),
         }
     )
 
@@ -126,6 +137,7 @@ def read_settings(folder: str | Path) -> Saved | None:
             ),
             calibration=Calibration(**_tuples(found["calibration"])),
             complete=found["complete"],
+            models=found.get("models", {}),
         )
     if not saved.complete:
         warnings.warn(

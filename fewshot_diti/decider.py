@@ -100,18 +100,19 @@ class Decider:
     ) -> dict[str, Tensor]:
         """Log-probabilities [N, C] of each witness, and of the class tokens by their own scores, by name."""
         prediction = replace(prediction, shortlist=None)
+        at_once = in_flight(prediction.looks(len(self.bank), self.scoring.trials))
         rows: dict[str, list[Tensor]] = {name: [] for name in ("class tokens", *(x.name for x in self.witnesses))}
-        for source in images:
-            image = self.encoder.prepare(source)
-            [decision] = self.decide([image], prediction)
+        for start in range(0, len(images), at_once):
+            some = [self.encoder.prepare(images[row]) for row in range(start, min(start + at_once, len(images)))]
+            decisions = self.decide(some, prediction)
             with self.encoder.backbone.lock:
-                latents = self.encoder.latents([image])
+                latents = self.encoder.latents(some)
                 found = {
-                    x.name: x.log_probabilities(self.encoder, [image], latents)
+                    x.name: x.log_probabilities(self.encoder, some, latents)
                     for x in self.witnesses
                     if len(self.bank) > 1
                 }
-            own = decision.scores[None]
+            own = torch.stack([decision.scores for decision in decisions])
             if asked := self._asked(prediction):
                 own = own - score_offsets([found[x.name] for x, _ in asked], [weight for _, weight in asked])
             tokens = (-own / self.calibration.token_temperature).log_softmax(1)
@@ -134,8 +135,9 @@ class Decider:
         if self.scoring.uses_witnesses(prediction) and known != list(self.scoring.witnesses):
             raise ValueError(
                 f"witnesses={self.scoring.witnesses} are to count in the decision or to draw up the shortlist, and "
-                f"those of this bank, {tuple(known)}, have not learned every class: it was learned without them. Set "
-                "prediction to PredictionConfig(use_witnesses=False) without a shortlist, or fit again."
+                f"those of this bank, {tuple(known)}, have not learned every class: it was learned without them, as it "
+                "is where none has a weight and no shortlist is asked for. Set prediction to "
+                "PredictionConfig(use_witnesses=False) without a shortlist, or fit again with this prediction."
             )
 
     def errors(self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig) -> Tensor:

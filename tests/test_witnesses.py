@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
 from fewshot_diti.baselines import OpenClip, TipAdapter
 from fewshot_diti.baselines import presets as baseline_presets
 from fewshot_diti.baselines.clip import prompt_templates
-from fewshot_diti.baselines.imagenet import TuningSettings
+from fewshot_diti.baselines.imagenet import FineTuned, TuningSettings
 from fewshot_diti.baselines.probe import fit_logistic
+from fewshot_diti.baselines.views import seeded
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.temperature import fit_weights
 from fewshot_diti.witnesses import make_witness, score_offsets
+from fewshot_diti.witnesses.clip import check_told_apart
 from fewshot_diti.witnesses.network import FROZEN, TEMPERATURE, TunedNetwork
 
 CLASSES = ["a320", "dc-9", "tu-154"]
@@ -35,8 +38,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
 
     def made(name: str, pretrained: bool, **options: object) -> torch.nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded(0):
             return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", made)
@@ -69,7 +71,6 @@ def test_a_score_is_the_class_tokens_own_less_what_each_witness_gives(
 def test_the_network_is_the_fine_tuned_baseline_on_the_shots(
     classifier: DiTiClassifier, pictures: dict[str, list[Path]], tests: list[Path]
 ) -> None:
-    from fewshot_diti.baselines.imagenet import FineTuned
     from fewshot_diti.baselines.views import ColourJitter
     from fewshot_diti.data.images import open_image
 
@@ -304,6 +305,74 @@ def test_zero_shot_and_tip_adapter_are_the_baselines_but_for_a_temperature(
         found, expected = evidence[name].numpy(), logits - logits.mean(1, keepdims=True)
         found = found - found.mean(1, keepdims=True)
         np.testing.assert_allclose(found / np.abs(found).max(), expected / np.abs(expected).max(), atol=1e-3)
+
+
+def test_a_saved_witness_is_refused_on_another_model(
+    classifier: DiTiClassifier, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier.save_pretrained(tmp_path)
+    create = timm.create_model
+
+    def other(*arguments: object, **options: object) -> torch.nn.Module:
+        network = create(*arguments, **options)
+        with torch.no_grad():
+            next(network.parameters()).add_(0.1)
+        return network
+
+    monkeypatch.setattr(timm, "create_model", other)
+    with pytest.raises(ValueError, match=r"witness 'network:test_resnet' of .* was learned on another model"):
+        DiTiClassifier.from_pretrained(tmp_path, backbone)
+
+
+def test_a_network_that_is_broken_is_named(classifier: DiTiClassifier, tests: list[Path]) -> None:
+    broken = classifier._held[1][1]
+    broken.learned[FineTuned.HEAD[1]][:] = torch.nan
+    with pytest.raises(ValueError, match="'network:test_resnet' gives probabilities that are not a number on image"):
+        classifier.predict(tests)
+
+
+def test_threads_learn_the_same_witnesses(
+    classifier: DiTiClassifier, backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
+) -> None:
+    def fit(_: int) -> dict[str, torch.Tensor]:
+        return make(backbone, scoring=classifier.scoring).fit(*shots_of(pictures, CLASSES)).evidence(tests)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(fit, range(2)):
+            for name, log_p in classifier.evidence(tests).items():
+                torch.testing.assert_close(found[name], log_p, rtol=0, atol=1e-5)
+
+
+def test_a_bank_may_be_emptied_and_grow_again(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path], tmp_path: Path
+) -> None:
+    clip = f"local-dir:{save_tiny_clip(tmp_path, 'transformer')}"
+    names = (*NAMES, *(f"{kind}:{clip}" for kind in ("clip", "tip-adapter", "linear-clip")))
+    scoring = replace(SCORING, witnesses=names, witness_weights=(1.0,) * len(names))
+    whole = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES))
+    grown = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES)).remove_classes(CLASSES)
+    for label in CLASSES:
+        grown.add_classes(*shots_of(pictures, [label]))
+    for name, log_p in whole.evidence(tests).items():
+        torch.testing.assert_close(grown.evidence(tests)[name], log_p, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    pocket = make_witness("clip", ImageGeometry(size=(128, 256)), "aircraft", "pocket")
+    assert "pocket-clip" in pocket.clip.name  # type: ignore[attr-defined]
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match="The model of witness 'network:nope' cannot be loaded: no network"):
+        make_witness("network:nope", ImageGeometry(size=(32, 64)))
+    with pytest.raises(ValueError, match=r"frozen=1\.5; pass a share"):
+        TuningSettings(frozen=1.5)
+
+
+def test_names_that_clip_cannot_tell_apart_are_named() -> None:
+    with pytest.raises(ValueError, match="CLIP reads 'Rose' and 'rose' as one text"):
+        check_told_apart(["Rose", "tulip", "rose"], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
 
 
 def test_a_race_starts_from_what_the_witnesses_say(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewshot_diti.backbone import POCKET, default_device
 from fewshot_diti.baselines.base import Baseline, KeptFeatures
+from fewshot_diti.baselines.views import seeded
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
@@ -45,9 +46,10 @@ class OpenClip:
         if not whole:
             _check_has_weights(architecture, weights)
         self.name, self.device, self._batch_size = name, default_device(), batch_size
-        model, _, self._preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=weights or None, device=self.device
-        )
+        with seeded(0):  # weights are drawn before they are loaded
+            model, _, self._preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=weights or None, device=self.device
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(architecture)
         self.logit_scale = float(self.model.logit_scale.exp())

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
-from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view, seeded
 from fewshot_diti.data.images import ImageSource, open_image
 from fewshot_diti.lora import gradients_on
 
@@ -109,8 +109,7 @@ class ClipLora(Baseline):
         self, images: Sequence[ImageSource], labels_N: np.ndarray, train_n: np.ndarray, steps: int, kept: Tensor | None
     ) -> _Towers:
         """Trains on the images at the positions `train_n`."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             towers = self._new_towers()
             optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.settings.lr, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=1e-6)
@@ -134,8 +133,7 @@ class ClipLora(Baseline):
 
     def _views(self, images: Sequence[ImageSource], count: int) -> Tensor:
         """What `_Towers.lower`, the same before and after training, makes of each image's views [N, count, ...]."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             towers = self._new_towers()
             shots = map(open_image, images)
             return torch.stack([towers.lower([random_view(x, self.recolour) for _ in range(count)]) for x in shots])

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
 from fewshot_diti.backbone import POCKET, default_device
 from fewshot_diti.baselines.base import Baseline, opened
-from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view, seeded
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
 from fewshot_diti.files import shipped
 from fewshot_diti.hashes import hash_weights
@@ -63,8 +64,15 @@ class ImageNetwork:
     def __init__(self, name: str = PACKAGED, *, size: tuple[int, int] = (224, 448), batch_size: int = 16) -> None:
         if name == POCKET:
             name = f"local-dir:{shipped('pocket-siblings')}"
-        self.name, self.batch_size = name, batch_size
+        self.name, self.batch_size, self._fixed_size = name, batch_size, False
         self.device = default_device()
+        with seeded(0):  # weights are drawn before they are loaded
+            self._load(name, size)
+        # a third faster on a CPU
+        self.module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def _load(self, name: str, size: tuple[int, int]) -> None:
+        """Network, geometry, and how its pixels are normalised."""
         if name.startswith("local-dir:"):
             folder = Path(name.removeprefix("local-dir:"))
             layout = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,17 +80,16 @@ class ImageNetwork:
             self.module: Any = timm.create_model(layout["network"], pretrained=False, num_classes=0)
             self.module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
             self._mean, self._std = (0.5,) * 3, (0.5,) * 3
+            self._fixed_size = True
         elif name not in (PACKAGED, *LARGER):
             network: Any = timm.create_model(name, pretrained=True, num_classes=0)
             self.module, self._mean, self._std = network, *(network.pretrained_cfg[key] for key in ("mean", "std"))
-            if network.pretrained_cfg.get("fixed_input_size"):
+            self._fixed_size = bool(network.pretrained_cfg.get("fixed_input_size"))
+            if self._fixed_size:
                 size = tuple(network.pretrained_cfg["input_size"][1:])
         else:
             self.module, self._mean, self._std = _PackagedNetwork(name), (0.5,) * 3, (0.5,) * 3
-        self._fixed_size = bool(getattr(self.module, "pretrained_cfg", {}).get("fixed_input_size"))
         self.geometry = ImageGeometry(size=size, resize="squash")
-        # a third faster on a CPU
-        self.module.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def at(self, size: tuple[int, int]) -> ImageNetwork:
         """The same network for images of another (height, width), unless it has its own."""
@@ -161,6 +168,9 @@ class TuningSettings:
         steps, batch_size, lr: the head learns ten times as fast.
         least_epochs: passes over the shots, however few `steps` are.
         frozen: share of the network's parameter tensors, from its input on, that stay as they are.
+
+    Raises:
+        ValueError: `frozen` is no share.
     """
 
     steps: int = 200
@@ -168,6 +178,10 @@ class TuningSettings:
     batch_size: int = 24
     lr: float = 3e-4
     frozen: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.frozen <= 1:
+            raise ValueError(f"frozen={self.frozen}; pass a share from 0 to 1.")
 
 
 class FineTuned(Baseline):
@@ -205,7 +219,7 @@ class FineTuned(Baseline):
         for parameter in trained:
             parameter.requires_grad_(True)
         width = self.network.features([open_image(images[0])]).shape[1]
-        head = nn.Linear(width, len(self.classes_)).to(self.network.device)
+        head = skip_init(nn.Linear, width, len(self.classes_)).to(self.network.device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         groups: list[dict[str, Any]] = [
@@ -216,8 +230,7 @@ class FineTuned(Baseline):
         steps = max(settings.steps, settings.least_epochs * -(-len(images) // settings.batch_size))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         labels = torch.from_numpy(labels_N)
-        with torch.random.fork_rng(), Progress(steps, "network", "step") as bar:
-            torch.manual_seed(self.seed)
+        with seeded(self.seed), Progress(steps, "network", "step") as bar:
             for _ in range(steps):
                 rows = torch.randperm(len(images))[: settings.batch_size]
                 shots = [open_image(images[row]) for row in rows.tolist()]
@@ -239,7 +252,7 @@ class FineTuned(Baseline):
     def module_of(network: ImageNetwork, weights: Mapping[str, Tensor]) -> nn.Module:
         """The trained network with its head: from what `ImageNetwork.normalized` gives to logits [N, C]."""
         classes, width = weights[FineTuned.HEAD[0]].shape
-        head = nn.Linear(width, classes)
+        head = skip_init(nn.Linear, width, classes)
         module = nn.Sequential(copy.deepcopy(network.module), head)
         module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
         return module.to(network.device).eval().requires_grad_(False)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.decomposition import PCA
@@ -20,7 +19,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from fewshot_diti.baselines.base import Baseline
-from fewshot_diti.baselines.views import Recolour
+from fewshot_diti.baselines.views import Recolour, seeded
 from fewshot_diti.data.images import ImageSource, open_image
 
 COPIES = 7  # of each shot
@@ -109,8 +108,7 @@ class LogisticProbe(Baseline):
         """Features [N, copies, D]."""
         features = self.candidates[self.chosen_]
         copies = max(1, min(self.copies, MOST_ROWS // len(images) - 1))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
+        with seeded(self.seed):
             rows = [features([recolour(image) for _ in range(copies)], keep=False) for image in map(open_image, images)]
         return np.stack(rows)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.clip import OpenClip
-from fewshot_diti.baselines.views import Recolour, as_it_is, random_view
+from fewshot_diti.baselines.views import Recolour, as_it_is, random_view, seeded
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.lora import gradients_on
 
@@ -116,8 +116,7 @@ class TipAdapter(Baseline):
 
     def _encode_views(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Features [views, N, D] of random crops that keep each image's shape."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)  # a GPU's stays as it is
+        with seeded(self.seed):
             return np.stack([np.concatenate(list(self._one_view(images))) for _ in range(self.settings.views)])
 
     def _one_view(self, images: Sequence[ImageSource]) -> Iterator[np.ndarray]:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from threading import RLock
 
+import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 from fewshot_diti.config import TrainingConfig
 
+_ONE_AT_A_TIME = RLock()
 Recolour = Callable[[Image.Image], Image.Image]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside the context torch's global generator draws from a seed, and is as it was outside; one thread at a time.
+
+    Random views draw from that generator and no other. Whatever else draws from it in this package, such as a network
+    that is made, does so inside this context too, so that threads cannot change each other's views.
+    """
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
+        yield
 
 
 def as_it_is(image: Image.Image) -> Image.Image:

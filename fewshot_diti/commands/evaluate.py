@@ -15,7 +15,7 @@ from fewshot_diti.evaluation import shift, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import METHODS, SHIPPED, SUPERVISION
+from fewshot_diti.evaluation.methods import METHODS, SHIPPED, supervision
 from fewshot_diti.files import write_atomically
 from fewshot_diti.progress import counted
 
@@ -28,8 +28,8 @@ class EvalConfig(GridConfig):
     """Few-shot accuracy of class tokens and of baselines, over shots and seeds; runs that are there are not run again.
 
     Attributes:
-        quick: 1 and 2 shots, one seed, ten test images per class, 3 trials and a quarter of the training steps,
-            whatever the flags say.
+        quick: 1 and 2 shots, one seed, ten test images per class, 3 trials and a quarter of the training steps
+            (but for the network in the row `fewshot-diti`), whatever the flags say.
         dry_run: prints what would run, and how long it would take, and runs nothing.
         against: the method that all others are compared with, image by image; by default `fewshot-diti`, else
             `diti`, else the first of the methods.
@@ -113,12 +113,13 @@ def report(grid: Grid, against: str, console: Console) -> None:
     images have the attribute, shift.md."""
     config, folder = grid.config, grid.config.folder
     records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
+    apart = supervision(config.backbone)
     rows = [
         table.Row(
             name=m,
             accuracy=_accuracy(records, m, config.shots),
             seeds=len(config.seeds),
-            supervision=SUPERVISION.get(m, ""),
+            supervision=apart.get(m, ""),
         )
         for m in config.methods
     ]
@@ -139,7 +140,7 @@ def report(grid: Grid, against: str, console: Console) -> None:
         write_atomically(folder / "shift.md", shift.markdown(parts).encode())
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), SUPERVISION)
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), apart)
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "

@@ -162,7 +162,7 @@ class Bench:
     def witness(self, name: str) -> Witness:
         """A witness of the classifier as it ships, by its name."""
         if name not in self._witnesses:
-            self._witnesses[name] = make_witness(name, self.geometry, self.concept)
+            self._witnesses[name] = make_witness(name, self.geometry, self.concept, self.backbone.kind)
         return self._witnesses[name]
 
     @property

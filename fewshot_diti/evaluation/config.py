@@ -37,6 +37,7 @@ class GridConfig:
         trials: of the diffusion methods, over all timesteps; by default 16 for the pocket, else what is recommended.
             The row `fewshot-diti` has its own range of timesteps, and by default what is recommended for it.
         training_share: of the steps that class tokens, finetune and clip-lora are trained for; less for a quick look.
+            The network in the row `fewshot-diti` is trained in full.
         max_test_images: of each class; by default all.
         shift: "livery", the same as `group` airline; "none".
         group: an attribute of the images: the shots of a class share one value of it, as far as some value has so many

@@ -8,6 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
+from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.baselines import Baseline, ClipLora, LogisticProbe, NearestMean, NearestNeighbour, ZeroShotClip
 from fewshot_diti.baselines.clip_lora import LoraSettings
 from fewshot_diti.baselines.imagenet import FineTuned, TuningSettings
@@ -29,6 +30,7 @@ from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
 from fewshot_diti.presets import PRESETS
 
+_ON_UNET = ("linear-sd", "ncm-sd", "lda-sd")  # beside the rows that read class tokens or prompts
 SHIPPED = "fewshot-diti"  # the classifier as it ships
 SIBLINGS = "siblings"  # needs a network that a user may not have
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
@@ -233,4 +235,14 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-SUPERVISION = {name: method.supervision for name, method in METHODS.items() if method.supervision}
+
+def supervision(backbone: str) -> dict[str, str]:
+    """What rows on this backbone have beyond the shots, by name, for those that have something.
+
+    The pocket has learned labels of sibling classes, so all that stands on its U-Net has them too.
+    """
+    found = {name: method.supervision for name, method in METHODS.items() if method.supervision}
+    if backbone == POCKET:
+        on_unet = [name for name, method in METHODS.items() if method.reads or name in _ON_UNET]
+        found |= dict.fromkeys(on_unet, "on a backbone with labels of sibling classes")
+    return found

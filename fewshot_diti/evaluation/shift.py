@@ -15,7 +15,7 @@ import numpy as np
 
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.grid import Grid, Run
-from fewshot_diti.evaluation.methods import SUPERVISION
+from fewshot_diti.evaluation.methods import supervision
 from fewshot_diti.evaluation.metrics import FEWEST_GROUPS, accuracy_with_interval, drop_from_matched_to_shifted
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, head, lines
@@ -60,7 +60,9 @@ def tables(grid: Grid, records: Mapping[Run, dict[str, Any]]) -> list[Table]:
     for caption, cell in parts.items():
         texts = {key: cell(of_cell) for key, of_cell in images.items()}
         if any(texts.values()):
-            found.append((caption, *table.lines_by_shots(config.methods, config.shots, texts, SUPERVISION)))
+            found.append(
+                (caption, *table.lines_by_shots(config.methods, config.shots, texts, supervision(config.backbone)))
+            )
     return found
 
 

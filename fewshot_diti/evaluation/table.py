@@ -16,8 +16,7 @@ from rich.text import Text
 
 from fewshot_diti import plots
 
-SHIPPED = ("fewshot-diti", "diti+sd")  # rows of the classifier as it ships, the first that is there
-CLASS_TOKENS = "diti"
+OURS = {"fewshot-diti": plots.BLUE, "diti": plots.SKY}  # the classifier as it ships, and class tokens alone
 PUBLISHED_SHOTS = (1, 2, 4, 8, 16)
 PUBLISHED = {  # accuracy in %, FGVC-Aircraft: Yue et al., CVPR 2024
     "zero-shot SD 2.0": (24.3,) * 5,
@@ -179,8 +178,7 @@ def comma_separated(rows: Sequence[Row], shots: Sequence[int]) -> str:
 def highlighted(rows: Sequence[Row], shots: Sequence[int]) -> dict[str, str]:
     """The colours of a few rows, by name: the classifier as it ships, class tokens alone, and the best baselines."""
     names = {row.name for row in rows}
-    ours = [next((name for name in SHIPPED if name in names), None), CLASS_TOKENS if CLASS_TOKENS in names else None]
-    colours = {name: colour for name, colour in zip(ours, (plots.BLUE, plots.SKY), strict=True) if name}
+    colours = {name: colour for name, colour in OURS.items() if name in names}
     others = [row for row in rows if row.competes and not row.name.startswith(("diti", "fewshot-diti"))]
     known = [row for row in others if not np.isnan(row.average(shots))]
     best = sorted(known, key=lambda row: -row.average(shots))

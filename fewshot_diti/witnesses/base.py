@@ -46,9 +46,14 @@ class Witness(ABC):
     geometry: ImageGeometry | None = None
 
     @property
-    def described(self) -> str:
-        """What decides its word beside shots, backbone and training: weights of another model, and constants."""
+    def model(self) -> str:
+        """Which other model reads the images: a hash of its weights and what else it makes of them; "" for none."""
         return ""
+
+    @property
+    def described(self) -> str:
+        """What decides its log-probabilities beside shots, backbone and training: the other model, and constants."""
+        return self.model
 
     @abstractmethod
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
@@ -67,7 +72,7 @@ class Witness(ABC):
     def judge(self, shots: ShotsRead, learned: Mapping[str, Tensor]) -> Judge:
         """What gives log-probabilities of the classes, in the order of `shots`; all equally likely beforehand."""
 
-    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+    def select(self, learned: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """What was learned of the classes at some positions."""
         return learned
 
@@ -99,8 +104,19 @@ class FittedWitness:
         return self.witness.judge(self.shots, self.learned)
 
     def log_probabilities(self, encoder: Encoder, images: Sequence[PreparedImage], latents_Nchw: Tensor) -> Tensor:
-        """Log-probabilities [N, C] of images."""
-        return self.judge.log_probabilities(self.witness.read(encoder, images, latents_Nchw))
+        """Log-probabilities [N, C] of images.
+
+        Raises:
+            ValueError: one is not a number, naming the witness.
+        """
+        found = self.judge.log_probabilities(self.witness.read(encoder, images, latents_Nchw))
+        if found.isnan().any():
+            raise ValueError(
+                f"The witness {self.name!r} gives probabilities that are not a number on image "
+                f"{images[int(found.isnan().any(1).nonzero()[0])].name}; learn the shots again, leave the witness out, "
+                "or set prediction to PredictionConfig(use_witnesses=False)."
+            )
+        return found
 
     def select(self, labels: Sequence[Label]) -> FittedWitness:
         """Of some of its classes, in the order given."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewshot_diti.baselines.clip import VIT_H, load_clip, prompt_templates
 from fewshot_diti.baselines.presets import preset_of
 from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipAdapter, cache_logits
-from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view
+from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view, seeded
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.temperature import fit_temperature
@@ -34,7 +34,7 @@ class ZeroShotWitness(Witness):
         self.clip, self.templates = load_clip(model or VIT_H), prompt_templates(concept)
 
     @property
-    def described(self) -> str:
+    def model(self) -> str:
         """Of model and prompts."""
         return f"{self.clip.hash}, {self.templates}"
 
@@ -50,6 +50,9 @@ class ZeroShotWitness(Witness):
         """Of each class the mean of its prompts, times what makes the shots most likely, float64 [C, D]."""
         text_CD = torch.from_numpy(self.clip.class_weights([str(x) for x in shots], self.templates))
         text_CD = text_CD.double().contiguous()
+        check_told_apart(list(map(str, shots)), text_CD)
+        if len(shots) == 1:  # of a bank that grows: there is nothing to tell apart yet
+            return {"text": text_CD}
         logits_nC = torch.cat([views[:, 0] for views in shots.values()]).double() @ text_CD.T
         return {"text": text_CD / fit_temperature(-logits_nC, torch.from_numpy(positions(shots)))}
 
@@ -57,9 +60,20 @@ class ZeroShotWitness(Witness):
         """As learned."""
         return _TextJudge(learned["text"])
 
-    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+    def select(self, learned: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """The prompts of these classes."""
-        return {"text": learned["text"][list(positions)]}
+        return {"text": learned["text"][list(chosen)]}
+
+
+def check_told_apart(names: Sequence[str], text_CD: Tensor) -> None:
+    """Raises a ValueError where two names are the same text to CLIP, whose tokenizer knows no capitals."""
+    for row, text in enumerate(text_CD[:-1]):
+        same = (text_CD[row + 1 :] == text).all(1).nonzero()
+        if len(same):
+            raise ValueError(
+                f"CLIP reads {names[row]!r} and {names[row + 1 + int(same[0])]!r} as one text; rename one of the "
+                "classes, or leave out witnesses that read names."
+            )
 
 
 class _TextJudge(NamedTuple):
@@ -80,13 +94,12 @@ class TipAdapterWitness(ZeroShotWitness):
     @property
     def described(self) -> str:
         """Of model, prompts and settings."""
-        return f"{super().described}, {self.settings}, alpha of {ALPHAS}, beta of {BETAS}"
+        return f"{self.model}, {self.settings}, alpha of {ALPHAS}, beta of {BETAS}"
 
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """Unit vectors [n, 1 + 2 V, D]: of the shot, of V crops, and of V crops in other colours."""
         rows = []
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(training.seed)
+        with seeded(training.seed):
             for shot in shots:
                 picture = as_picture(shot.pixels_CHW)
                 ways = [as_it_is] * self.settings.views + [ColourJitter.of(training)] * self.settings.views
@@ -103,7 +116,7 @@ class TipAdapterWitness(ZeroShotWitness):
         tip = TipAdapter(self.clip, self.templates, self.settings)
         tip.learn(views_nVD[:, 0], views_nVD[:, crops].swapaxes(0, 1), labels_n, [str(x) for x in shots])
         temperature = 1.0
-        if tip.left_out is not None:
+        if tip.left_out is not None and len(shots) > 1:
             temperature = fit_temperature(-torch.from_numpy(tip.left_out), torch.from_numpy(labels_n))
         found = _TipJudge(
             text=torch.from_numpy(tip.text_CD).double().contiguous() * self.clip.logit_scale / temperature,
@@ -119,9 +132,9 @@ class TipAdapterWitness(ZeroShotWitness):
         """As learned."""
         return _TipJudge(**learned)
 
-    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+    def select(self, learned: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """The prompts and keys of these classes."""
-        return _TipJudge(**learned).select(positions)._asdict()
+        return _TipJudge(**learned).select(chosen)._asdict()
 
 
 class _TipJudge(NamedTuple):
@@ -138,13 +151,13 @@ class _TipJudge(NamedTuple):
         cache_NC = cache_logits(features.numpy(), self.keys.numpy(), values_nC.numpy(), self.beta.item())
         return (features @ self.text.T + self.alpha * torch.from_numpy(cache_NC)).log_softmax(1)
 
-    def select(self, positions: Sequence[int]) -> _TipJudge:
+    def select(self, chosen: Sequence[int]) -> _TipJudge:
         """Of these classes, in this order."""
         old = self.classes.tolist()
-        places = [(new, row) for new, c in enumerate(positions) for row, x in enumerate(old) if x == c]
+        places = [(new, row) for new, c in enumerate(chosen) for row, x in enumerate(old) if x == c]
         rows = [row for _, row in places]
         return self._replace(
-            text=self.text[list(positions)],
+            text=self.text[list(chosen)],
             keys=self.keys[rows],
             weights=self.weights[rows],
             classes=torch.tensor([new for new, _ in places], dtype=torch.int64),

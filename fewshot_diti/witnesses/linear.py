@@ -19,7 +19,7 @@ from torch import Tensor
 from fewshot_diti.baselines.clip import VIT_H, load_clip
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork, size_for
 from fewshot_diti.baselines.probe import COPIES, MOST_ROWS, STRENGTHS, fit_logistic
-from fewshot_diti.baselines.views import ColourJitter
+from fewshot_diti.baselines.views import ColourJitter, seeded
 from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
@@ -29,11 +29,6 @@ from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, position
 
 class _Linear(Witness):
     """What reads features, and fits logistic regression on them."""
-
-    @property
-    @abstractmethod
-    def model(self) -> str:
-        """What decides the features."""
 
     @property
     def described(self) -> str:
@@ -52,8 +47,7 @@ class _Linear(Witness):
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """Features float32 [n, V, D]."""
         recolour, rows = ColourJitter.of(training), []
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(training.seed)
+        with seeded(training.seed):
             for shot in shots:
                 picture = as_picture(self.pixels(shot))
                 rows.append(torch.from_numpy(self.features([picture, *(recolour(picture) for _ in range(COPIES))])))
@@ -78,6 +72,9 @@ class _Linear(Witness):
             slopes_CD, offsets_C = fitted(kept_n)
             return torch.from_numpy(views_nVD[held_n, 0] @ slopes_CD.T + offsets_C)
 
+        if len(shots) == 1:  # of a bank that grows: there is nothing to tell apart yet
+            none = torch.zeros(1, views_nVD.shape[2], dtype=torch.float64)
+            return {"slopes": none, "offsets": none[:, 0].contiguous()}
         temperature = held_out_temperature(labels_n, judge_held_out)
         slopes_CD, offsets_C = fitted(np.ones(len(labels_n), dtype=bool))
         return {
@@ -89,9 +86,9 @@ class _Linear(Witness):
         """As learned."""
         return _LinearJudge(learned["slopes"], learned["offsets"])
 
-    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+    def select(self, learned: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """Of these classes."""
-        return {name: values[list(positions)] for name, values in learned.items()}
+        return {name: values[list(chosen)] for name, values in learned.items()}
 
 
 class _LinearJudge(NamedTuple):

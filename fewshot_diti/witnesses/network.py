@@ -41,9 +41,14 @@ class TunedNetwork(Witness):
         self.geometry = replace(self.network.geometry, banner_rows=geometry.banner_rows)
 
     @property
+    def model(self) -> str:
+        """The network before it is tuned."""
+        return self.network.described
+
+    @property
     def described(self) -> str:
-        """Of the network before it is tuned."""
-        return f"{self.network.described}, {self.settings}, temperature {TEMPERATURE}"
+        """Of the network before it is tuned, and of how it is tuned."""
+        return f"{self.model}, {self.settings}, temperature {TEMPERATURE}"
 
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """Pixels uint8 [n, 1, 3, height, width]."""
@@ -64,9 +69,9 @@ class TunedNetwork(Witness):
         """The trained network."""
         return _NetworkJudge(self.network, FineTuned.module_of(self.network, learned), log_counts(shots))
 
-    def select(self, learned: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+    def select(self, learned: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """The head's rows of these classes."""
-        head = {k: learned[k][list(positions)] for k in FineTuned.HEAD}
+        head = {k: learned[k][list(chosen)] for k in FineTuned.HEAD}
         return learned | head
 
 
