@@ -4,7 +4,7 @@
 
 Logistic regression on an ImageNet network's features, fitted on the shots and on copies in other colours, classifies
 the test images three times: as they are, shrunk to the backbone's size, and restored from its latents. The accuracy
-lost at the last step is detail that class tokens never see. Needs the extra `imagenet`.
+lost at the last step is detail that class tokens never see.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """What each source says of the N test images of a draw.
+    """Log-probabilities of each source on the N test images of a draw.
 
     Attributes:
         logits: by source, weight times log-probability [N, C], in nats of the class tokens; their sum decides.
@@ -157,7 +157,7 @@ def picture(task: Task, evidence: Evidence) -> bytes:
     sources = list(evidence.logits)
     figure = Figure(figsize=(3.1 * PICTURED + 2.4, 2.05 * len(sources) + 0.6), dpi=110, layout="constrained")
     figure.suptitle(
-        f"Right only because of one source: under its class, what the others would say ({task.num_shots} shots of "
+        f"Right only because of one source: under its class, what the others would have it be ({task.num_shots} shots of "
         "each class)",
         fontsize=12,
     )

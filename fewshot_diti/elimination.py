@@ -118,7 +118,7 @@ def exhaustive(trials: int) -> tuple[Stage, ...]:
 
 
 def count_evaluations(stages: Sequence[Stage | Look], num_classes: int) -> int:
-    """Evaluations that `stages` cost an image: samples through the U-Net, one a new trial of a class still in.
+    """Evaluations that `stages` cost an image: samples through the U-Net, one for each new trial of a class still in.
 
     For a race, the most that it can cost: when it ends depends on the image.
     """

@@ -48,8 +48,8 @@ class Preset:
         training, scoring, prediction: values of the configurations' fields.
         temperatures: of the class tokens' scores, at each of `PUBLISHED_SHOTS`, or one for all.
         witness_weights: by the kind of witness, at each of `PUBLISHED_SHOTS`, or one for all; of others 1.
-        overlap: by how much witnesses repeat what class tokens and other witnesses say: of a decision with weights that
-            sum to W beside the class tokens' 1, the temperature is 1 + overlap x W times that of the class tokens.
+        overlap: of witnesses with class tokens and with each other: the temperature of a decision is 1 + overlap x (sum
+            of the witnesses' weights) times that of the class tokens. 1: they know the same, 0: they are independent.
         features: of the U-Net.
         concept: what all classes are; None: the user has to say.
     """

@@ -63,7 +63,7 @@ class Look:
         freedom = (classes - 1) * 2 * (done - 1) ** 2 / (3 * done - 4)  # neighbouring differences are correlated
         chances_A = chances_of_least(*final_means(mean_A, variance, freedom, done, self.trials), freedom)
         least_likely_A = classes - 1 - chances_A.flip(0).argsort(stable=True)  # of equal ones the last comes first
-        out = least_likely_A[:-1]  # somebody wins
+        out = least_likely_A[:-1]  # one class stays in
         out = out[chances_A[out].cumsum(0) <= self.error_rate]
         return ~torch.isin(torch.arange(classes), out)
 

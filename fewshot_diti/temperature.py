@@ -79,7 +79,7 @@ def fit_weights(
     on held-out shots.
 
     A multinomial logistic regression on the scores and the log-probabilities [N, C] of each witness, whose coefficients
-    are held near those of `start` and `temperature` as if one nat of likelihood spoke for these.
+    are held near those of `start` and `temperature` by one nat for each unit of squared distance.
 
     Args:
         start: weights in units of the score, as those returned.

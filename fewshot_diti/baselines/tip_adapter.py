@@ -24,7 +24,7 @@ BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0, 40.0)
 
 
 def cache_logits(features_ND: np.ndarray, keys_nD: np.ndarray, values_nC: np.ndarray, beta: float) -> np.ndarray:
-    """What the cache says of images [N, C], before it is weighted by alpha: exp(-beta (1 - f K)) L (equation 5)."""
+    """Logits of images [N, C] by the cache, before it is weighted by alpha: exp(-beta (1 - f K)) L (equation 5)."""
     found: np.ndarray = np.exp(-beta * (1 - features_ND @ keys_nD.T)) @ values_nC
     return found
 
@@ -66,8 +66,8 @@ class TipAdapter(Baseline):
         alpha_, beta_: the chosen ones, after `fit`.
         text_CD, keys_ND: unit vectors of the classes' prompts, and of the shots before any training of keys.
         weights_N: of the keys: those of all classes have the same sum, 1 each where classes have as many shots.
-        left_out: logits [N, C] of each shot by the keys of the others, before any training of keys; None with one shot
-            a class.
+        left_out: logits [N, C] of each shot by the keys of the others, before any training of keys; None where a class
+            has one shot.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def mcnemar(correct_a_N: np.ndarray, correct_b_N: np.ndarray) -> float:
 def compare(
     correct_a: Sequence[np.ndarray], correct_b: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
-    """Compares two methods, each with one bool [N] a seed, on the same images in the same order.
+    """Compares two methods, each with one bool [N] per seed, on the same images in the same order.
 
     The bootstrap draws seeds, and images, with replacement; an image that is drawn counts for every seed that is, since
     the seeds share the test images.

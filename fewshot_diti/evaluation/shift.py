@@ -115,7 +115,7 @@ def _share(holds: np.ndarray, kind: np.ndarray, groups: np.ndarray) -> str:
         return ""
     figures = accuracy_with_interval(holds[kind], groups[kind].tolist())
     share, (low, high) = f"{100 * figures['accuracy']:.1f}", figures["interval"]
-    # an image that occurs once a seed is no new one, so that an interval over images would be too narrow
+    # an image that occurs once per seed is no new one, so that an interval over images would be too narrow
     return f"{share} [{100 * low:.0f}, {100 * high:.0f}]" if figures["interval_over"] == "groups" else share
 
 
