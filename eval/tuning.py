@@ -3,8 +3,8 @@
     python -m eval.tuning --dataset fgvc:DIR --shots 4 16 --frozen 0 0.3
 
 What the witness "network" was chosen by. "Nats" is the mean negative logarithm of the probability of the true class at
-the best temperature, which is the last figure. Three ways to use the network: on the image as it is, and the mean of its
-log-probabilities over the image and copies, in other colours or as they are trained on.
+the best temperature, which is the last figure. Three ways to use the network: on the image as it is, and by the mean of
+its log-probabilities over the image and copies, in other colours or as they are trained on.
 """
 
 from __future__ import annotations

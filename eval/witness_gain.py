@@ -157,7 +157,7 @@ def picture(task: Task, evidence: Evidence) -> bytes:
     sources = list(evidence.logits)
     figure = Figure(figsize=(3.1 * PICTURED + 2.4, 2.05 * len(sources) + 0.6), dpi=110, layout="constrained")
     figure.suptitle(
-        f"Right only because of one source: under its class, what the others would have it be ({task.num_shots} shots of "
+        f"Right only because of one source: under its class, that of the others without it ({task.num_shots} shots of "
         "each class)",
         fontsize=12,
     )

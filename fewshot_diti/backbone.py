@@ -298,16 +298,34 @@ class Backbone:
         A model that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 is off in eps by sqrt(abar) times its error in v
         (Salimans and Ho, Progressive Distillation, appendix D).
         """
+        squares_Bchw, factors_B = self._squares(latents_Bchw, noise_Bchw, timesteps_B, text_BLD, unet)
+        return factors_B * squares_Bchw.mean((1, 2, 3))
+
+    def error_maps(self, latents_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+        """`errors` by latent position, [B, h, w]: averaged over the channels alone."""
+        squares_Bchw, factors_B = self._squares(latents_Bchw, noise_Bchw, timesteps_B, text_BLD, None)
+        return factors_B[:, None, None] * squares_Bchw.mean(1)
+
+    def _squares(
+        self,
+        latents_Bchw: Tensor,
+        noise_Bchw: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        unet: Callable[..., Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Squared differences from what the model should predict [B, c, h, w], and the factors [B] that make them
+        squared differences in eps."""
         noisy = self.add_noise(latents_Bchw, noise_Bchw, timesteps_B)
         network = self.unet if unet is None else unet
         with self.lock:
             predicted = network(noisy.to(self.dtype), timesteps_B, text_BLD).sample.to(latents_Bchw)
         if self.prediction_type == "epsilon":
-            return (noise_Bchw - predicted).square().mean((1, 2, 3))
+            return (noise_Bchw - predicted).square(), latents_Bchw.new_ones(len(latents_Bchw))
         a = self.alphas_cumprod.to(latents_Bchw.dtype).to(latents_Bchw.device)[timesteps_B]
         a_B111 = a[:, None, None, None]
         v = a_B111.sqrt() * noise_Bchw - (1 - a_B111).sqrt() * latents_Bchw
-        return a * (v - predicted).square().mean((1, 2, 3))
+        return (v - predicted).square(), a
 
     @torch.no_grad()
     def generate_latents(

@@ -29,6 +29,7 @@ from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.explain import Explanation, explain
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.training import Groups, most_shots, raise_failed
@@ -255,6 +256,15 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         were dropped early.
         """
         return self.decider().evidence(as_images(images), self.current_prediction())
+
+    def explain(self, image: ImageSource | PreparedImage, top: int = 3) -> Explanation:
+        """Why the image gets its label: nearest shots of the `top` most probable classes, what each source of evidence
+        gives, where on the image and at which timesteps the class tokens differ. `Explanation.figure()` is a PNG.
+
+        Raises:
+            ValueError: fewer than two classes, or `top` below 2.
+        """
+        return explain(self.decider(), self.encoder_.prepare(image), self.current_prediction(), top)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings and witnesses beside it.

@@ -1,4 +1,4 @@
-"""The command `fewshot-diti`: demo, train, add, score, eval, export, import, info."""
+"""The command `fewshot-diti`: demo, train, add, score, explain, eval, export, import, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tyro.conf import subcommand
 from fewshot_diti.commands.add import AddConfig, add
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
+from fewshot_diti.commands.explain import ExplainConfig, explain
 from fewshot_diti.commands.export import ExportConfig, export
 from fewshot_diti.commands.import_lora import ImportConfig, import_
 from fewshot_diti.commands.info import InfoConfig, info
@@ -35,6 +36,7 @@ Command = (
     | Annotated[TrainConfig, subcommand("train")]
     | Annotated[AddConfig, subcommand("add")]
     | Annotated[ScoreConfig, subcommand("score")]
+    | Annotated[ExplainConfig, subcommand("explain")]
     | Annotated[EvalConfig, subcommand("eval")]
     | Annotated[ExportConfig, subcommand("export")]
     | Annotated[ImportConfig, subcommand("import")]
@@ -107,6 +109,8 @@ def _run(command: Command, console: Console) -> int | None:
             add(command, console)
         case ScoreConfig():
             return score(command, console)
+        case ExplainConfig():
+            return explain(command, console)
         case EvalConfig():
             return evaluate(command, console)
         case ExportConfig():

@@ -63,7 +63,7 @@ class Decider:
         new = {image.id: image for image in images if keys[image.id] not in self._decisions}
         known = {i: self._decisions[key] for i, key in keys.items() if i not in new}
         if new:
-            scorer, latents = self._ready(prediction.batch_size), self.encoder.latents(list(new.values()))
+            scorer, latents = self.scorer(prediction.batch_size), self.encoder.latents(list(new.values()))
             weights = torch.tensor(self.calibration.weights, dtype=torch.float64)
             looks = prediction.looks(len(self.bank), self.scoring.trials)
             offsets = self.offsets(list(new.values()), latents, prediction)
@@ -146,11 +146,12 @@ class Decider:
         for row in range(len(images)):
             image = self.encoder.prepare(images[row])
             with self.encoder.backbone.lock:
-                scorer, latents = self._ready(prediction.batch_size), self.encoder.latents([image])
+                scorer, latents = self.scorer(prediction.batch_size), self.encoder.latents([image])
                 parts.append(error_tensor(scorer, latents, [image.id], self.calibration.timesteps))
         return torch.cat(parts)
 
-    def _ready(self, batch_size: int) -> Scorer:
+    def scorer(self, batch_size: int) -> Scorer:
+        """The bank ready to score, in batches of so many evaluations."""
         if self._scorer is None or self._scorer.batch_size != batch_size:
             self._scorer = Scorer(self.encoder.backbone, self.bank, seed=self.scoring.seed, batch_size=batch_size)
         return self._scorer

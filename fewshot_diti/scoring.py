@@ -125,6 +125,27 @@ class Scorer:
             )
         return out_PS
 
+    @torch.no_grad()
+    def error_maps(
+        self, latents: Tensor, image_id: str, classes: Sequence[int], trials: Sequence[int], timesteps: Sequence[int]
+    ) -> Tensor:
+        """Errors by latent position [len(classes), len(trials), h, w] of one image; otherwise as `errors`."""
+        noise_Schw, times_S = trial_noise(self.seed, image_id, trials, tuple(latents.shape)), torch.tensor(timesteps)
+        device, maps = self.backbone.device, []
+        for c in classes:
+            parts = []
+            for some in torch.arange(len(trials)).split(self._at_once):
+                with adapted(self.backbone, self.layout, self.rows_CP[c : c + 1]):
+                    found = self.backbone.error_maps(
+                        latents.to(device).expand(len(some), -1, -1, -1),
+                        noise_Schw[some].to(device),
+                        times_S[some].to(device),
+                        self.text_CLD[c].expand(len(some), -1, -1),
+                    )
+                parts.append(found.float().cpu())
+            maps.append(torch.cat(parts))
+        return torch.stack(maps)
+
     def _batch_errors(self, latents_Nchw: Tensor, pairs_G2: Tensor, noise_GE: Tensor, timesteps_GE: Tensor) -> Tensor:
         """Errors [G, E] in one forward; noise is [G, E, c, h, w]."""
         device = self.backbone.device

@@ -9,10 +9,8 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from fewshot_diti.backbone import load_backbone
-from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.loading import load_classifier
 from fewshot_diti.config import Label, TrainingConfig
 from fewshot_diti.data import load_images, sample_shots, warn_of_near_duplicates
 from fewshot_diti.data.sources import training_splits
@@ -84,11 +82,7 @@ def add(config: AddConfig, console: Console) -> None:
         )
     warn_of_near_duplicates(shots, None)
     check_writable(output)  # before the training, not after it
-    if config.backbone is None:
-        backbone = find_backbone(bank.backbone_name, bank.backbone_hash, dtype=config.dtype)
-    else:
-        backbone = load_backbone(config.backbone, config.dtype)
-    classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
+    classifier = load_classifier(config.bank, config.backbone, config.dtype)
     if config.batch_size is not None:
         given = classifier.training or TrainingConfig()
         classifier.training = replace(given, samples_per_batch=config.batch_size)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from fewshot_diti.backbone import CompileMode, DtypeName, load_backbone
-from fewshot_diti.backbone_search import find_backbone
-from fewshot_diti.bank import Bank
+from fewshot_diti.backbone import CompileMode, DtypeName
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.loading import check_can_choose, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.distributed import Record, process_state
@@ -90,7 +89,8 @@ def score(config: ScoreConfig, console: Console) -> int:
         raise ValueError(
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
-    classifier = load_classifier(config)
+    classifier = load_classifier(config.bank, config.backbone, config.dtype, config.batch_size, config.compile)
+    check_can_choose(classifier, config.bank)
     began = monotonic()
     rows = range(len(images))
     found = predict_images(classifier, rows, images.decode, partial(_predictions, classifier), parts, config.bank)
@@ -115,26 +115,6 @@ def score(config: ScoreConfig, console: Console) -> int:
     )
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if len(scored) < len(records) else 0
-
-
-def load_classifier(config: ScoreConfig) -> DiTiClassifier:
-    """The bank, on its backbone.
-
-    Raises:
-        OSError, ValueError: one of them cannot be loaded, or the bank has fewer than two classes.
-    """
-    bank = Bank.from_pretrained(config.bank)
-    if config.backbone is None:
-        how: dict[str, Any] = {"dtype": config.dtype, "compile": config.compile}
-        backbone = find_backbone(bank.backbone_name, bank.backbone_hash, **how)
-    else:
-        backbone = load_backbone(config.backbone, config.dtype, config.compile)
-    classifier = DiTiClassifier.from_pretrained(config.bank, backbone)
-    if config.batch_size is not None:
-        classifier.prediction = replace(classifier.current_prediction(), batch_size=config.batch_size)
-    if len(classes := classifier.classes_.tolist()) < 2:
-        raise ValueError(f"{config.bank} holds the classes {classes}; scoring takes two or more to choose among.")
-    return classifier
 
 
 def _record(name: str, record: Record, top_k: int) -> Record:

@@ -1,0 +1,42 @@
+"""A classifier from its folder, as commands load it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fewshot_diti.backbone import CompileMode, load_backbone
+from fewshot_diti.backbone_search import find_backbone
+from fewshot_diti.bank import Bank
+from fewshot_diti.classifier import DiTiClassifier
+
+
+def load_classifier(
+    folder: Path, backbone: str | None, dtype: str, batch_size: int | None = None, compile: CompileMode | None = None
+) -> DiTiClassifier:
+    """The classifier that was saved in a folder.
+
+    Args:
+        backbone: folder or hub id; by default where the bank's is found.
+        batch_size: evaluations in one forward; by default as saved.
+
+    Raises:
+        OSError, ValueError: bank or backbone cannot be loaded.
+    """
+    bank = Bank.from_pretrained(folder)
+    if backbone is None:
+        how: dict[str, Any] = {"dtype": dtype, "compile": compile}
+        found = find_backbone(bank.backbone_name, bank.backbone_hash, **how)
+    else:
+        found = load_backbone(backbone, dtype, compile)  # type: ignore[arg-type]
+    classifier = DiTiClassifier.from_pretrained(folder, found)
+    if batch_size is not None:
+        classifier.prediction = replace(classifier.current_prediction(), batch_size=batch_size)
+    return classifier
+
+
+def check_can_choose(classifier: DiTiClassifier, folder: Path) -> None:
+    """Raises a ValueError where there are fewer than two classes to choose among."""
+    if len(classes := classifier.classes_.tolist()) < 2:
+        raise ValueError(f"{folder} holds the classes {classes}; scoring takes two or more to choose among.")
