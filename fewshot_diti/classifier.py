@@ -30,6 +30,7 @@ from fewshot_diti.distributed import process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.explain import Explanation, explain
+from fewshot_diti.pipeline import ImageClassificationPipeline
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.training import Groups, most_shots, raise_failed
@@ -256,6 +257,10 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         were dropped early.
         """
         return self.decider().evidence(as_images(images), self.current_prediction())
+
+    def as_pipeline(self, *, allow_urls: bool = False) -> ImageClassificationPipeline:
+        """What answers as `transformers.pipeline("image-classification")` does."""
+        return ImageClassificationPipeline(self, allow_urls=allow_urls)
 
     def explain(self, image: ImageSource | PreparedImage, top: int = 3) -> Explanation:
         """Why the image gets its label: nearest shots of the `top` most probable classes, what each source of evidence

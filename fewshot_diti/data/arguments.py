@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fewshot_diti.config import Label
+from fewshot_diti.data.hub import StoredImages
 from fewshot_diti.data.images import DecodedImage, ImageSource, raise_bad_images
 
 
@@ -27,10 +28,11 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
     """Whether one image was passed, and the images.
 
     One image is a path, encoded bytes, a PIL image, a DecodedImage, or an array of pixels [H, W] or [H, W, channels].
-    Many are a list, tuple, generator, pandas Series, array of paths, or array of pixels [N, H, W, 3].
+    Many are a list, tuple, generator, pandas Series, array of paths, array of pixels [N, H, W, 3], a `datasets.Dataset`
+    with one column of images, or a DataFrame with a column path (or one column).
 
     Raises:
-        ValueError: there are no images, or they are in a set or dictionary.
+        ValueError: there are no images, they are in a set or dictionary, or in a table without such a column.
         TypeError: it is none of these.
     """
     if isinstance(images, np.ndarray) and images.ndim == 0:
@@ -38,6 +40,10 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
     pixels = isinstance(images, np.ndarray) and images.dtype.kind not in "OUT" and 1 < images.ndim < 4
     if pixels or isinstance(images, str | Path | bytes | Image.Image | DecodedImage):
         return True, [images]  # type: ignore[list-item]
+    if StoredImages.can_hold(images):
+        images = StoredImages(images)
+    elif hasattr(images, "columns"):
+        images = _paths_of(images)
     if isinstance(images, Set | Mapping):
         raise ValueError(f"The images are in a {type(images).__name__}; pass a list, which has an order.")
     if not isinstance(images, Iterable):
@@ -46,6 +52,15 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
     if not len(many):
         raise ValueError("No images were passed.")
     return False, many
+
+
+def _paths_of(table: Any) -> list[Any]:
+    """The paths in a DataFrame."""
+    names = list(table.columns)
+    name = "path" if "path" in names else names[0] if len(names) == 1 else None
+    if name is None:
+        raise ValueError(f"The table has the columns {names}, and none is called path; pass one column, table[NAME].")
+    return table[name].tolist()  # type: ignore[no-any-return]
 
 
 def as_images(images: Iterable[Any]) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
 import numpy as np
@@ -64,6 +64,34 @@ def load_hub_images(id_or_path: str, split: str | None = None, image_column: str
     check_one_of(f"column of {id_or_path}", image_column, stored.column_names)
     images = _image_column(stored, id_or_path, image_column)
     return unlabelled(images, _row_names(id_or_path, split, len(images)))
+
+
+class StoredImages(Sequence[ImageSource]):
+    """The images of a `datasets.Dataset`, each read when it is asked for.
+
+    Raises:
+        ValueError: not one column of images, or a row without an image when it is asked for.
+    """
+
+    def __init__(self, stored: datasets.Dataset) -> None:
+        columns = [name for name, feature in stored.features.items() if isinstance(feature, datasets.Image)]
+        if len(columns) != 1:
+            raise ValueError(
+                f"The data set has {len(columns)} columns of images ({', '.join(stored.column_names)} in all); pass "
+                "one with select_columns, or cast it with cast_column(name, datasets.Image())."
+            )
+        self._images = _image_column(stored, "the data set", columns[0])
+
+    @staticmethod
+    def can_hold(images: object) -> TypeGuard[datasets.Dataset]:
+        """Whether these images are a data set."""
+        return isinstance(images, datasets.Dataset)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: Any) -> Any:
+        return [image() for image in self._images[row]] if isinstance(row, slice) else self._images[row]()
 
 
 def _load(id_or_path: str, split: str | None) -> datasets.Dataset:
