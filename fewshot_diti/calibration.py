@@ -60,6 +60,7 @@ class Calibration:
         shortlist_recall: share of held-out shots whose class is on the shortlist, None where no folds or no shortlist
             were asked for. No accuracy can be above it. The temperature is fitted on all classes, with the shortlist
             or without.
+        held_out: probability of its own class for each held-out shot; none where no folds were asked for.
     """
 
     timesteps: tuple[int, ...]
@@ -70,6 +71,7 @@ class Calibration:
     temperature_from: Literal["shots", "user", "preset"] = "user"
     accuracy: float | None = None
     shortlist_recall: float | None = None
+    held_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,6 +134,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
     grid, weights = _trials(scoring, weights_T, shot_errors, keep_grid=published)
     alone, mix, temperature = _mix(fit.backbone, without_folds(scoring, fit.backbone, most_shots(fit.groups)))
     accuracy = recall = None
+    held: tuple[float, ...] = ()
     if scoring.folds:
         prediction = fit.settings.prediction
         log_p = []
@@ -145,6 +148,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
         if scoring.temperature == "fit":
             fitted = fit_temperature(scores, truth)
             alone, mix, temperature = fitted, tuple(w * fitted / alone for w in mix), temperature * fitted / alone
+        own = alone
         if log_p:
             if scoring.witness_weights == "fit":
                 mix = fit_weights(scores, log_p, truth, mix, temperature)
@@ -152,7 +156,8 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
             if "fit" in (scoring.temperature, scoring.witness_weights):
                 temperature = fit_temperature(together, truth)
             if prediction.use_witnesses:
-                scores = together
+                scores, own = together, temperature
+        held = tuple((-scores / own).softmax(1)[torch.arange(len(truth)), truth].tolist())
         if log_p and prediction.shortlist is not None:
             off_the_list = score_offsets(log_p, (0.0,) * len(log_p), prediction.shortlist)
             recall = float(off_the_list[torch.arange(len(truth)), truth].isfinite().double().mean())
@@ -167,6 +172,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
         temperature_from=_source(fit, scoring),
         accuracy=accuracy,
         shortlist_recall=recall,
+        held_out=held,
     )
 
 

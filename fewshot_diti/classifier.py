@@ -22,6 +22,7 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
+from fewshot_diti.conformal import prediction_sets
 from fewshot_diti.cost import announce_time, training_evaluations
 from fewshot_diti.data.arguments import as_images, as_list, group_shots, true_labels
 from fewshot_diti.data.images import ImageGeometry, ImageSource
@@ -205,6 +206,22 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         one, many = as_list(images)
         p = self.probabilities(self.scores(many))
         return p[0] if one else p
+
+    def predict_set(self, images: ImageSource | Sequence[ImageSource], coverage: float = 0.9) -> Any:
+        """The classes that an image may belong to, the most probable first: a list for one image, a list of lists for
+        many (split conformal prediction, `conformal.prediction_sets`).
+
+        Of images like the shots a share `coverage` have their class in the set, about: the threshold comes from shots
+        that class tokens trained without them judged, on fewer shots than those of this bank.
+
+        Raises:
+            ValueError: no held-out shots, which `fit` has with `ScoringConfig(folds=...)`, or `coverage` is no share.
+        """
+        one, many = as_list(images)
+        sets = prediction_sets(torch.from_numpy(self.predict_proba(many)), self.calibration_.held_out, coverage)
+        labels = self.classes_.tolist()
+        found = [[labels[c] for c in places] for places in sets]
+        return found[0] if one else found
 
     def probabilities(self, scores_NC: Tensor) -> np.ndarray:
         """Probabilities [N, C] of scores [N, C]."""
