@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -29,6 +29,7 @@ from fewshot_diti.config import Label
 from fewshot_diti.data.arguments import plain_labels
 from fewshot_diti.data.folders import check_folder
 from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.lora import Layout, Target, union_layout
 
 if TYPE_CHECKING:
@@ -190,13 +191,18 @@ class Bank:
         write_files(folder, contents, self._model_card(sorted(extra or {})))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Bank:
+    def from_pretrained(cls, folder: str | Path, **hub: Any) -> Bank:
         """Reads what `save_pretrained` wrote.
 
+        Args:
+            folder: or `user/repo` on the hub.
+            hub: as of `hub.saved_folder`: revision, token, cache_dir, local_files_only, force_download.
+
         Raises:
-            FileNotFoundError: there is no such folder, or it holds no complete bank.
+            FileNotFoundError: there is no such folder or repository, or it holds no complete bank.
             ValueError: as `bank_files.read_files`, or another version wrote it.
         """
+        folder = saved_folder(folder, **hub)
         check_folder(folder, "the folder of a bank")
         contents = read_files(folder, (WEIGHTS, CLASSES, CONFIG))
         config = json.loads(contents[CONFIG])
@@ -209,6 +215,14 @@ class Bank:
                 backbone_hash=config["backbone_hash"],
                 geometry=ImageGeometry.from_dict(config["geometry"]),
             )
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload class tokens", **options: Any) -> Any:
+        """Uploads what `save_pretrained` writes to `user/repo`.
+
+        Args:
+            options: as of `hub.upload`: private, token, revision, create_pr.
+        """
+        return upload(self.save_pretrained, repo_id, commit_message=commit_message, **options)
 
     def export(self, label: Label, folder: str | Path, format: LoraFormat = "diffusers") -> Path:
         """`lora_files.export_lora` of one class token."""

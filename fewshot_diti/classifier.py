@@ -31,6 +31,7 @@ from fewshot_diti.distributed import process_state
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.explain import Explanation, explain
+from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.pipeline import ImageClassificationPipeline
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
@@ -311,9 +312,21 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             save_classifier(bank, saved, self._held[1], folder)
             remember_folder(self.backbone_)
 
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload classifier", **options: Any) -> Any:
+        """Uploads what `save_pretrained` writes to `user/repo`: with the witness "network" that includes the shots.
+
+        Args:
+            options: as of `hub.upload`: private, token, revision, create_pr.
+        """
+        return upload(self.save_pretrained, repo_id, commit_message=commit_message, **options)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None) -> Self:
+    def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None, **hub: Any) -> Self:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
+
+        Args:
+            folder: or `user/repo` on the hub.
+            hub: as of `hub.saved_folder`: revision, token, cache_dir, local_files_only, force_download.
 
         A bank that `Bank.save_pretrained` wrote, such as a merged one, has no settings: with a warning it gets the
         recommended scoring, uncalibrated and without features, and default prompts for classes that are added later.
@@ -322,6 +335,7 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
             FileNotFoundError: no complete classifier in the folder, or the backbone that it names is not there.
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
+        folder = saved_folder(folder, **hub)
         bank, saved = load_classifier(folder)
         found = find_backbone(bank.backbone_name, bank.backbone_hash) if backbone is None else backbone
         classifier = cls(found, geometry=bank.geometry)
