@@ -31,6 +31,7 @@ from fewshot_diti.data.folders import check_folder
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.lora import Layout, Target, union_layout
+from fewshot_diti.model_card import model_card
 
 if TYPE_CHECKING:
     from fewshot_diti.lora_files import LoraFormat
@@ -166,11 +167,14 @@ class Bank:
         gone = {(type(x), x) for x in labels}
         return self.select([x for x in self.labels if (type(x), x) not in gone])
 
-    def save_pretrained(self, folder: str | Path, extra: Mapping[str, bytes] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, extra: Mapping[str, bytes] | None = None, card: str | None = None
+    ) -> None:
         """Writes the bank, so that a reader sees the old bank or the new one whenever this is interrupted.
 
         Args:
             extra: further files by name, covered by the same manifest; `bank_files.read_files` reads them.
+            card: README.md; by default `model_card.model_card` of the class tokens alone.
         """
         config = {
             "format": FORMAT,
@@ -188,7 +192,7 @@ class Bank:
             CONFIG: to_json(config),
             **(extra or {}),
         }
-        write_files(folder, contents, self._model_card(sorted(extra or {})))
+        write_files(folder, contents, model_card(self) if card is None else card)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> Bank:
@@ -229,38 +233,3 @@ class Bank:
         from fewshot_diti.lora_files import export_lora  # which imports this module
 
         return export_lora(self, label, folder, format)
-
-    def _model_card(self, extra: Sequence[str]) -> str:
-        lines = [
-            "---",
-            "library_name: fewshot-diti",
-            "tags: [few-shot, stable-diffusion, lora]",
-            "---",
-            "",
-            f"# A bank of {len(self)} class tokens",
-            "",
-            f"Backbone `{self.backbone_name}` (hash `{self.backbone_hash}`), images {self.geometry.size[1]} x "
-            f"{self.geometry.size[0]} ({self.geometry.resize}), LoRA rank {self.layout.rank}.",
-            "",
-            "| class | shots | prompt |",
-            "|---|---|---|",
-            *("| " + " | ".join(_cell(x) for x in (t.label, t.num_shots, t.prompt)) + " |" for t in self.tokens),
-            "",
-            *(
-                ["Files called `witness-*` hold what was read of the shots: features, or their pixels.", ""]
-                if any(name.startswith("witness-") for name in extra)
-                else []
-            ),
-            "```python",
-            "from fewshot_diti import DiTiClassifier",
-            "",
-            'classifier = DiTiClassifier.from_pretrained("this-folder")',
-            'classifier.predict(["image.jpg"])',
-            "```",
-            "",
-        ]
-        return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|")

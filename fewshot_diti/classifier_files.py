@@ -15,6 +15,7 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import SETTINGS, read_files, to_json, written_here
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
+from fewshot_diti.model_card import model_card
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.witnesses import FittedWitness, Witness
 
@@ -50,7 +51,7 @@ def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness]
         shots = {f"shots.{c}": shots.contiguous() for c, shots in enumerate(fitted.shots.values())}
         learned = {f"learned.{name}": value.contiguous() for name, value in fitted.learned.items()}
         extra[_witness_file(number)] = save(shots | learned)
-    bank.save_pretrained(folder, extra=extra)
+    bank.save_pretrained(folder, extra=extra, card=model_card(bank, saved))
 
 
 def load_classifier(folder: str | Path) -> tuple[Bank, Saved | None]:

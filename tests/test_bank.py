@@ -225,34 +225,6 @@ def test_a_bank_refuses_classes_it_has_not_or_has_already(bank: Bank) -> None:
         replace(bank, rows=bank.rows[:2])
 
 
-def test_the_model_card(bank: Bank, tmp_path: Path) -> None:
-    bank = replace(bank.select(bank.labels[:2]), backbone_name="tiny", backbone_hash="abc")
-    bank = replace(bank, tokens=(bank.tokens[0], replace(bank.tokens[1], label="a|b", prompt="a photo of a hta a|b")))
-    bank.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == (
-        "---\n"
-        "library_name: fewshot-diti\n"
-        "tags: [few-shot, stable-diffusion, lora]\n"
-        "---\n"
-        "\n"
-        "# A bank of 2 class tokens\n"
-        "\n"
-        "Backbone `tiny` (hash `abc`), images 32 x 16 (crop), LoRA rank 4.\n"
-        "\n"
-        "| class | shots | prompt |\n"
-        "|---|---|---|\n"
-        "| all 4 0 | 1 | a photo of a hta 0 |\n"
-        "| a\\|b | 1 | a photo of a hta a\\|b |\n"
-        "\n"
-        "```python\n"
-        "from fewshot_diti import DiTiClassifier\n"
-        "\n"
-        'classifier = DiTiClassifier.from_pretrained("this-folder")\n'
-        'classifier.predict(["image.jpg"])\n'
-        "```\n"
-    )
-
-
 def test_a_saved_bank_can_be_copied(bank: Bank, tmp_path: Path) -> None:
     bank.save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
