@@ -39,7 +39,7 @@ from fewshot_diti.witnesses import FittedWitness, score_offsets
 
 CALIBRATION_TRIALS = 16  # of each shot, at most, for weights estimated on errors, which are smooth in t
 
-K = TypeVar("K", int, str | int | bool)  # of classes: places, or labels
+K = TypeVar("K", int, str, str | int | bool)  # of classes: places, names, or labels
 X = TypeVar("X")
 
 

@@ -1,4 +1,4 @@
-"""The command `fewshot-diti`: demo, train, add, score, explain, eval, export, import, info."""
+"""The command `fewshot-diti`: demo, check, train, add, score, explain, eval, export, import, info."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tyro.conf import subcommand
 
 from fewshot_diti.commands.add import AddConfig, add
+from fewshot_diti.commands.check import CheckConfig, check
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.commands.explain import ExplainConfig, explain
@@ -33,6 +34,7 @@ from fewshot_diti.training import TrainingError
 
 Command = (
     Annotated[DemoConfig, subcommand("demo")]
+    | Annotated[CheckConfig, subcommand("check")]
     | Annotated[TrainConfig, subcommand("train")]
     | Annotated[AddConfig, subcommand("add")]
     | Annotated[ScoreConfig, subcommand("score")]
@@ -103,6 +105,8 @@ def _run(command: Command, console: Console) -> int | None:
     match command:
         case DemoConfig():
             run_demo(command, console)
+        case CheckConfig():
+            return check(command, console)
         case TrainConfig():
             train(command, console)
         case AddConfig():

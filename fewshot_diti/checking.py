@@ -1,0 +1,163 @@
+"""What may be wrong with a folder of labelled images, by the frozen U-Net's features, before anything is trained.
+
+Shapes in names: N images, n shots, C classes, D values of a feature.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.preprocessing import normalize
+from torch import Tensor
+
+from fewshot_diti.calibration import split_folds
+from fewshot_diti.data import ImageSet, near_duplicates
+from fewshot_diti.discriminant import fit_discriminant
+
+SURE = 0.9  # probability of another class from which a label is doubted
+ALIKE = 0.95  # cosine of features from which one of two images is enough to label
+
+
+class Doubt(NamedTuple):
+    """An image that looks like another class than its own to a discriminant that has not learned it."""
+
+    name: str
+    label: str
+    looks_like: str
+    probability: float
+
+
+class Confusion(NamedTuple):
+    """Two classes, and how many of their images are taken for the other one."""
+
+    first: str
+    second: str
+    mistaken: int
+    images: int
+
+
+class Wanted(NamedTuple):
+    """An image whose label would help: it lies between two classes."""
+
+    name: str
+    first: str
+    second: str
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What was found.
+
+    Attributes:
+        accuracy: of the discriminant on images that it had not learned, 0 to 1; None where no class has two.
+        judged: how many images that is.
+        doubts: labels that may be wrong, the surest first.
+        copies: pairs of names of one picture in other pixels within a class.
+        copies_between: such pairs under two classes.
+        confusions: classes that are taken for each other, the most frequent first.
+        wanted: unlabelled images, the most useful first.
+    """
+
+    accuracy: float | None
+    judged: int
+    doubts: tuple[Doubt, ...]
+    copies: tuple[tuple[str, str], ...]
+    copies_between: tuple[tuple[str, str], ...]
+    confusions: tuple[Confusion, ...]
+    wanted: tuple[Wanted, ...] = ()
+
+
+def check_images(
+    images: ImageSet,
+    features: Callable[[Sequence[int]], Tensor],
+    *,
+    folds: int = 5,
+    unlabelled: tuple[ImageSet, Tensor] | None = None,
+    wanted: int = 10,
+) -> Findings:
+    """Looks at every image through the eyes of the others.
+
+    Args:
+        images: of two classes or more.
+        features: from rows of `images` to what a discriminant learns of them, [n, V, D].
+        folds: in which images are held out; no more than the largest class has.
+        unlabelled: images without labels, and their features [N, D].
+        wanted: how many of these to name.
+
+    Raises:
+        ValueError: as `ImageSet.ids`: images that cannot be read, all named.
+    """
+    names = images.class_names
+    rows = {name: np.flatnonzero(images.labels == c).tolist() for c, name in enumerate(names)}
+    views = {name: features(of_class) for name, of_class in rows.items()}
+    places = {row: (name, place) for name, of_class in rows.items() for place, row in enumerate(of_class)}
+    judged: list[tuple[int, Tensor]] = []
+    several = {name: of_class for name, of_class in rows.items() if len(of_class) > 1}
+    for kept, held in split_folds(several, folds) if several else ():
+        learned = {name: views[name][[places[row][1] for row in kept.get(name, rows[name])]] for name in sorted(rows)}
+        judge = fit_discriminant(learned)
+        for _, row in held:
+            name, place = places[row]
+            judged.append((row, judge.log_probabilities(views[name][place, :1].float())[0].exp()))
+    order = sorted(rows)
+    predicted = {row: order[int(p_C.argmax())] for row, p_C in judged}
+    doubts = [
+        Doubt(images.names[row], places[row][0], predicted[row], float(p_C.max()))
+        for row, p_C in judged
+        if predicted[row] != places[row][0] and p_C.max() >= SURE
+    ]
+    pairs = [
+        (images.names[a], images.names[b], images.labels[a] == images.labels[b]) for a, b in near_duplicates(images)
+    ]
+    return Findings(
+        accuracy=float(np.mean([predicted[row] == places[row][0] for row, _ in judged])) if judged else None,
+        judged=len(judged),
+        doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.probability)),
+        copies=tuple((a, b) for a, b, same in pairs if same),
+        copies_between=tuple((a, b) for a, b, same in pairs if not same),
+        confusions=_confusions(predicted, places, rows),
+        wanted=() if unlabelled is None else _wanted(*unlabelled, views, wanted),
+    )
+
+
+def _confusions(
+    predicted: Mapping[int, str], places: Mapping[int, tuple[str, int]], rows: Mapping[str, Sequence[int]]
+) -> tuple[Confusion, ...]:
+    """Pairs of classes of whose images a quarter or more are taken for the other one."""
+    mistaken = Counter(frozenset((places[row][0], name)) for row, name in predicted.items() if name != places[row][0])
+    found = []
+    for pair, count in mistaken.items():
+        first, second = sorted(pair)
+        images = len(rows[first]) + len(rows[second])
+        if count >= images / 4:
+            found.append(Confusion(first, second, count, images))
+    return tuple(sorted(found, key=lambda x: (-x.mistaken / x.images, x.first, x.second)))
+
+
+def _wanted(images: ImageSet, features_ND: Tensor, views: Mapping[str, Tensor], count: int) -> tuple[Wanted, ...]:
+    """The images with the smallest margin between the two most probable classes, without those much like one that is
+    named already."""
+    order = sorted(views)
+    learned = {name: views[name] for name in order}
+    p_NC = fit_discriminant(learned).log_probabilities(features_ND.float()).exp()
+    best_N2, places_N2 = p_NC.topk(2, dim=1)
+    margins_N = best_N2[:, 0] - best_N2[:, 1]
+    mean_D = torch.cat([x[:, 0] for x in learned.values()]).float().mean(0)
+    directions_ND = normalize((features_ND.float() - mean_D).numpy())
+    chosen: list[int] = []
+    for row in margins_N.argsort(stable=True).tolist():
+        if len(chosen) == count:
+            break
+        if not chosen or (directions_ND[chosen] @ directions_ND[row]).max() < ALIKE:
+            chosen.append(row)
+    found = []
+    for row in chosen:
+        first, second = (order[c] for c in places_N2[row].tolist())
+        found.append(Wanted(images.names[row], first, second, float(margins_N[row])))
+    return tuple(found)
