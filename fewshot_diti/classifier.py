@@ -276,6 +276,21 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
         """
         return self.decider().evidence(as_images(images), self.current_prediction())
 
+    def is_unknown(self, images: ImageSource | Sequence[ImageSource], reject: float = 0.01) -> Any:
+        """Whether an image is like none of the shots, so that its label means nothing: a bool, or bool [N] of many.
+
+        That is so where its most similar shot, by the U-Net's features, is less similar than the most similar other
+        shot is for all but a share `reject` of the shots. It finds pictures of something else; a class that is much
+        like the known ones is better told by low probabilities.
+
+        Raises:
+            ValueError: the bank has no witness "features", or `reject` is no share.
+        """
+        one, many = as_list(images)
+        decider = self.decider()
+        unknown = decider.similarities(many) < decider.familiarity.least(reject)
+        return bool(unknown[0]) if one else unknown
+
     def as_pipeline(self, *, allow_urls: bool = False) -> ImageClassificationPipeline:
         """What answers as `transformers.pipeline("image-classification")` does."""
         return ImageClassificationPipeline(self, allow_urls=allow_urls)

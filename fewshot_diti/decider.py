@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from fewshot_diti.config import PredictionConfig, ScoringConfig
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.familiarity import Familiarity, features_of
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
 from fewshot_diti.witnesses import FittedWitness, score_offsets
@@ -119,6 +122,25 @@ class Decider:
             for name, log_p in ({"class tokens": tokens} | found).items():
                 rows[name].append(log_p)
         return {name: torch.cat(parts) for name, parts in rows.items() if parts}
+
+    def similarities(self, images: Sequence[ImageSource | PreparedImage]) -> np.ndarray:
+        """How similar the most similar shot is to each image [N], as of `Familiarity`.
+
+        Raises:
+            ValueError: the bank has no witness "features".
+        """
+        fitted, found = features_of(self.witnesses), []
+        for row in range(len(images)):
+            image = self.encoder.prepare(images[row])
+            with self.encoder.backbone.lock:
+                read = fitted.witness.read(self.encoder, [image], self.encoder.latents([image]))
+            found.append(self.familiarity.similarities(read))
+        return np.concatenate(found)
+
+    @cached_property
+    def familiarity(self) -> Familiarity:
+        """Of the bank's shots."""
+        return Familiarity(features_of(self.witnesses))
 
     def _asked(self, prediction: PredictionConfig) -> list[tuple[FittedWitness, float]]:
         """The witnesses that count in a prediction, with their weights in units of the score."""

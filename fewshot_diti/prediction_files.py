@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-_PLAIN = ("path", "image_id", "label", "margin", "decided", "evaluations", "error")
+_PLAIN = ("path", "image_id", "label", "margin", "similarity", "rejected", "decided", "evaluations", "error")
 
 
 def check_suffix(path: Path) -> None:
@@ -25,8 +25,8 @@ def check_suffix(path: Path) -> None:
 def encode_predictions(records: Sequence[Mapping[str, Any]], suffix: str, top_k: int) -> bytes:
     """The content of a file with this suffix.
 
-    Rows have path, image_id, label, margin, decided, evaluations, error, and label_1, probability_1 to label_K,
-    probability_K; what an image has not is empty.
+    Rows have path, image_id, label, margin, similarity, rejected, decided, evaluations, error, and label_1,
+    probability_1 to label_K, probability_K; what an image has not is empty.
     """
     if suffix == ".jsonl":  # ASCII, because a path may be no UTF-8
         return "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -60,6 +60,8 @@ def _type(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.DataType:
     if name == "label":  # of the type that labels have in the bank
         values = [row[name] for row in rows if name in row]
         return {bool: pa.bool_(), int: pa.int64()}.get(type(values[0]) if values else str, pa.string())
-    if name == "margin" or name.startswith("probability_"):
+    if name in ("margin", "similarity") or name.startswith("probability_"):
         return pa.float64()
-    return {"decided": pa.bool_(), "evaluations": pa.int64()}.get(name, pa.string())
+    if name in ("decided", "rejected"):
+        return pa.bool_()
+    return pa.int64() if name == "evaluations" else pa.string()

@@ -43,6 +43,8 @@ class ScoreConfig:
             and FILE.parquet have one row per image, without the scores. What is not there gets no row. Only an earlier
             output of score is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the
             same command goes on where it was cut short.
+        reject: share of images like the shots that may be taken for something unknown, such as 0.01; what is less like
+            every shot than that is marked as rejected. By default nothing is. Needs the witness features.
         top_k: how many of the best classes are named, with their probabilities.
         split, image_column: of hub:ID; the column is by default image.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
@@ -60,6 +62,7 @@ class ScoreConfig:
     bank: Path
     output: Path = Path("predictions.jsonl")
     top_k: int = 3
+    reject: float | None = None
     split: str | None = None
     image_column: str | None = None
     backbone: str | None = None
@@ -74,6 +77,8 @@ class ScoreConfig:
                 raise ValueError(f"{name}={value}; pass a whole number of at least 1.")
         if not self.images:
             raise ValueError("No images; name image files or folders.")
+        if self.reject is not None and not 0 < self.reject < 1:
+            raise ValueError(f"reject={self.reject}; pass a share between 0 and 1, such as 0.01.")
         check_suffix(self.output)
 
 
@@ -91,9 +96,11 @@ def score(config: ScoreConfig, console: Console) -> int:
         )
     classifier = load_classifier(config.bank, config.backbone, config.dtype, config.batch_size, config.compile)
     check_can_choose(classifier, config.bank)
+    least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
     began = monotonic()
-    rows = range(len(images))
-    found = predict_images(classifier, rows, images.decode, partial(_predictions, classifier), parts, config.bank)
+    rows, predict = range(len(images)), partial(_predictions, classifier, least)
+    asked = "" if least is None else f" least similarity {least}"
+    found = predict_images(classifier, rows, images.decode, predict, parts, config.bank, asked)
     seconds = monotonic() - began
     records = [_record(name, record, config.top_k) for name, record in zip(images.names, found, strict=True)]
     scored = [record for record in records if "error" not in record]
@@ -102,6 +109,9 @@ def score(config: ScoreConfig, console: Console) -> int:
         there = [{k: v for k, v in record.items() if k != "missing"} for record in records if not record.get("missing")]
         write_atomically(config.output, encode_predictions(there, config.output.suffix, config.top_k))
     console.print(prediction_table(scored))
+    rejected = [record for record in scored if record.get("rejected")]
+    for record in rejected:
+        console.out(f"like none of the shots: {printable(record['path'])}")
     console.out(f"predictions: {config.output}")
     for record in records:
         if "error" in record:
@@ -111,7 +121,8 @@ def score(config: ScoreConfig, console: Console) -> int:
     undecided = sum(not record["decided"] for record in scored)
     console.out(
         f"{counted(len(scored), 'image')} scored in {seconds:.0f} s ({len(scored) / seconds:.1f} images/s), of them "
-        f"{undecided} undecided when the trials ran out; {len(records) - len(scored)} not scored."
+        f"{undecided} undecided when the trials ran out, {len(rejected)} rejected; {len(records) - len(scored)} not "
+        "scored."
     )
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if len(scored) < len(records) else 0
@@ -124,10 +135,11 @@ def _record(name: str, record: Record, top_k: int) -> Record:
     return {"path": name, **record, "probabilities": dict(list(record["probabilities"].items())[:top_k])}
 
 
-def _predictions(classifier: DiTiClassifier, images: Sequence[PreparedImage]) -> list[Record]:
+def _predictions(classifier: DiTiClassifier, least: float | None, images: Sequence[PreparedImage]) -> list[Record]:
     """Label, with its own type, probabilities, the best first, margin, scores and cost of each image."""
     labels, found = classifier.classes_.tolist(), []
-    for decision in classifier.decide(images):
+    similarities = [None] * len(images) if least is None else classifier.decider().similarities(images).tolist()
+    for decision, similarity in zip(classifier.decide(images), similarities, strict=True):
         values = decision.scores.tolist()
         probabilities = classifier.probabilities(decision.scores[None])[0].tolist()
         order = sorted(range(len(labels)), key=lambda c: (c != decision.position, values[c]))
@@ -136,6 +148,7 @@ def _predictions(classifier: DiTiClassifier, images: Sequence[PreparedImage]) ->
                 "label": labels[decision.position],
                 "probabilities": {str(labels[c]): probabilities[c] for c in order},
                 "margin": values[order[1]] - values[order[0]],
+                **({} if least is None else {"similarity": similarity, "rejected": similarity < least}),
                 "decided": decision.decided,
                 "evaluations": decision.evaluations,
                 "scores": {str(label): s for label, s in zip(labels, decision.json_scores(), strict=True)},

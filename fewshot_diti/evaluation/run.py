@@ -284,10 +284,14 @@ def predict_images(
     predict: Callable[[Sequence[PreparedImage]], list[Record]],
     folder: Path,
     bank: Path,
+    asked: str = "",
 ) -> list[Record]:
     """What `predict` gives for each image, or why it cannot be read; with progress and, first, how long it will take.
 
     The processes share the images, and `folder` keeps what is known, as `predict_shared` says.
+
+    Args:
+        asked: what else decides the records, beside bank and prediction.
     """
     prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
     looks = prediction.looks(len(classifier.classes_), trials)
@@ -300,7 +304,7 @@ def predict_images(
             lambda image: image.id,
             predict,
             folder,
-            made_by(classifier, bank),
+            made_by(classifier, bank) + asked,
             at_once=in_flight(looks),
             advance=bar.update,
         )
