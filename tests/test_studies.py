@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_grid import PRESET, SCORING
 
-from eval import information, pilots, shortcuts, witness_gain, witness_weights
+from eval import information, pilots, shortcuts, unknown, witness_gain, witness_weights
 from fewshot_diti import Backbone
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.commands.evaluate import EvalConfig
@@ -188,3 +188,17 @@ def test_the_interval_of_the_worst_pair_is_over_images() -> None:
     predicted = [v if (v, a) != (1, 0) else int(i < 8) for i, (v, a) in enumerate(pairs)]  # half of one pair
     draws = [{"pairs": pairs, "rows": list(range(16)), "predicted": {"network": predicted}}]
     assert shortcuts.cell(draws, "network") == "50 [0, 100], 87.5"
+
+
+def test_what_is_unknown_is_told_by_each_score(
+    quick_train: None, bank: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(unknown, "load_renders", lambda *_: two_liveries(3))
+    monkeypatch.setattr(unknown, "split_held_out", lambda images, _: (images, images))
+    capsys.readouterr()
+    unknown.main(unknown.Config(bank=bank, dataset=f"folder:{data}", data=data, images=6))
+    out = capsys.readouterr().out
+    assert "similarity of the nearest shot" in out and "photographs: AUROC" in out and "% of variants left out" in out
+    photograph = np.arange(60 * 100 * 3).reshape(60, 100, 3)
+    for crop in unknown.crops([photograph], 50, np.random.default_rng(0)):
+        assert crop.shape[1] == 2 * crop.shape[0] > 0 and crop.shape[2] == 3
