@@ -17,12 +17,13 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
+from eval.val import draw
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
 from fewshot_diti.baselines import LogisticProbe
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork
 from fewshot_diti.baselines.views import ColourJitter
-from fewshot_diti.data import ImageGeometry, load_images, sample_shots, seen_attribute
+from fewshot_diti.data import ImageGeometry, load_images, seen_attribute
 from fewshot_diti.evaluation.table import rich_lines
 from fewshot_diti.presets import recommended
 
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
         for num_shots in config.shots:
             cells = []
             for seed in config.seeds:
-                shots = pool.subset(sample_shots(pool, num_shots, seed).rows(pool))
+                shots = draw(pool, test, num_shots, seed)
                 probe = LogisticProbe({name: kept}, recolour=recolour, seed=seed)
                 probe.fit(shots.decoded(), shots.label_names)
                 right = probe.predict(test.decoded()) == truth

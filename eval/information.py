@@ -25,7 +25,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from fewshot_diti.backbone import Backbone, load_backbone
-from fewshot_diti.data import ImageSet, load_images, sample_shots
+from fewshot_diti.data import ImageSet, check_disjoint, load_images, sample_shots
 from fewshot_diti.data.images import ImageGeometry
 from recipes.pocket.renders import as_batch, few_shot_accuracy, load_renders, split_held_out
 from recipes.pocket.siblings import PIXELS, View, pocket_siblings, train_siblings
@@ -98,6 +98,7 @@ def few_shot(network: nn.Module, view: View, pool: ImageSet, val: ImageSet, conf
         pixels = torch.stack([geometry.pixels(images.image(row)) for row in range(len(images))])
         return normalize(features(network, view, ((pixels + 1) * 127.5).round().byte()))
 
+    check_disjoint(pool, val)
     pool_ND, val_ND, found = of(pool), of(val), []
     for num_shots in config.shots:
         right = []

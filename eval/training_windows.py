@@ -16,10 +16,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from eval.val import draw
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
 from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.calibration import Fit, shared_errors
-from fewshot_diti.data import check_disjoint, load_images, sample_shots
+from fewshot_diti.data import load_images
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid
@@ -49,8 +50,7 @@ def main(config: WindowsConfig) -> None:
     """Prints the table."""
     backbone = Backbone.from_pretrained(config.backbone, dtype=torch.float32)
     pool, judged = load_images(config.dataset, "train"), load_images(config.dataset, config.split)
-    shots = pool.subset(sample_shots(pool, config.shots, config.seed).rows(pool))
-    check_disjoint(shots, judged)
+    shots = draw(pool, judged, config.shots, config.seed)
     everything = (config.bounds[0], config.bounds[-1])
     windows = [everything, *zip(config.bounds, config.bounds[1:], strict=False)]
     labels = [shots.class_names[label] for label in shots.labels]

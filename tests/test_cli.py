@@ -18,7 +18,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
     expected = {
         "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed --quiet",
         "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split"
-        " --val_split --dtype --shortlist --batch_size --seed --quiet",
+        " --val_split --dtype --witnesses --shortlist --batch_size --seed --quiet",
         "check": "--unlabelled --wanted --concept --backbone --folds --resize --banner_rows --split --dtype --quiet",
         "add": "--output_dir --more_shots --shots --split --backbone --dtype --batch_size --seed --quiet",
         "score": "--bank --output --reject --top_k --split --image_column --backbone --dtype --batch_size --compile"

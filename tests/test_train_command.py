@@ -56,6 +56,14 @@ def test_train_shows_the_validation_loss_of_each_class(
     assert [cell.strip() for cell in row.split("│")][2:4] == ["1", f"{expected:.5f}"]
 
 
+def test_train_takes_witnesses_by_name_and_none(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
+    for number, named in enumerate((("features",), ())):
+        folder = tmp_path / str(number)
+        assert cli.main(train_command(shots, backbone_folder, folder, "--folds", "0", "--witnesses", *named)) == 0
+        assert DiTiClassifier.from_pretrained(folder).settings_.scoring.witnesses == named
+        assert (folder / "witness-0.safetensors").exists() == bool(named)
+
+
 def test_train_takes_a_manifest(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
     lines = [f"{path},{path.parent.name}" for path in sorted(shots.glob("*/[01].png"))]
     (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines]))

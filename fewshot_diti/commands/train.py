@@ -57,6 +57,8 @@ class TrainConfig:
         val_split: split whose validation loss is shown; by default val, where the shots come from train and there is
             one.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
+        witnesses: what decides beside the class tokens, such as features, network:resnet50.a1_in1k (any timm model), or
+            clip; by default what is recommended for the backbone.
         shortlist: classes of each image that get trials at all, the most probable by the witnesses; by
             default all. Saves evaluations where there are many classes; cross-validation tells how often the true
             class is among them.
@@ -81,6 +83,7 @@ class TrainConfig:
     split: str | None = None
     val_split: str | None = None
     dtype: TrainingDtype = "auto"
+    witnesses: tuple[str, ...] | None = None
     shortlist: int | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -143,6 +146,7 @@ def train(config: TrainConfig, console: Console) -> None:
         training=TrainingConfig(seed=config.seed, samples_per_batch=batch_size),
         scoring=ScoringConfig(seed=config.seed, folds=folds, temperature="fit" if folds else FROM_PRESET),
         prediction=PredictionConfig(shortlist=config.shortlist, batch_size=batch_size),
+        witnesses=config.witnesses,
         geometry=ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows),
     )
     try:
