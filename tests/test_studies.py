@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_grid import PRESET, SCORING
 
-from eval import information, pilots, shortcuts, unknown, witness_gain, witness_weights
-from fewshot_diti import Backbone
+from eval import information, maps, pilots, shortcuts, unknown, witness_gain, witness_weights
+from fewshot_diti import Backbone, Bank
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.commands.evaluate import EvalConfig
 from fewshot_diti.data import load_images, sample_shots
@@ -202,3 +203,23 @@ def test_what_is_unknown_is_told_by_each_score(
     photograph = np.arange(60 * 100 * 3).reshape(60, 100, 3)
     for crop in unknown.crops([photograph], 50, np.random.default_rng(0)):
         assert crop.shape[1] == 2 * crop.shape[0] > 0 and crop.shape[2] == 3
+
+
+def test_maps_are_measured_against_masks(bank: Path, quick_train: None) -> None:
+    mask = np.zeros((4, 8), dtype=bool)
+    mask[:, :4] = True
+    signed = np.zeros((4, 8))
+    signed[0, 0], signed[1, 6], signed[2, 7] = 3.0, 1.0, -9.0
+    assert maps.inside(signed, mask) == (0.75, 1.0)
+    assert maps.inside(-np.ones((4, 8)), mask)[0] == 0  # nothing is positive
+    assert maps.largest(np.arange(100.0).reshape(10, 10), 0.1).sum() == 10
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8))
+    where = np.zeros((32, 64), dtype=bool)
+    where[:16] = True
+    changed = (np.asarray(maps.blurred(picture, where)) != np.asarray(picture)).any(2)
+    assert changed[:16].mean() > 0.9 and not changed[16:].any()
+    saved = Bank.from_pretrained(bank)
+    random = maps.random_weights(saved, 0)
+    assert random.labels == saved.labels and float(random.rows.std()) == pytest.approx(
+        float(saved.rows.std()), rel=0.05
+    )
