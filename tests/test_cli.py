@@ -21,7 +21,7 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         " --val_split --dtype --witnesses --shortlist --batch_size --seed --quiet",
         "check": "--unlabelled --wanted --concept --backbone --folds --resize --banner_rows --split --dtype --quiet",
         "add": "--output_dir --more_shots --shots --split --backbone --dtype --batch_size --seed --quiet",
-        "score": "--bank --output --reject --top_k --split --image_column --backbone --dtype --batch_size --compile"
+        "score": "--bank --output --top_k --reject --split --image_column --backbone --dtype --batch_size --compile"
         " --quiet",
         "explain": "--bank --output_dir --top --backbone --dtype --batch_size --quiet",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --shots_file"

@@ -43,9 +43,9 @@ class ScoreConfig:
             and FILE.parquet have one row per image, without the scores. What is not there gets no row. Only an earlier
             output of score is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the
             same command goes on where it was cut short.
+        top_k: how many of the best classes are named, with their probabilities.
         reject: share of images like the shots that may be taken for something unknown, such as 0.01; what is less like
             every shot than that is marked as rejected. By default nothing is. Needs the witness features.
-        top_k: how many of the best classes are named, with their probabilities.
         split, image_column: of hub:ID; the column is by default image.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
