@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
-from sklearn.metrics import accuracy_score
-from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.backbone_files import POCKET
@@ -22,17 +18,14 @@ from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
-from fewshot_diti.conformal import prediction_sets
 from fewshot_diti.cost import announce_time, training_evaluations
-from fewshot_diti.data.arguments import as_images, as_list, group_shots, true_labels
+from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import process_state
-from fewshot_diti.elimination import Decision
-from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.explain import Explanation, explain
+from fewshot_diti.encoding import Encoder
 from fewshot_diti.hub import saved_folder, upload
-from fewshot_diti.pipeline import ImageClassificationPipeline
+from fewshot_diti.prediction import PredictionMixin
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.training import Groups, most_shots, raise_failed
@@ -40,7 +33,7 @@ from fewshot_diti.weighting import fixed_weights
 from fewshot_diti.witnesses import FittedWitness, Witness, fit_witnesses, make_witness
 
 
-class DiTiClassifier(ClassifierMixin, BaseEstimator):
+class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
     """A few-shot classifier on the denoising errors of a Stable Diffusion, with the API of scikit-learn.
 
     Witnesses, where they have a weight, decide together with the class tokens: the frozen U-Net's own features of an
@@ -83,7 +76,6 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     complete_: bool = False
     _concept: str | None = None
     _held: tuple[Bank | None, tuple[FittedWitness, ...]] = (None, ())
-    _warned = False
     _made: Decider | None = None
 
     def __init__(
@@ -193,116 +185,6 @@ class DiTiClassifier(ClassifierMixin, BaseEstimator):
     def classes_(self) -> np.ndarray:
         """The labels in the order of `predict_proba`'s columns."""
         return np.array(self._fitted().labels)
-
-    def predict(self, images: ImageSource | Sequence[ImageSource]) -> Any:
-        """The label of one image, or an array of labels of many."""
-        one, many = as_list(images)
-        decider = self.decider()  # of one bank, whatever classes another thread adds meanwhile
-        decisions = decider.decide(as_images(many), self.current_prediction())
-        labels = np.array(decider.bank.labels)[[decision.position for decision in decisions]]
-        return labels[0].item() if one else labels
-
-    def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
-        """Probabilities [N, C], or [C] for one image: softmax of -score / temperature."""
-        one, many = as_list(images)
-        p = self.probabilities(self.scores(many))
-        return p[0] if one else p
-
-    def predict_set(self, images: ImageSource | Sequence[ImageSource], coverage: float = 0.9) -> Any:
-        """The classes that an image may belong to, the most probable first: a list for one image, a list of lists for
-        many (split conformal prediction, `conformal.prediction_sets`).
-
-        Of images like the shots a share `coverage` have their class in the set, about: the threshold comes from shots
-        that class tokens trained without them judged, on fewer shots than those of this bank.
-
-        Raises:
-            ValueError: no held-out shots, which `fit` has with `ScoringConfig(folds=...)`, or `coverage` is no share.
-        """
-        one, many = as_list(images)
-        sets = prediction_sets(torch.from_numpy(self.predict_proba(many)), self.calibration_.held_out, coverage)
-        labels = self.classes_.tolist()
-        found = [[labels[c] for c in places] for places in sets]
-        return found[0] if one else found
-
-    def probabilities(self, scores_NC: Tensor) -> np.ndarray:
-        """Probabilities [N, C] of scores [N, C]."""
-        if self.calibration_.temperature_from == "preset" and not PRESETS[self.backbone_.kind].measured:
-            if not self._warned:
-                warnings.warn(
-                    f"The temperature {self.calibration_.temperature} is a guess, not measured on backbones like "
-                    f"{self.backbone_.name!r}: labels do not depend on it, probabilities do. Fit it on the shots with "
-                    "ScoringConfig(folds=3, temperature='fit').",
-                    stacklevel=3,
-                )
-            self._warned = True
-        temperature = self.decider().temperature(self.current_prediction())
-        return (-scores_NC / temperature).softmax(1).numpy()
-
-    def score(self, images: Sequence[ImageSource], labels: Sequence[Label], sample_weight: Any = None) -> float:
-        """Accuracy, 0 to 1.
-
-        Raises:
-            ValueError: not one label per image, or labels of another type than the classes.
-        """
-        images, values = true_labels(images, labels, self._fitted().labels)
-        return float(accuracy_score(values, self.predict(images), sample_weight=sample_weight))
-
-    def scores(self, images: Sequence[ImageSource]) -> Tensor:
-        """Scores [N, C], float64; the smallest wins. Infinite for a class off the shortlist."""
-        return torch.stack([decision.scores for decision in self.decide(images)])
-
-    def decide(self, images: Sequence[ImageSource | PreparedImage]) -> list[Decision]:
-        """Winner (a position in `classes_`), scores and cost of each image, by the schedule of `prediction`.
-
-        Images are decoded and decided some at a time. The last 128 decisions are remembered. Threads may call it at the
-        same time: one after the other uses the backbone.
-
-        Raises:
-            NotFittedError: no class tokens.
-            ValueError: the scoring was changed after `fit`, or the prediction asks for what the bank lacks.
-        """
-        decider = self.decider()
-        return decider.decide(as_images(images), self.current_prediction())
-
-    def errors(self, images: Sequence[ImageSource | PreparedImage]) -> Tensor:
-        """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        return self.decider().errors(as_images(images), self.current_prediction())
-
-    def evidence(self, images: Sequence[ImageSource | PreparedImage]) -> dict[str, Tensor]:
-        """Log-probabilities [N, C] of each witness alone, by its name, and of the class tokens alone ("class tokens").
-
-        Those of the class tokens have the precision of the schedule: under "racing" they are coarse for classes that
-        were dropped early.
-        """
-        return self.decider().evidence(as_images(images), self.current_prediction())
-
-    def is_unknown(self, images: ImageSource | Sequence[ImageSource], reject: float = 0.01) -> Any:
-        """Whether an image is like none of the shots, so that its label means nothing: a bool, or bool [N] of many.
-
-        That is so where its most similar shot, by the U-Net's features, is less similar than the most similar other
-        shot is for all but a share `reject` of the shots. It finds pictures of something else; a class that is much
-        like the known ones is better told by low probabilities.
-
-        Raises:
-            ValueError: the bank has no witness "features", or `reject` is no share.
-        """
-        one, many = as_list(images)
-        decider = self.decider()
-        unknown = decider.similarities(many) < decider.familiarity.least(reject)
-        return bool(unknown[0]) if one else unknown
-
-    def as_pipeline(self, *, allow_urls: bool = False) -> ImageClassificationPipeline:
-        """What answers as `transformers.pipeline("image-classification")` does."""
-        return ImageClassificationPipeline(self, allow_urls=allow_urls)
-
-    def explain(self, image: ImageSource | PreparedImage, top: int = 3) -> Explanation:
-        """Why the image gets its label: nearest shots of the `top` most probable classes, what each source of evidence
-        gives, where on the image and at which timesteps the class tokens differ. `Explanation.figure()` is a PNG.
-
-        Raises:
-            ValueError: fewer than two classes, or `top` below 2.
-        """
-        return explain(self.decider(), self.encoder_.prepare(image), self.current_prediction(), top)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bank with the classifier's settings and witnesses beside it.

@@ -12,7 +12,7 @@ from fewshot_diti.data.arguments import as_list
 from fewshot_diti.data.hub import StoredImages
 
 if TYPE_CHECKING:
-    from fewshot_diti.classifier import DiTiClassifier
+    from fewshot_diti.prediction import PredictionMixin
 
 Answer = list[dict[str, Any]]
 
@@ -31,7 +31,7 @@ class ImageClassificationPipeline:
 
     task = "image-classification"
 
-    def __init__(self, classifier: DiTiClassifier, *, allow_urls: bool = False) -> None:
+    def __init__(self, classifier: PredictionMixin, *, allow_urls: bool = False) -> None:
         self.classifier, self.allow_urls = classifier, allow_urls
 
     def __call__(
