@@ -81,7 +81,7 @@ def test_witnesses_are_weighed_on_val_images_in_the_order_of_their_classes(
     assert log.read_bytes() == first
     kept = json.loads(first)
     assert set(kept["judged"]["2-1"]) == {"class tokens", "features"}
-    with pytest.raises(ValueError, match="another backbone or of other images"):
+    with pytest.raises(ValueError, match="was made of other images or with other settings"):
         witness_weights.main(replace(config, trials=4))
 
     pool, val = (load_images(config.dataset, split) for split in ("train", "val"))
