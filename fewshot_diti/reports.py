@@ -80,10 +80,11 @@ def accuracy_table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("method", no_wrap=True)
     for title, mask in subsets.items():
-        table.add_column(f"{title}\n{int(mask.sum())} images", justify="right")
+        table.add_column(f"{title}\n{int(mask.sum())} images", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", vertical="bottom")
     for result in results:
         cells = []
