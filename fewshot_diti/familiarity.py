@@ -51,6 +51,6 @@ def features_of(witnesses: Sequence[FittedWitness]) -> FittedWitness:
         if fitted.name == "features":
             return fitted
     raise ValueError(
-        "Whether an image is anything known is told by the U-Net's features of the shots, and this bank keeps none; "
+        "Only the U-Net's features of the shots show whether an image is known, and this bank keeps none; "
         "fit with witnesses=('features',) among others."
     )

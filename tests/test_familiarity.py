@@ -1,4 +1,4 @@
-"""Images like none of the shots are told, in Python and on the command line."""
+"""Images like none of the shots are found, in Python and on the command line."""
 
 from __future__ import annotations
 

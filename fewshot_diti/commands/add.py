@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.bank import Bank
-from fewshot_diti.commands.loading import load_classifier
+from fewshot_diti.commands.loading import check_counts, load_classifier
 from fewshot_diti.config import Label, TrainingConfig
 from fewshot_diti.data import load_images, sample_shots, warn_of_near_duplicates
 from fewshot_diti.data.sources import training_splits
@@ -55,10 +55,7 @@ class AddConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.shots != "all" and self.shots < 1:
-            raise ValueError(f'shots={self.shots}; pass a whole number of at least 1, or "all".')
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
+        check_counts(self, "shots", "batch_size")
 
 
 def add(config: AddConfig, console: Console) -> None:

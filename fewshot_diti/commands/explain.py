@@ -11,7 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import DtypeName
-from fewshot_diti.commands.loading import check_can_choose, load_classifier
+from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.explain import Explanation
 from fewshot_diti.files import check_writable, write_atomically
@@ -53,8 +53,7 @@ class ExplainConfig:
     def __post_init__(self) -> None:
         if self.top < 2:
             raise ValueError(f"top={self.top}; pass 2 or more classes to compare.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
+        check_counts(self, "batch_size")
         if not self.images:
             raise ValueError("No images; name image files or folders.")
 

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import MANIFEST, SETTINGS, read_files
-from fewshot_diti.classifier_files import read_settings
+from fewshot_diti.classifier_files import Saved, read_settings
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable
 
@@ -38,7 +38,7 @@ def info(config: InfoConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank in the folder.
     """
-    bank = Bank.from_pretrained(config.bank)
+    bank, settings = Bank.from_pretrained(config.bank), _settings(config.bank)
     table = Table("class", "shots", "prompt")
     for token in bank.tokens:
         table.add_row(printable(str(token.label)), str(token.num_shots or "unknown"), printable(token.prompt))
@@ -51,35 +51,31 @@ def info(config: InfoConfig, console: Console) -> None:
         "images": f"{width} x {height} pixels, {bank.geometry.resize}",
         "size": f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB",
         "written": f"{saved:%Y-%m-%d %H:%M} UTC",
-        "accuracy": _accuracy(config.bank),
-        "witnesses": _witnesses(config.bank),
+        "accuracy": _accuracy(settings),
+        "witnesses": ", ".join(settings.settings.scoring.witnesses if settings else ()) or "none",
         "backbone": f"{printable(bank.backbone_name)}, hash {bank.backbone_hash}; {_whereabouts(bank)}",
     }
     for name, text in lines.items():
         console.out(f"{name:9} {text}")
 
 
-def _accuracy(folder: Path) -> str:
+def _settings(folder: Path) -> Saved | None:
+    """What a classifier has beside its class tokens; None of class tokens alone."""
+    try:
+        read_files(folder, [SETTINGS])
+    except FileNotFoundError:
+        return None
+    return read_settings(folder)
+
+
+def _accuracy(saved: Saved | None) -> str:
     """What cross-validation said."""
-    if not _has_settings(folder) or (saved := read_settings(folder)) is None:
+    if saved is None:
         return "not known: these are class tokens alone, without a classifier's settings"
     if saved.calibration.accuracy is None:
         return "not cross-validated"
     folds = counted(saved.settings.scoring.folds, "fold")
     return f"{100 * saved.calibration.accuracy:.1f} % of the shots, cross-validated in {folds} when it was trained"
-
-
-def _witnesses(folder: Path) -> str:
-    saved = read_settings(folder) if _has_settings(folder) else None
-    return ", ".join(saved.settings.scoring.witnesses) or "none" if saved else "none"
-
-
-def _has_settings(folder: Path) -> bool:
-    try:
-        read_files(folder, [SETTINGS])
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _whereabouts(bank: Bank) -> str:

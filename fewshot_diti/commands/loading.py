@@ -1,4 +1,4 @@
-"""A classifier from its folder, as commands load it."""
+"""What commands share: a classifier from its folder, and the check of numbers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def load_classifier(
     if batch_size is not None:
         classifier.prediction = replace(classifier.current_prediction(), batch_size=batch_size)
     return classifier
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raises a ValueError where one of these fields is a number below 1; what was not given, and "all", pass."""
+    for name in names:
+        if isinstance(value := getattr(config, name), int) and value < 1:
+            more = ', or "all"' if name == "shots" else ""
+            raise ValueError(f"{name}={value}; pass a whole number of at least 1{more}.")
 
 
 def check_can_choose(classifier: DiTiClassifier, folder: Path) -> None:

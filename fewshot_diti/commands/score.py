@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.loading import check_can_choose, load_classifier
+from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.distributed import Record, process_state
@@ -72,9 +72,7 @@ class ScoreConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "top_k"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}; pass a whole number of at least 1.")
+        check_counts(self, "batch_size", "top_k")
         if not self.images:
             raise ValueError("No images; name image files or folders.")
         if self.reject is not None and not 0 < self.reject < 1:

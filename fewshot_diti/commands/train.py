@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from fewshot_diti.backbone import POCKET, load_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.loading import check_counts
 from fewshot_diti.config import FROM_PRESET, PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.data import (
     ImageGeometry,
@@ -90,12 +91,9 @@ class TrainConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.shots != "all" and self.shots < 1:
-            raise ValueError(f'shots={self.shots}; pass a whole number of at least 1, or "all".')
+        check_counts(self, "shots", "batch_size")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 0 for no cross-validation, or 2 and more.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}; pass a whole number of at least 1.")
         if self.shortlist is not None and self.shortlist < 2:
             raise ValueError(f"shortlist={self.shortlist}; pass 2 or more classes to choose among.")
         if not self.concept.strip():
