@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from fewshot_diti.calibration import split_folds
 from fewshot_diti.data import ImageSet, near_duplicates
-from fewshot_diti.discriminant import fit_discriminant
+from fewshot_diti.discriminant import directions, fit_discriminant
 
 SURE = 0.9  # probability of another class from which a label is doubted
 ALIKE = 0.95  # cosine of features from which one of two images is enough to label
@@ -149,7 +148,7 @@ def _wanted(images: ImageSet, features_ND: Tensor, views: Mapping[str, Tensor], 
     best_N2, places_N2 = p_NC.topk(2, dim=1)
     margins_N = best_N2[:, 0] - best_N2[:, 1]
     mean_D = torch.cat([x[:, 0] for x in learned.values()]).float().mean(0)
-    directions_ND = normalize((features_ND.float() - mean_D).numpy())
+    directions_ND = directions(features_ND, mean_D)
     chosen: list[int] = []
     for row in margins_N.argsort(stable=True).tolist():
         if len(chosen) == count:

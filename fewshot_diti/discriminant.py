@@ -77,6 +77,12 @@ class Discriminant:
         return torch.from_numpy(log_softmax(directions_ND @ self._slopes_CD.T + self._offsets_C, axis=1))
 
 
+def directions(features_ND: Tensor, mean_D: Tensor) -> np.ndarray:
+    """Features as unit vectors [N, D] around a mean, float32: their products are cosines."""
+    found: np.ndarray = normalize((features_ND.float() - mean_D).numpy())
+    return found
+
+
 def fit_discriminant(shots: Mapping[Any, Tensor]) -> Discriminant:
     """The discriminant of features [n_c, V, D] of each class's shots, its columns in the order of the classes given.
 

@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from fewshot_diti import plots
 from fewshot_diti.config import Label, PredictionConfig
 from fewshot_diti.decider import Decider
+from fewshot_diti.discriminant import directions
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.reports import printable
 from fewshot_diti.trials import even_grid
@@ -156,10 +156,10 @@ def _neighbours(
     """The most similar shots of each class, the most similar first."""
     shots = {label: views[:, 0].float() for label, views in fitted.shots.items()}
     mean_D = torch.cat(list(shots.values())).mean(0)
-    own_1D = normalize((read_1D - mean_D).numpy())
+    own_1D = directions(read_1D, mean_D)
     found = {}
     for label in labels:
-        cosines_n = (normalize((shots[label] - mean_D).numpy()) @ own_1D.T)[:, 0]
+        cosines_n = (directions(shots[label], mean_D) @ own_1D.T)[:, 0]
         places = (-cosines_n).argsort(kind="stable")[:NEIGHBOURS].tolist()
         kept = pixels.get(label)
         found[label] = tuple(

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.preprocessing import normalize
 from torch import Tensor, cat
 
+from fewshot_diti.discriminant import directions
 from fewshot_diti.witnesses import FittedWitness
 
 
@@ -24,12 +24,11 @@ class Familiarity:
     def __init__(self, fitted: FittedWitness) -> None:
         shots_nD = cat([views[:, 0] for views in fitted.shots.values()]).float()
         self._mean_D = shots_nD.mean(0)
-        self.directions_nD = normalize((shots_nD - self._mean_D).numpy())
+        self.directions_nD = directions(shots_nD, self._mean_D)
 
     def similarities(self, read_ND: Tensor) -> np.ndarray:
         """Of each image [N], from -1 to 1."""
-        directions_ND = normalize((read_ND.float() - self._mean_D).numpy())
-        found: np.ndarray = (directions_ND @ self.directions_nD.T).max(1)
+        found: np.ndarray = (directions(read_ND, self._mean_D) @ self.directions_nD.T).max(1)
         return found
 
     def least(self, share: float) -> float:
