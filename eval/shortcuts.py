@@ -38,6 +38,7 @@ from fewshot_diti.baselines.imagenet import size_for
 from fewshot_diti.baselines.views import ColourJitter, random_view
 from fewshot_diti.calibration import Fit, shared_errors
 from fewshot_diti.config import Settings
+from fewshot_diti.data.images import as_picture
 from fewshot_diti.files import write_atomically
 from fewshot_diti.presets import recommended
 from fewshot_diti.reports import bootstrap_interval
@@ -140,7 +141,7 @@ def draw(renders: Renders, config: Config, strength: float, seed: int) -> Draw:
             shots += [(row, v, a) for row in rows[config.test :][:needed]]
 
     def images(found: Sequence[tuple[int, int, int]]) -> list[Image.Image]:
-        return [Image.fromarray(renders.pixels_NCHW[row].permute(1, 2, 0).numpy()) for row, _, _ in found]
+        return [as_picture(renders.pixels_NCHW[row]) for row, _, _ in found]
 
     pairs_of_shots, pairs_of_test = (np.array([(v, a) for _, v, a in found]) for found in (shots, test))
     return Draw(

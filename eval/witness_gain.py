@@ -24,11 +24,12 @@ from rich.table import Table
 from fewshot_diti import plots
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid
-from fewshot_diti.evaluation.kept_errors import load_errors, save_errors
+from fewshot_diti.evaluation.kept_errors import save_errors
 from fewshot_diti.evaluation.run import classify
 from fewshot_diti.evaluation.shipped import shipped_file, trained_classifier
 from fewshot_diti.evaluation.task import Task
 from fewshot_diti.files import write_atomically
+from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import recommended
 from fewshot_diti.progress import Progress
 from fewshot_diti.reports import bootstrap_interval
@@ -82,7 +83,7 @@ def read_evidence(grid: Grid, task: Task) -> Evidence:
     """The evidence of a draw, from disk or from its classifier."""
     path, made_by = shipped_file(grid.bench, task)
     path = path.with_name(path.name.replace("shipped", "evidence"))
-    kept = load_errors(path, made_by)
+    kept = kept_tensors(path, made_by)
     if kept is None:
         classifier, folder = trained_classifier(grid.bench, task)
         records = classify(classifier, task.test, folder)
@@ -94,9 +95,8 @@ def read_evidence(grid: Grid, task: Task) -> Evidence:
             for row, record in enumerate(records):
                 image = encoder.prepare(task.test.decode(row))
                 scores = torch.tensor(record["scores"], dtype=torch.float64)[None]
-                latents = encoder.latents([image])
                 for witness in decider.witnesses:
-                    weighted = weights[witness.name] * witness.log_probabilities(encoder, [image], latents)
+                    weighted = weights[witness.name] * decider.reader.log_probabilities(witness, [image])
                     rows[witness.name].append(weighted / calibration.token_temperature)
                     scores = scores + weighted
                 rows[TOKENS].append(-scores / calibration.token_temperature)

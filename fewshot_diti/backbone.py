@@ -106,7 +106,10 @@ class Backbone:
             dtype: of U-Net and text encoder; "auto" is bfloat16 where the hardware has it, else float32.
             device: by default the accelerator (CUDA, XPU or MPS) where there is one, else the CPU.
             variant: of the weights files, such as "fp16"; by default none, or that of the files where all have one.
-            revision, token, local_files_only, cache_dir: of the download from the hub, as in diffusers.
+            revision: of the repository on the hub, as in diffusers.
+            token: for the hub, as in diffusers.
+            local_files_only: downloads nothing.
+            cache_dir: where downloads lie.
             xformers: its attention instead of torch's, on CUDA; the extra `xformers` installs it.
             compile: mode of `torch.compile` for scoring in full batches, which are of one shape: two trials each of as
                 many pairs of image and class as fit. The rest, odd numbers of trials and training go without. It needs
@@ -150,7 +153,8 @@ class Backbone:
         not that of its files, which hold more digits.
 
         Args:
-            dtype, device: as of `from_pretrained`; by default those of the pipeline's U-Net.
+            dtype: as of `from_pretrained`; by default that of the pipeline's U-Net.
+            device: likewise.
 
         Raises:
             ValueError: another kind of pipeline, such as SDXL, or one that is offloaded, quantized, or has LoRA layers.
@@ -329,11 +333,18 @@ class Backbone:
 
     @torch.no_grad()
     def generate_latents(
-        self, prompt: str, seeds: Sequence[int], *, size: tuple[int, int], steps: int, guidance_scale: float
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        *,
+        size: tuple[int, int],
+        steps: int,
+        guidance_scale: float,
+        negative_prompt: str | None = None,
     ) -> Tensor:
         """Scaled latents [len(seeds), c, h, w] of images that the backbone makes of a prompt, fp32 on the CPU.
 
-        One image per seed, all in one batch.
+        One image per seed, all in one batch. `negative_prompt` as in diffusers: by default the empty text.
         """
         pipe = StableDiffusionPipeline(
             vae=self.vae,
@@ -349,6 +360,7 @@ class Backbone:
         with self.lock:
             latents = pipe(
                 prompt=[prompt] * len(seeds),
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(seeds),
                 height=size[0],
                 width=size[1],
                 num_inference_steps=steps,

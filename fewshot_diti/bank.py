@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -20,6 +23,7 @@ from fewshot_diti.bank_files import (
     CONFIG,
     FORMAT,
     WEIGHTS,
+    from_fields,
     read_files,
     to_json,
     write_files,
@@ -30,8 +34,9 @@ from fewshot_diti.data.arguments import plain_labels
 from fewshot_diti.data.folders import check_folder
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.hub import saved_folder, upload
-from fewshot_diti.lora import Layout, Target, union_layout
+from fewshot_diti.lora import Layout, Target, adapted, union_layout
 from fewshot_diti.model_card import model_card
+from fewshot_diti.progress import Progress
 
 if TYPE_CHECKING:
     from fewshot_diti.lora_files import LoraFormat
@@ -45,7 +50,8 @@ class ClassToken:
         label: the class as the user calls it.
         prompt: the text that conditions the U-Net.
         num_shots: images it was trained on.
-        unet_scale, text_encoder_scale: LoRA scale at scoring.
+        unet_scale: of the U-Net's LoRA at scoring.
+        text_encoder_scale: of the text encoder's.
     """
 
     label: Label
@@ -53,6 +59,16 @@ class ClassToken:
     num_shots: int
     unet_scale: float = 0.6
     text_encoder_scale: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str | int) or not isinstance(self.prompt, str):
+            got = f"{self.label!r} and {self.prompt!r}"
+            raise ValueError(f"A class token has a label, text or whole number, and a prompt, got {got}.")
+        if type(self.num_shots) is not int or self.num_shots < 0:
+            raise ValueError(f"num_shots={self.num_shots!r}; pass a whole number of at least 0.")
+        scales = self.unet_scale, self.text_encoder_scale
+        if not all(isinstance(x, int | float) and isfinite(x) for x in scales):
+            raise ValueError(f"The scales of {self.label!r} are {scales}; pass finite numbers.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +79,8 @@ class Bank:
         tokens: C class tokens.
         layout: where each adapter lies in a row.
         rows: their LoRA weights [C, P], fp32, as trained (unscaled).
-        backbone_name, backbone_hash: the backbone; another one is refused by hash.
+        backbone_name: as others may call it.
+        backbone_hash: a backbone with another one is refused.
         geometry: size and resize rule of shots and test images.
     """
 
@@ -80,6 +97,11 @@ class Bank:
             raise ValueError(f"A bank holds each class once, got {list(labels)}.")
         if len(types := sorted({type(x).__name__ for x in labels})) > 1:
             raise ValueError(f"Labels of a bank are all str, all int or all bool, got {types}: {list(labels)}.")
+        name, hash = self.backbone_name, self.backbone_hash
+        if not (isinstance(name, str) and isinstance(hash, str) and hash.isalnum()):  # files are named by the hash
+            raise ValueError(f"A bank names its backbone and the hash of it, got {name!r} and {hash!r}.")
+        if not self.rows.is_floating_point():
+            raise ValueError(f"Weights of class tokens are floats, got {self.rows.dtype}.")
         if self.rows.shape != (len(labels), self.layout.num_parameters):
             raise ValueError(
                 f"A bank of {len(labels)} classes needs weights [{len(labels)}, {self.layout.num_parameters}], got "
@@ -103,6 +125,22 @@ class Bank:
         """The classes in order."""
         return tuple(t.label for t in self.tokens)
 
+    def as_label(self, name: str) -> Label:
+        """A class's name as a label of the type that the bank's have.
+
+        Raises:
+            ValueError: the bank's labels are whole numbers and this is none as Python writes it (01 is another class
+                than 1), or they are neither texts nor whole numbers.
+        """
+        kinds = {type(label) for label in self.labels}
+        if kinds <= {str}:
+            return name
+        if kinds == {int} and re.fullmatch("0|-?[1-9][0-9]*", name):
+            return int(name)
+        raise ValueError(
+            f"The bank's labels are {', '.join(map(repr, self.labels[:3]))} and so on; {name!r} is none such."
+        )
+
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises a ValueError that names both when the backbone is not the one the bank was trained on."""
         if backbone.hash != self.backbone_hash:
@@ -111,6 +149,11 @@ class Bank:
                 f"{backbone.name!r} (hash {backbone.hash}); load that backbone, or train the class tokens again. "
                 "Under one name, weights or settings have changed, or another version of fewshot-diti made the bank."
             )
+        for target in self.layout.targets:
+            if not target.fits(backbone):
+                raise ValueError(
+                    f"The bank adapts {target}, and backbone {backbone.name!r} has no such layer; train again."
+                )
 
     def scaled_rows(self) -> Tensor:
         """Weights [C, P] for scoring: B multiplied by each class's scoring scale."""
@@ -208,17 +251,26 @@ class Bank:
         """
         folder = saved_folder(folder, **hub)
         check_folder(folder, "the folder of a bank")
-        contents = read_files(folder, (WEIGHTS, CLASSES, CONFIG))
-        config = json.loads(contents[CONFIG])
+        return cls.from_files(folder, read_files(folder, (WEIGHTS, CLASSES, CONFIG)))
+
+    @classmethod
+    def from_files(cls, folder: Path, contents: Mapping[str, bytes]) -> Bank:
+        """A bank from the contents of its files, which `folder` holds; raises ValueError as `from_pretrained`."""
         with written_here(folder):
-            return cls(
-                tokens=tuple(ClassToken(**t) for t in json.loads(contents[CLASSES])),
-                layout=Layout(tuple(Target(**t) for t in config["targets"]), config["rank"], config["alpha"]),
+            config = json.loads(contents[CONFIG])
+            bank = cls(
+                tokens=tuple(from_fields(ClassToken, t) for t in json.loads(contents[CLASSES])),
+                layout=Layout(
+                    tuple(from_fields(Target, t) for t in config["targets"]), config["rank"], config["alpha"]
+                ),
                 rows=load_tensors(contents[WEIGHTS])["rows"],
                 backbone_name=config["backbone_name"],
                 backbone_hash=config["backbone_hash"],
-                geometry=ImageGeometry.from_dict(config["geometry"]),
+                geometry=from_fields(ImageGeometry, config["geometry"]),
             )
+            if not_finite := [x for x, row in zip(bank.labels, bank.rows, strict=True) if not row.isfinite().all()]:
+                raise ValueError(f"The weights of the class tokens {not_finite} are not finite.")
+            return bank
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload class tokens", **options: Any) -> Any:
         """Uploads what `save_pretrained` writes to `user/repo`.
@@ -233,3 +285,53 @@ class Bank:
         from fewshot_diti.lora_files import export_lora  # which imports this module
 
         return export_lora(self, label, folder, format)
+
+    def generate(
+        self,
+        label: Label,
+        backbone: Backbone,
+        num_images: int = 4,
+        *,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> list[Image.Image]:
+        """Images that the backbone makes of a class's prompt with its LoRA at the scoring scale, in the bank's size.
+
+        They are those of diffusers' StableDiffusionPipeline with DDIM and the class token that `export` writes. Image i
+        depends on `seed + i` alone, whatever is made beside it.
+
+        Args:
+            num_inference_steps, guidance_scale, negative_prompt: as in diffusers. The LoRA counts for the negative
+                prompt too, by default the empty text.
+            batch_size: images at once; lower it where memory runs out.
+
+        Raises:
+            ValueError: the class is not in the bank, the backbone is another one, a number is below 1, or the negative
+                prompt is longer than the text encoder reads.
+        """
+        counts = {"num_images": num_images, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
+        if wrong := [f"{name}={value}" for name, value in counts.items() if value < 1]:
+            raise ValueError(f"{', '.join(wrong)}; pass 1 or more.")
+        self.check_backbone(backbone)
+        one = self.select([label])
+        prompt, rows = one.tokens[0].prompt, one.scaled_rows().to(backbone.device, backbone.dtype)
+        backbone.tokenize([prompt, negative_prompt or ""])  # the pipeline would cut them short
+        images: list[Image.Image] = []
+        with Progress(num_images if num_images > batch_size else 0, f"images of {label}", "image") as bar:
+            for start in range(0, num_images, batch_size):
+                seeds = range(seed + start, seed + min(start + batch_size, num_images))
+                with adapted(backbone, one.layout, rows):
+                    latents = backbone.generate_latents(
+                        prompt,
+                        seeds,
+                        size=self.geometry.size,
+                        steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        negative_prompt=negative_prompt,
+                    )
+                images += backbone.decode_latents(latents)
+                bar.update(len(seeds))
+        return images

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fewshot_diti.files import write_atomically
+from safetensors import SafetensorError
+
+from fewshot_diti.files import ANY, alone_in, make_folder, write_atomically
 
 WEIGHTS, CLASSES, CONFIG, SETTINGS, CARD, MANIFEST = (
     "class_tokens.safetensors",
@@ -20,77 +26,176 @@ WEIGHTS, CLASSES, CONFIG, SETTINGS, CARD, MANIFEST = (
     "manifest.json",
 )
 FORMAT = 2
+T = TypeVar("T")
 _FILE = ("sha256", "size")  # what the manifest holds for each file
 _HEX = 12
+_PENDING = f".{'[0-9a-f]' * _HEX}.*"  # names of files until the manifest names them
 
 
 def write_files(folder: str | Path, contents: Mapping[str, bytes], card: str) -> None:
     """Writes the files of a bank, so that a reader sees the old bank or the new one whenever this is interrupted.
 
     Each file is first written beside the one it replaces, under a hidden name with its hash; the new manifest then
-    makes them the bank, and last they take their names. The model card is for people: no reader needs it.
+    makes them the bank, and last they take their names. The model card is for people: no reader needs it. Of several
+    that save into one folder at the same time one waits for the other, and the bank of the last is there.
     """
     folder = Path(folder)
-    files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in contents.items()}
-    for name, content in contents.items():
-        write_atomically(_pending(folder, name, files[name]), content)
-    write_atomically(folder / MANIFEST, to_json({"format": FORMAT, "files": files}))
-    for name in contents:
-        _pending(folder, name, files[name]).replace(folder / name)
-    for left_over in folder.glob("." + "[0-9a-f]" * _HEX + ".*"):
-        left_over.unlink()
-    write_atomically(folder / CARD, card.encode())
+    make_folder(folder)
+    everything = {**contents, CARD: card.encode()}
+    facts = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in everything.items()}
+    pending = {name: _pending(folder, name, facts[name]) for name in everything}
+    files = {name: facts[name] for name in contents}
+    with alone_in(folder):
+        for name, content in everything.items():
+            write_atomically(pending[name], content)
+        write_atomically(folder / MANIFEST, to_json({"format": FORMAT, "files": files, "checksum": _checksum(files)}))
+        for name, content in everything.items():
+            try:
+                pending[name].replace(folder / name)
+            except FileNotFoundError:  # another save has cleared it away, where the system has no lock
+                write_atomically(folder / name, content)
+        for left_over in (*folder.glob(_PENDING), *folder.glob(f".{_PENDING}.{ANY}")):  # of saves that were killed
+            left_over.unlink(missing_ok=True)
+
+
+def cut_short(folder: Path) -> bool:
+    """Whether a save into the folder was killed: what it wrote is there under hidden names, a bank or not."""
+    return any(folder.glob(_PENDING))
 
 
 @contextmanager
 def written_here(folder: str | Path) -> Iterator[None]:
-    """Raises a ValueError where records of a bank lack a field or have one too many: another version wrote them."""
+    """Raises a ValueError that names the folder where what the files of a bank hold cannot be used: records that lack a
+    field or have one too many, which another version wrote, or values and shapes that no version writes."""
     try:
         yield
-    except (TypeError, KeyError) as error:
+    except (ValueError, SafetensorError, RecursionError, RuntimeError) as error:  # of weights of other shapes
+        raise ValueError(f"{folder} holds no bank that can be used: {error} Copy it again, or train again.") from error
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{folder} was written by another version of fewshot-diti ({error}); take that version, or train again."
         ) from error
 
 
+def from_fields(cls: type[T], values: Any, *, complete: bool = True) -> T:
+    """A dataclass of the fields that JSON holds, with tuples for its lists.
+
+    Args:
+        complete: no field that a preset fills is left out.
+
+    Raises:
+        ValueError: a value is of another type than its field, or no number.
+        TypeError: a field is missing, or there is one too many.
+    """
+    values, hints = _tuples(values), _hints(cls)  # type: ignore[arg-type]
+    for field in fields(cls):  # type: ignore[arg-type]
+        value, hint = values.get(field.name, field.default), hints[field.name]
+        left_out = value is None and field.default is None and not complete
+        if field.name in values and not left_out and not _fits(value, hint):
+            raise ValueError(f"{field.name} is {str(value)[:80]!r}, which is no {getattr(hint, '__name__', hint)}.")
+    return cls(**values)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as annotations of the configurations have it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        hints = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(value) == len(hints) and all(map(_fits, value, hints))
+    if hint is float:  # whole numbers too, and infinity
+        return type(value) in (int, float) and not math.isnan(value)
+    return type(value) is (NoneType if hint is None else hint)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def bank_fingerprint(folder: str | Path) -> str:
     """16 hex characters that change when any file of a saved bank does."""
-    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(_manifest(Path(folder), "bank").read_bytes()).hexdigest()[:16]
 
 
-def read_files(folder: str | Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Contents of files of a saved bank, each checked against the manifest.
+def _manifest(folder: Path, what: str) -> Path:
+    """The manifest; raises FileNotFoundError where there is none."""
+    if not (path := folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete {what}; save_pretrained writes one.")
+    return path
+
+
+def read_files(folder: str | Path, names: Iterable[str] | None = None, what: str = "bank") -> dict[str, bytes]:
+    """Contents of files of a saved bank, each checked against the manifest; all of one save.
+
+    Args:
+        names: by default of all files that the manifest names.
+        what: the folder holds, where it is no bank; for messages.
 
     Raises:
         FileNotFoundError: the folder holds no manifest, so no complete bank, or the manifest does not name the file.
         ValueError: a file, or the manifest itself, is not what was saved.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete bank; save_pretrained writes one.")
+    path = _manifest(Path(folder), what)
+    while True:
+        manifest = path.read_bytes()
+        try:
+            return _read_named(path, manifest, names, what)
+        except (FileNotFoundError, ValueError):
+            if path.read_bytes() == manifest:
+                raise  # else a save has replaced the bank meanwhile
+
+
+def _read_named(path: Path, content: bytes, names: Iterable[str] | None, what: str) -> dict[str, bytes]:
+    """`read_files` of one manifest."""
+    folder = path.parent
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(content)
         version = manifest["format"]
         files = {n: {k: f[k] for k in _FILE} for n, f in manifest["files"].items()} if version == FORMAT else {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no bank's manifest; it was changed or cut short. Copy the bank again.") from error
+        if version == FORMAT and manifest.get("checksum", _checksum(files)) != _checksum(files):  # 0.4 wrote none
+            raise ValueError("checksum")
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a file in another folder")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no {what}'s manifest; it was changed or cut short. Copy the {what} again."
+        ) from error
     if version != FORMAT:
-        raise ValueError(f"{path}: bank format {version!r}; this version of fewshot-diti reads {FORMAT}. Upgrade.")
+        raise ValueError(f"{path}: {what} format {version!r}; this version of fewshot-diti reads {FORMAT}. Upgrade.")
     contents = {}
-    for name in names:
+    for name in files if names is None else names:
         if name not in files:
             raise FileNotFoundError(f"{path} names no {name}; it names {', '.join(sorted(files))}.")
         # a save that was cut short after its manifest leaves some files under their hidden names
-        found = [p.read_bytes() for p in (_pending(folder, name, files[name]), folder / name) if p.is_file()]
+        found = []
+        for candidate in (_pending(folder, name, files[name]), folder / name):
+            with suppress(FileNotFoundError):  # a save renames it in this moment
+                if candidate.is_file():
+                    found.append(candidate.read_bytes())
         whole = [c for c in found if hashlib.sha256(c).hexdigest() == files[name]["sha256"]]
         if not whole:
             raise ValueError(
                 f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
-                f"bytes that {MANIFEST} names; it was changed or cut short. Save or copy the bank again."
+                f"bytes that {MANIFEST} names; it was changed or cut short. Save or copy the {what} again."
             )
         contents[name] = whole[0]
     return contents
+
+
+def _checksum(files: Mapping[str, Any]) -> str:
+    """Of what a manifest says, so that a name that was damaged is not taken for a file that was never there."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _pending(folder: Path, name: str, file: Mapping[str, Any]) -> Path:

@@ -10,6 +10,7 @@ Shapes in names: N images, C classes, S trials of an image, T timesteps, V views
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch import Tensor
 from fewshot_diti import timesteps as weightings
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
+from fewshot_diti.checkpoints import Checkpoints
 from fewshot_diti.config import Label, ScoringConfig, Settings
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.distributed import gather, my_share, share
@@ -32,7 +34,7 @@ from fewshot_diti.prompts import Prompts
 from fewshot_diti.scoring import Scorer, decide, error_tensor
 from fewshot_diti.temperature import fit_temperature, fit_weights
 from fewshot_diti.timesteps import weighted_mean
-from fewshot_diti.training import Groups, most_shots, raise_failed, train_bank
+from fewshot_diti.training import Groups, OnStep, most_shots, raise_failed, train_bank
 from fewshot_diti.trials import drawn_grid, even_grid, stream
 from fewshot_diti.weighting import fixed_weights, timestep_weights
 from fewshot_diti.witnesses import FittedWitness, score_offsets
@@ -73,6 +75,20 @@ class Calibration:
     shortlist_recall: float | None = None
     held_out: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.timesteps) != len(self.weights) or not all(t >= 0 for t in self.timesteps):
+            raise ValueError(
+                f"{len(self.timesteps)} timesteps of at least 0 and {len(self.weights)} weights of trials."
+            )
+        for name, values in (("weights", self.weights), ("witness_weights", self.witness_weights)):
+            if not all(0 <= w < math.inf for w in values):
+                raise ValueError(f"The {name} are {values}; they must be finite numbers of at least 0.")
+        if not any(self.weights):
+            raise ValueError("The weights of all trials are 0; then no image can be told from another.")
+        temperatures = self.token_temperature, self.temperature
+        if not all(0 < t < math.inf for t in temperatures):
+            raise ValueError(f"The temperatures are {temperatures}; they must be finite numbers above 0.")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fit:
@@ -83,21 +99,33 @@ class Fit:
         prompts: of the class tokens.
         settings: complete.
         groups: the shots of each class.
+        checkpoints: that trainings go on from.
     """
 
     encoder: Encoder
     prompts: Prompts
     settings: Settings
     groups: Groups
+    checkpoints: Checkpoints | None = None
 
     @property
     def backbone(self) -> Backbone:
         """The frozen Stable Diffusion."""
         return self.encoder.backbone
 
-    def train(self, groups: Groups, desc: str = "class tokens") -> tuple[Bank, dict[Label, int]]:
+    def train(
+        self, groups: Groups, desc: str = "class tokens", on_step: OnStep | None = None
+    ) -> tuple[Bank, dict[Label, int]]:
         """As `training.train_bank`, on these groups."""
-        return train_bank(self.encoder, groups, self.prompts, self.settings, desc=desc)
+        return train_bank(
+            self.encoder,
+            groups,
+            self.prompts,
+            self.settings,
+            desc=desc,
+            checkpoints=self.checkpoints,
+            on_step=on_step,
+        )
 
 
 def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> Calibration:
@@ -330,8 +358,8 @@ def held_out_log_probabilities(fit: Fit, fitted: FittedWitness) -> Tensor:
     _, scoring, _ = fit.settings
     for kept, held in split_folds({x: list(fitted.shots[x]) for x in fit.groups}, scoring.folds):
         shots = {x: torch.stack(kept[x]) for x in sorted(kept)}
-        judge = FittedWitness.fit(fitted.name, fitted.witness, shots, fit.settings.training).judge
-        rows.append(judge.log_probabilities(torch.stack([views[0] for _, views in held])))
+        again = FittedWitness.fit(fitted.name, fitted.witness, shots, fit.settings.training, fit.checkpoints)
+        rows.append(again.judge.log_probabilities(torch.stack([views[0] for _, views in held])))
     return torch.cat(rows)
 
 

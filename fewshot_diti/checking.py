@@ -19,15 +19,22 @@ from fewshot_diti.data import ImageSet, near_duplicates
 from fewshot_diti.discriminant import directions, fit_discriminant
 
 SURE = 0.9  # probability of another class from which a label is doubted
+TIMES = 50  # as probable as the label: from there on another class makes it doubted, however sure that class is
 ALIKE = 0.95  # cosine of features from which one of two images is enough to label
 
 
 class Doubt(NamedTuple):
-    """An image that looks like another class than its own to a discriminant that has not learned it."""
+    """An image whose label is improbable to a discriminant that has not learned it.
+
+    Attributes:
+        own: probability of the label.
+        probability: of the class that it looks like.
+    """
 
     name: str
     label: str
     looks_like: str
+    own: float
     probability: float
 
 
@@ -56,8 +63,8 @@ class Findings:
     Attributes:
         accuracy: of the discriminant on images that it had not learned, 0 to 1; None where no class has two.
         judged: how many images that is.
-        doubts: labels that may be wrong, the surest first.
-        copies: pairs of names of one picture in other pixels within a class.
+        doubts: labels that may be wrong, the least probable first.
+        copies: pairs of names of one picture, in the same pixels or in others, within a class.
         copies_between: such pairs under two classes.
         confusions: classes that are taken for each other, the most frequent first.
         wanted: unlabelled images, the most useful first.
@@ -92,6 +99,7 @@ def check_images(
     Raises:
         ValueError: as `ImageSet.ids`: images that cannot be read, all named.
     """
+    pairs = [(images.names[a], images.names[b], images.labels[a] == images.labels[b]) for a, b in find_copies(images)]
     names = images.class_names
     rows = {name: np.flatnonzero(images.labels == c).tolist() for c, name in enumerate(names)}
     views = {name: features(of_class) for name, of_class in rows.items()}
@@ -106,23 +114,28 @@ def check_images(
             judged.append((row, judge.log_probabilities(views[name][place, :1].float())[0].exp()))
     order = sorted(rows)
     predicted = {row: order[int(p_C.argmax())] for row, p_C in judged}
-    doubts = [
-        Doubt(images.names[row], places[row][0], predicted[row], float(p_C.max()))
-        for row, p_C in judged
-        if predicted[row] != places[row][0] and p_C.max() >= SURE
-    ]
-    pairs = [
-        (images.names[a], images.names[b], images.labels[a] == images.labels[b]) for a, b in near_duplicates(images)
-    ]
+    doubts = []
+    for row, p_C in judged:
+        label = places[row][0]
+        own = float(p_C[order.index(label)])
+        if predicted[row] != label and (p_C.max() >= SURE or p_C.max() >= TIMES * own):
+            doubts.append(Doubt(images.names[row], label, predicted[row], own, float(p_C.max())))
     return Findings(
         accuracy=float(np.mean([predicted[row] == places[row][0] for row, _ in judged])) if judged else None,
         judged=len(judged),
-        doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.probability)),
+        doubts=tuple(sorted(doubts, key=lambda doubt: doubt.own)),
         copies=tuple((a, b) for a, b, same in pairs if same),
         copies_between=tuple((a, b) for a, b, same in pairs if not same),
         confusions=_confusions(predicted, places, rows),
         wanted=() if unlabelled is None else _wanted(*unlabelled, views, wanted),
     )
+
+
+def find_copies(images: ImageSet) -> list[tuple[int, int]]:
+    """(later row, earlier row) of one picture: files of the same pixels, and `near_duplicates`."""
+    first: dict[str, int] = {}
+    same = [(row, first.setdefault(image_id, row)) for row, image_id in enumerate(images.ids)]
+    return sorted([*((row, earlier) for row, earlier in same if row != earlier), *near_duplicates(images)])
 
 
 def _confusions(

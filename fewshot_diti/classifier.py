@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 
-from fewshot_diti.backbone import Backbone
+from fewshot_diti.backbone import Backbone, CompileMode
 from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.backbone_search import find_backbone, remember_folder
 from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
+from fewshot_diti.checkpoints import Checkpoints
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import announce_time, training_evaluations
@@ -28,7 +30,7 @@ from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.prediction import PredictionMixin
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
-from fewshot_diti.training import Groups, most_shots, raise_failed
+from fewshot_diti.training import Groups, OnStep, most_shots, raise_failed
 from fewshot_diti.weighting import fixed_weights
 from fewshot_diti.witnesses import FittedWitness, Witness, fit_witnesses, make_witness
 
@@ -63,7 +65,9 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         calibration_: weights of the trials and temperature.
         settings_: the three configurations as `fit` completed them.
         witnesses_: by name.
-        backbone_, geometry_, prompts_: loaded and completed.
+        backbone_: loaded.
+        geometry_: completed.
+        prompts_: completed.
         complete_: whether all that `fit` does was done.
     """
 
@@ -101,12 +105,23 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         self.geometry = geometry
         self.witnesses = witnesses
 
-    def fit(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
+    def fit(
+        self,
+        images: Sequence[ImageSource],
+        labels: Sequence[Label],
+        *,
+        checkpoints: Checkpoints | None = None,
+        on_step: OnStep | None = None,
+    ) -> Self:
         """Learns one class token per label from the shots.
 
         Args:
             images: paths, PIL images or uint8 arrays.
             labels: one str, int or bool per image, at least two different ones.
+            checkpoints: where a `fit` that is cut short leaves its work: called again with the same shots and settings,
+                it goes on from there, to the same classifier. They are yours to discard once that is saved.
+            on_step: called with (step, losses, bank) after each step of the class tokens, not of those of the folds:
+                the step from 1, the loss of each class, and a function that gives the bank as it is then.
 
         Raises:
             ValueError: lengths differ, labels of mixed type, fewer than two classes, one image under two labels, or
@@ -134,13 +149,13 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         evaluations = training_evaluations(training, scoring, shots, len(groups))
         announce_time(self.backbone_, self.geometry_.size, evaluations, "training")
         try:
-            failed = self._learn(groups)
+            failed = self._learn(groups, checkpoints, on_step)
             learned = {x: g for x, g in groups.items() if x not in failed}
             # whatever happens from here on, the class tokens can be used
             self.calibration_ = uncalibrated(self.backbone_, self.settings_, most_shots(groups))
             try:
                 if learned:
-                    self.calibration_ = calibrate(self._fit(learned), self._fitted(), self._held[1])
+                    self.calibration_ = calibrate(self._fit(learned, checkpoints), self._fitted(), self._held[1])
                     self.complete_ = not failed
             finally:  # whatever else went wrong, the classes that failed are named
                 raise_failed(failed)
@@ -148,8 +163,13 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
             self.encoder_.forget()
         return self
 
-    def add_classes(self, images: Sequence[ImageSource], labels: Sequence[Label]) -> Self:
+    def add_classes(
+        self, images: Sequence[ImageSource], labels: Sequence[Label], *, checkpoints: Checkpoints | None = None
+    ) -> Self:
         """Adds classes; the class tokens that are there already, and the calibration, stay as they are to the bit.
+
+        Args:
+            checkpoints: as in `fit`.
 
         Witnesses learn all classes anew, from what they have kept of the shots; a network takes as long as in `fit`.
 
@@ -167,7 +187,7 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         if len(bank):
             self.decider().check_witnesses(prediction)
         try:
-            raise_failed(self._learn(groups))
+            raise_failed(self._learn(groups, checkpoints))
         finally:
             self.encoder_.forget()
         return self
@@ -194,7 +214,10 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
 
         Of several processes the main one writes, and none waits for it: after a failure the others may be anywhere.
         """
-        bank, settings = self._fitted(), self.settings_._replace(prediction=self.current_prediction())
+        self._fitted()
+        bank, witnesses = self._held  # of one moment, whatever classes another thread adds meanwhile
+        assert bank is not None
+        settings = self.settings_._replace(prediction=self.current_prediction())
         saved = Saved(
             concept=self._concept,
             prompts=self.prompts_,
@@ -206,7 +229,7 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
             models={name: witness.model for name, witness in self.witnesses_.items()},
         )
         if process_state().is_main_process:
-            save_classifier(bank, saved, self._held[1], folder)
+            save_classifier(bank, saved, witnesses, folder)
             remember_folder(self.backbone_)
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload classifier", **options: Any) -> Any:
@@ -218,11 +241,20 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         return upload(self.save_pretrained, repo_id, commit_message=commit_message, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: str | Path | Backbone | None = None, **hub: Any) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        backbone: str | Path | Backbone | None = None,
+        *,
+        dtype: torch.dtype | str = "auto",
+        compile: CompileMode | None = None,
+        **hub: Any,
+    ) -> Self:
         """Loads what `save_pretrained` wrote; without `backbone` the one that the bank names.
 
         Args:
             folder: or `user/repo` on the hub.
+            dtype, compile: as of `Backbone.from_pretrained`, where `backbone` is not loaded yet.
             hub: as of `hub.saved_folder`: revision, token, cache_dir, local_files_only, force_download.
 
         A bank that `Bank.save_pretrained` wrote, such as a merged one, has no settings: with a warning it gets the
@@ -233,9 +265,12 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
             ValueError: a file was changed or cut short, or the backbone is not the bank's.
         """
         folder = saved_folder(folder, **hub)
-        bank, saved = load_classifier(folder)
-        found = find_backbone(bank.backbone_name, bank.backbone_hash) if backbone is None else backbone
-        classifier = cls(found, geometry=bank.geometry)
+        bank, saved, contents = load_classifier(folder)
+        if backbone is None:
+            backbone = find_backbone(bank.backbone_name, bank.backbone_hash, dtype=dtype, compile=compile)
+        elif not isinstance(backbone, Backbone):
+            backbone = Backbone.from_pretrained(backbone, dtype=dtype, compile=compile)
+        classifier = cls(backbone, geometry=bank.geometry)
         if saved is None:
             classifier.scoring = ScoringConfig(witnesses=())
             classifier.concept = "object"  # in prompts of classes that are added
@@ -249,7 +284,7 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         classifier.settings_ = saved.settings if saved else complete(kind, most, scoring=classifier.scoring)
         calibration = saved.calibration if saved else uncalibrated(classifier.backbone_, classifier.settings_, most)
         classifier.calibration_, classifier.complete_ = calibration, saved is not None and saved.complete
-        known = load_witnesses(folder, bank.labels, classifier.witnesses_, saved.models) if saved else ()
+        known = load_witnesses(folder, contents, bank.labels, classifier.witnesses_, saved.models) if saved else ()
         classifier._hold(bank, known)
         return classifier
 
@@ -341,15 +376,18 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
             self._made = known = Decider(self.encoder_, bank, scoring, self.calibration_, witnesses)
         return known
 
-    def _fit(self, groups: Groups) -> Fit:
+    def _fit(self, groups: Groups, checkpoints: Checkpoints | None = None) -> Fit:
         settings = self.settings_for(most_shots(groups))._replace(scoring=self.settings_.scoring)  # fixed by `fit`
-        return Fit(encoder=self.encoder_, prompts=self.prompts_, settings=settings, groups=groups)
+        prompts, encoder = self.prompts_, self.encoder_
+        return Fit(encoder=encoder, prompts=prompts, settings=settings, groups=groups, checkpoints=checkpoints)
 
-    def _learn(self, groups: Groups) -> dict[Label, int]:
+    def _learn(
+        self, groups: Groups, checkpoints: Checkpoints | None = None, on_step: OnStep | None = None
+    ) -> dict[Label, int]:
         """Trains class tokens and puts them into the bank; returns the classes that failed."""
-        fit = self._fit(groups)
+        fit = self._fit(groups, checkpoints)
         witnesses = self._witnesses_of(fit)  # first: a failure loses no training
-        new, failed = fit.train(groups)
+        new, failed = fit.train(groups, on_step=on_step)
         if not len(new):
             raise_failed(failed)
         bank = new if self.bank_ is None else self.bank_.merge(new)
@@ -362,4 +400,4 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
         later, training = replace(fit.settings.prediction, use_witnesses=True), fit.settings.training
         if not (fitted if bank is not None and len(bank) else fit.settings.scoring.uses_witnesses(later)):
             return []
-        return fit_witnesses(self.witnesses_, self.encoder_, fit.groups, training, fitted)
+        return fit_witnesses(self.witnesses_, self.encoder_, fit.groups, training, fitted, fit.checkpoints)

@@ -1,4 +1,4 @@
-"""The command `fewshot-diti`: demo, check, train, add, score, explain, eval, export, import, info."""
+"""The command `fewshot-diti`: demo, check, train, add, score, explain, eval, represent, export, import, info, app."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tyro.conf import subcommand
 
 from fewshot_diti.commands.add import AddConfig, add
+from fewshot_diti.commands.app import AppConfig, app
 from fewshot_diti.commands.check import CheckConfig, check
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
@@ -25,6 +26,12 @@ from fewshot_diti.commands.explain import ExplainConfig, explain
 from fewshot_diti.commands.export import ExportConfig, export
 from fewshot_diti.commands.import_lora import ImportConfig, import_
 from fewshot_diti.commands.info import InfoConfig, info
+from fewshot_diti.commands.represent import (
+    RepresentFeaturesConfig,
+    RepresentTrainConfig,
+    represent_features,
+    represent_train,
+)
 from fewshot_diti.commands.score import ScoreConfig, score
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
@@ -32,6 +39,9 @@ from fewshot_diti.progress import silent
 from fewshot_diti.reports import printable_lines
 from fewshot_diti.training import TrainingError
 
+Represent = (
+    Annotated[RepresentTrainConfig, subcommand("train")] | Annotated[RepresentFeaturesConfig, subcommand("features")]
+)
 Command = (
     Annotated[DemoConfig, subcommand("demo")]
     | Annotated[CheckConfig, subcommand("check")]
@@ -40,9 +50,11 @@ Command = (
     | Annotated[ScoreConfig, subcommand("score")]
     | Annotated[ExplainConfig, subcommand("explain")]
     | Annotated[EvalConfig, subcommand("eval")]
+    | Annotated[Represent, subcommand("represent", description="Features of images, learned without labels.")]
     | Annotated[ExportConfig, subcommand("export")]
     | Annotated[ImportConfig, subcommand("import")]
     | Annotated[InfoConfig, subcommand("info")]
+    | Annotated[AppConfig, subcommand("app")]
 )
 
 
@@ -117,12 +129,18 @@ def _run(command: Command, console: Console) -> int | None:
             return explain(command, console)
         case EvalConfig():
             return evaluate(command, console)
+        case RepresentTrainConfig():
+            represent_train(command, console)
+        case RepresentFeaturesConfig():
+            return represent_features(command, console)
         case ExportConfig():
             export(command, console)
         case ImportConfig():
             import_(command, console)
         case InfoConfig():
             info(command, console)
+        case AppConfig():
+            app(command, console)
     return None
 
 

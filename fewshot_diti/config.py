@@ -55,17 +55,22 @@ class TrainingConfig(_Config):
         blocks: U-Net blocks with LoRA, a key of `lora.BLOCK_FILTERS`.
         target_modules: linear layers with LoRA, by suffixes of their names or one regular expression, as in peft; None:
             attention and GEGLU projection in the U-Net, attention in the text encoder.
-        lr_unet, lr_text_encoder: AdamW learning rates.
+        lr_unet: AdamW learning rate of the U-Net's adapters.
+        lr_text_encoder: of the text encoder's.
         lr_schedule: "constant", or "cosine" (to zero at `steps`).
         shots_per_step: samples per class and step, drawn from its shots.
         prior_weight: weight of the loss on prior images, as many per step as shots; 0 uses none.
         prior_images: images of the generic prompt that the backbone generates once.
         timesteps: (lo, hi) in 0..T, drawn uniformly, hi excluded.
         colour_variants: K, colour-jittered copies of each shot that are encoded once; 1 keeps the shots as they are.
-        brightness, contrast, saturation, hue: strength of the jitter, as in `torchvision.transforms.v2.ColorJitter`.
+        brightness: strength of the jitter, as in `torchvision.transforms.v2.ColorJitter`.
+        contrast: as brightness.
+        saturation: as brightness.
+        hue: as brightness, at most 0.5.
         permute_channels: whether a jittered copy may also have its colour channels permuted.
         flip: whether a copy may be mirrored; off, since aircraft noses point one way.
-        weight_decay, max_grad_norm: of AdamW, and of each class's gradient over both networks.
+        weight_decay: of AdamW.
+        max_grad_norm: each class's gradient, over both networks, is clipped at this norm.
         samples_per_batch: samples per forward pass, at least those of one class; decides how many classes share a
             pass, never the result. Halved where memory runs out.
         gradient_checkpointing: trades a second forward pass for the memory of the U-Net's activations.
@@ -139,7 +144,8 @@ class ScoringConfig(_Config):
         calibration_images: shots whose errors `spread`, `relative` and the importance density read, spread over the
             classes; where there are more classes than that, of as many classes, drawn by the seed.
         folds: of cross-validation on the shots, for `auto`, the temperature and the reported accuracy; 0 for none.
-        unet_scale, text_encoder_scale: LoRA scale at scoring.
+        unet_scale: of the U-Net's LoRA at scoring.
+        text_encoder_scale: of the text encoder's.
         seed: of the noise.
 
     Raises:

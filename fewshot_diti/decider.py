@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from fewshot_diti.bank import Bank
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import PredictionConfig, ScoringConfig
+from fewshot_diti.data.arguments import batched, one_by_one
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.familiarity import Familiarity, features_of
 from fewshot_diti.progress import Progress
+from fewshot_diti.reading import Reader
 from fewshot_diti.scoring import Scorer, decide, error_tensor, in_flight
 from fewshot_diti.witnesses import FittedWitness, score_offsets
 
@@ -44,34 +46,45 @@ class Decider:
         witnesses: Sequence[FittedWitness] = (),
     ) -> None:
         self.encoder, self.bank, self.scoring, self.calibration = encoder, bank, scoring, calibration
-        self.witnesses = witnesses
+        self.witnesses, self.reader = witnesses, Reader(encoder)
         self._scorer: Scorer | None = None
         self._decisions: OrderedDict[tuple[str, PredictionConfig], Decision] = OrderedDict()
 
-    def decide(self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig) -> list[Decision]:
+    def encode(self, image: PreparedImage) -> None:
+        """Encodes an image that is decided next; raises a ValueError where that cannot be done."""
+        with self.encoder.backbone.lock:
+            self.reader.latents([image])
+
+    def decide(self, images: Iterable[ImageSource | PreparedImage], prediction: PredictionConfig) -> list[Decision]:
         """Winner, scores and cost of each image; images are decoded and decided some at a time."""
-        at_once = in_flight(prediction.looks(len(self.bank), self.scoring.trials))
         found: list[Decision] = []
-        with Progress(len(images) if len(images) > at_once else 0, "scoring", "image") as bar:
-            for start in range(0, len(images), at_once):
-                rows = range(start, min(start + at_once, len(images)))
-                some = [self.encoder.prepare(images[row]) for row in rows]
-                with self.encoder.backbone.lock:
-                    found += self._decide(some, prediction)
-                bar.update(len(some))
+        for some in self._prepared(images, prediction, "scoring"):
+            with self.encoder.backbone.lock:
+                found += self._decide(some, prediction)
         return found
+
+    def _prepared(
+        self, images: Iterable[ImageSource | PreparedImage], prediction: PredictionConfig, desc: str
+    ) -> Iterator[list[PreparedImage]]:
+        """The images decoded, as many at a time as are decided together, with progress."""
+        at_once = in_flight(prediction.looks(len(self.bank), self.scoring.trials))
+        count = len(images) if isinstance(images, Sequence) else None
+        with Progress(0 if count is not None and count <= at_once else count, desc, "image") as bar:
+            for some in batched(map(self.encoder.prepare, one_by_one(images)), at_once):
+                yield some
+                bar.update(len(some))
 
     def _decide(self, images: Sequence[PreparedImage], prediction: PredictionConfig) -> list[Decision]:
         keys = {image.id: (image.id, prediction) for image in images}
         new = {image.id: image for image in images if keys[image.id] not in self._decisions}
         known = {i: self._decisions[key] for i, key in keys.items() if i not in new}
         if new:
-            scorer, latents = self.scorer(prediction.batch_size), self.encoder.latents(list(new.values()))
+            scorer, latents = self.scorer(prediction.batch_size), self.reader.latents(list(new.values()))
             weights = torch.tensor(self.calibration.weights, dtype=torch.float64)
             looks = prediction.looks(len(self.bank), self.scoring.trials)
-            offsets = self.offsets(list(new.values()), latents, prediction)
+            offsets = self.offsets(list(new.values()), prediction)
             decisions = decide(scorer, latents, list(new), self.calibration.timesteps, weights, looks, offsets)
-            spent = sum(fitted.witness.evaluations for fitted, _ in self._asked(prediction))
+            spent = sum(fitted.witness.evaluations for fitted, _ in self.asked(prediction))
             decisions = [x._replace(evaluations=x.evaluations + spent) for x in decisions]
             known |= dict(zip(new, decisions, strict=True))
             self._decisions.update({keys[i]: decision for i, decision in known.items()})
@@ -79,62 +92,52 @@ class Decider:
                 self._decisions.popitem(last=False)
         return [known[image.id] for image in images]
 
-    def offsets(
-        self, images: Sequence[PreparedImage], latents_Nchw: Tensor, prediction: PredictionConfig
-    ) -> Tensor | None:
+    def offsets(self, images: Sequence[PreparedImage], prediction: PredictionConfig) -> Tensor | None:
         """What the witnesses add to the scores [N, C]; None where none counts."""
-        if not (asked := self._asked(prediction)):
+        if not (asked := self.asked(prediction)):
             return None
-        log_p = [fitted.log_probabilities(self.encoder, images, latents_Nchw) for fitted, _ in asked]
+        log_p = [self.reader.log_probabilities(fitted, images) for fitted, _ in asked]
         return score_offsets(log_p, [weight for _, weight in asked], prediction.shortlist)
 
     def temperature(self, prediction: PredictionConfig) -> float:
         """Of the softmax over minus the scores of a prediction."""
-        counts = any(weight for _, weight in self._asked(prediction))
+        counts = any(weight for _, weight in self.asked(prediction))
         return self.calibration.temperature if counts else self.calibration.token_temperature
 
     def evaluations(self, prediction: PredictionConfig) -> int:
         """What an image costs at most, in evaluations."""
         trials = prediction.evaluations(len(self.bank), self.scoring.trials)
-        return trials + sum(fitted.witness.evaluations for fitted, _ in self._asked(prediction))
+        return trials + sum(fitted.witness.evaluations for fitted, _ in self.asked(prediction))
 
     def evidence(
-        self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig
+        self, images: Iterable[ImageSource | PreparedImage], prediction: PredictionConfig
     ) -> dict[str, Tensor]:
         """Log-probabilities [N, C] of each witness, and of the class tokens by their own scores, by name."""
         prediction = replace(prediction, shortlist=None)
-        at_once = in_flight(prediction.looks(len(self.bank), self.scoring.trials))
         rows: dict[str, list[Tensor]] = {name: [] for name in ("class tokens", *(x.name for x in self.witnesses))}
-        for start in range(0, len(images), at_once):
-            some = [self.encoder.prepare(images[row]) for row in range(start, min(start + at_once, len(images)))]
+        for some in self._prepared(images, prediction, "evidence"):
             decisions = self.decide(some, prediction)
             with self.encoder.backbone.lock:
-                latents = self.encoder.latents(some)
-                found = {
-                    x.name: x.log_probabilities(self.encoder, some, latents)
-                    for x in self.witnesses
-                    if len(self.bank) > 1
-                }
+                judged = self.witnesses if len(self.bank) > 1 else ()
+                found = {x.name: self.reader.log_probabilities(x, some) for x in judged}
             own = torch.stack([decision.scores for decision in decisions])
-            if asked := self._asked(prediction):
+            if asked := self.asked(prediction):
                 own = own - score_offsets([found[x.name] for x, _ in asked], [weight for _, weight in asked])
             tokens = (-own / self.calibration.token_temperature).log_softmax(1)
             for name, log_p in ({"class tokens": tokens} | found).items():
                 rows[name].append(log_p)
         return {name: torch.cat(parts) for name, parts in rows.items() if parts}
 
-    def similarities(self, images: Sequence[ImageSource | PreparedImage]) -> np.ndarray:
+    def similarities(self, images: Iterable[ImageSource | PreparedImage], prediction: PredictionConfig) -> np.ndarray:
         """How similar the most similar shot is to each image [N], as of `Familiarity`.
 
         Raises:
             ValueError: the bank has no witness "features".
         """
         fitted, found = features_of(self.witnesses), []
-        for row in range(len(images)):
-            image = self.encoder.prepare(images[row])
+        for some in self._prepared(images, prediction, "similarities"):
             with self.encoder.backbone.lock:
-                read = fitted.witness.read(self.encoder, [image], self.encoder.latents([image]))
-            found.append(self.familiarity.similarities(read))
+                found += [self.familiarity.similarities(self.reader.read(fitted, [image])) for image in some]
         return np.concatenate(found)
 
     @cached_property
@@ -142,7 +145,7 @@ class Decider:
         """Of the bank's shots."""
         return Familiarity(features_of(self.witnesses))
 
-    def _asked(self, prediction: PredictionConfig) -> list[tuple[FittedWitness, float]]:
+    def asked(self, prediction: PredictionConfig) -> list[tuple[FittedWitness, float]]:
         """The witnesses that count in a prediction, with their weights in units of the score."""
         if len(self.bank) < 2 or not self.scoring.uses_witnesses(prediction):
             return []
@@ -162,14 +165,14 @@ class Decider:
                 "PredictionConfig(use_witnesses=False) without a shortlist, or fit again with this prediction."
             )
 
-    def errors(self, images: Sequence[ImageSource | PreparedImage], prediction: PredictionConfig) -> Tensor:
+    def errors(self, images: Iterable[ImageSource | PreparedImage], prediction: PredictionConfig) -> Tensor:
         """The error tensor [N, C, S] at the calibrated trials, of every class."""
-        parts = []
-        for row in range(len(images)):
-            image = self.encoder.prepare(images[row])
-            with self.encoder.backbone.lock:
-                scorer, latents = self.scorer(prediction.batch_size), self.encoder.latents([image])
-                parts.append(error_tensor(scorer, latents, [image.id], self.calibration.timesteps))
+        parts, timesteps = [], self.calibration.timesteps
+        for some in self._prepared(images, prediction, "errors"):
+            for image in some:
+                with self.encoder.backbone.lock:
+                    scorer, latents = self.scorer(prediction.batch_size), self.reader.latents([image])
+                    parts.append(error_tensor(scorer, latents, [image.id], timesteps))
         return torch.cat(parts)
 
     def scorer(self, batch_size: int) -> Scorer:

@@ -17,6 +17,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
+from fewshot_diti.elimination import NotFiniteError
 from fewshot_diti.temperature import held_out_temperature
 
 _COSINE_TEMPERATURE = 0.1
@@ -72,7 +73,7 @@ class Discriminant:
             ValueError: a feature is not finite.
         """
         if not features_ND.isfinite().all():
-            raise ValueError("The U-Net's features of an image are not finite; load the backbone in float32.")
+            raise NotFiniteError("The U-Net's features of an image are not finite; load the backbone in float32.")
         directions_ND = normalize(features_ND.numpy() - self._mean_D)
         return torch.from_numpy(log_softmax(directions_ND @ self._slopes_CD.T + self._offsets_C, axis=1))
 

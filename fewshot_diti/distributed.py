@@ -1,26 +1,26 @@
-"""Everything about processes: this one among them, work that they share, and part files that let a killed run go on."""
+"""Everything about processes: this one among them, work that they share, and files that let a killed run go on."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
-from fewshot_diti.files import write_atomically
+from fewshot_diti.files import first_in
+from fewshot_diti.part_files import Parts, Record, Records
 
 _TIMEOUT = timedelta(days=7)  # processes meet after their whole shares, which may end hours apart
 
 T = TypeVar("T")
 P = TypeVar("P")
-Record = dict[str, Any]
 
 
 def process_state() -> PartialState:
@@ -84,6 +84,16 @@ def by_main(compute: Callable[[], T]) -> T:
     return gather_from(lambda: [compute()] if process_state().is_main_process else [])[0]
 
 
+@contextmanager
+def main_alone_in(folder: Path, place: Path) -> Iterator[None]:
+    """`files.first_in` for a run of several processes: the main one keeps other runs out."""
+    if not process_state().is_main_process:
+        yield
+        return
+    with first_in(folder, place):
+        yield
+
+
 def predict_shared(
     items: Sequence[T],
     read: Callable[[T], P],
@@ -94,7 +104,7 @@ def predict_shared(
     *,
     at_once: int,
     advance: Callable[[], None] = lambda: None,
-) -> list[Record]:
+) -> Records:
     """What `predict` gives for every item, in their order; the processes share the items.
 
     An item that cannot be read gets the record {"error": reason, "missing": whether it is not there at all}. Of items
@@ -110,25 +120,18 @@ def predict_shared(
         advance: called for each item that this process is done with, for progress.
     """
     state = process_state()
+    parts = Parts(folder, made_by, state.process_index)
     if state.is_main_process:
-        _drop_unusable_lines(folder, made_by)
+        parts.drop_unusable()
     state.wait_for_everyone()
-    known = _read(folder)
+    parts.read()
     state.wait_for_everyone()  # no process writes before all have read
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"part-{state.process_index:05d}.jsonl"
-    found: list[tuple[int, Record]] = []
+    found: list[tuple[int, str | Record]] = []
     waiting: dict[str, tuple[P, list[int]]] = {}
 
     def finish() -> None:
-        records = predict([item for item, _ in waiting.values()])
-        lines = []
-        for (image_id, (_, positions)), record in zip(waiting.items(), records, strict=True):
-            known[image_id] = dict(record)
-            lines.append(json.dumps({"image_id": image_id, **record, "made_by": made_by}) + "\n")
-            found.extend((position, {"image_id": image_id, **record}) for position in positions)
-        with open(part, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        parts.add(dict(zip(waiting, predict([item for item, _ in waiting.values()]), strict=True)))
+        found.extend((position, image_id) for image_id, (_, positions) in waiting.items() for position in positions)
         waiting.clear()
 
     for position in my_share(len(items)):
@@ -138,8 +141,8 @@ def predict_shared(
             found.append((position, {"error": str(error), "missing": isinstance(error, FileNotFoundError)}))
         else:
             image_id = identify(item)
-            if image_id in known:
-                found.append((position, {"image_id": image_id, **known[image_id]}))
+            if image_id in parts:
+                found.append((position, image_id))
             else:
                 waiting.setdefault(image_id, (item, []))[1].append(position)
         if len(waiting) == at_once:
@@ -147,27 +150,7 @@ def predict_shared(
         advance()
     if waiting:
         finish()
-    return [record for _, record in sorted(gather(found), key=lambda pair: pair[0])]
-
-
-def _records(path: Path) -> list[Record]:
-    """What a part file holds; a line that was cut off is passed over."""
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict) and "image_id" in record]
-
-
-def _drop_unusable_lines(folder: Path, made_by: str) -> None:
-    """Removes lines that were cut off or that something else made."""
-    for path in sorted(folder.glob("part-*.jsonl")):
-        kept = [record for record in _records(path) if record.get("made_by") == made_by]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def _read(folder: Path) -> dict[str, Record]:
-    records = [record for path in sorted(folder.glob("part-*.jsonl")) for record in _records(path)]
-    return {r["image_id"]: {k: v for k, v in r.items() if k not in ("image_id", "made_by")} for r in records}
+    everything = sorted(gather(found), key=lambda pair: pair[0])
+    if state.num_processes > 1:
+        parts.read()  # what the others have added
+    return Records(parts, [record for _, record in everything])

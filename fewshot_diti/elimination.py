@@ -22,6 +22,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fewshot_diti.racing import Look
 
+
+class NotFiniteError(ValueError):
+    """What is computed of one image is not finite; other images may be decided all the same."""
+
+
 PUBLISHED_TRIALS = 500
 PUBLISHED_STAGES = ((20, 20), (50, 10), (100, 5), (500, 1))  # FGVC-Aircraft: (trials so far, classes kept)
 PUBLISHED_CLASSES = 100

@@ -77,8 +77,16 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, images: Sequence[PreparedImage]) -> Tensor:
-        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit."""
-        return torch.cat([self.backbone.encode_images(image.values_CHW[None])[0] for image in images])
+        """Latents [N, c, h, w], each image by itself, so that its neighbours cannot change it by a bit.
+
+        Raises:
+            ValueError: those of an image are not finite, naming it.
+        """
+        found = [self.backbone.encode_images(image.values_CHW[None])[0] for image in images]
+        for image, latents in zip(images, found, strict=True):
+            if not latents.isfinite().all():
+                raise ValueError(f"The VAE gives latents of {image.name} that are not finite; leave the image out.")
+        return torch.cat(found)
 
     def flat_latents(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Latents float32 [N, c * h * w], as baselines take features."""

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fewshot_diti import plots
 from fewshot_diti.config import Label, PredictionConfig
+from fewshot_diti.data.images import as_picture
 from fewshot_diti.decider import Decider
 from fewshot_diti.discriminant import directions
 from fewshot_diti.encoding import PreparedImage
-from fewshot_diti.reports import printable
+from fewshot_diti.reports import drawn_name
 from fewshot_diti.trials import even_grid
 from fewshot_diti.witnesses import FittedWitness
-from fewshot_diti.witnesses.base import as_picture
 from fewshot_diti.witnesses.features import UnetWitness
 
 TIMES, REPEATS = 16, 4  # timesteps of the curve, and trials at each
@@ -57,15 +57,16 @@ class Explanation:
 
     Attributes:
         picture: the image as the backbone sees it.
-        label, rival: the most probable class and the next.
+        label: the most probable class.
+        rival: the next.
         probabilities: of the most probable classes.
         sources: probabilities of these classes by each source of evidence alone: class tokens, and each witness.
         neighbours: of each of these classes its most similar shots; none in a bank without the witness "features".
         evidence: float32 [height, width] in pixels of `picture`: the rival's error minus the label's at each latent
             position, weighted mean over the trials, enlarged. Above 0 it speaks for the label.
         timesteps: [T].
-        differences, standard_errors: of the rival's error minus the label's at each timestep, in % of the mean of
-            both; over `REPEATS` trials.
+        differences: the rival's error minus the label's at each timestep, in % of the mean of both.
+        standard_errors: of the differences, over `REPEATS` trials.
     """
 
     picture: Image.Image
@@ -82,6 +83,19 @@ class Explanation:
     def figure(self) -> bytes:
         """One PNG: the image and its probabilities, the nearest shots, the map, and the curve."""
         return _figure(self)
+
+    def map(self) -> bytes:
+        """PNG of where on the image the evidence sits."""
+        figure = Figure(figsize=(6, 3.4), dpi=110, layout="constrained")
+        part: Any = figure.subfigures()
+        _map(part, part.subplots(), self)
+        return plots.png(figure)
+
+    def curve(self) -> bytes:
+        """PNG of the timesteps at which the first two classes differ."""
+        figure = Figure(figsize=(6, 3.4), dpi=110, layout="constrained")
+        _curve(figure.subplots(), self)
+        return plots.png(figure)
 
 
 def explain(decider: Decider, image: PreparedImage, prediction: PredictionConfig, top: int = 3) -> Explanation:
@@ -102,9 +116,9 @@ def explain(decider: Decider, image: PreparedImage, prediction: PredictionConfig
     order = sorted(range(len(labels)), key=lambda c: (c != decision.position, decision.scores[c].item()))[:top]
     sources = {name: log_p[0].exp() for name, log_p in decider.evidence([image], prediction).items()}
     with decider.encoder.backbone.lock:
-        latents = decider.encoder.latents([image])
+        latents = decider.reader.latents([image])
         features = next((x for x in decider.witnesses if isinstance(x.witness, UnetWitness)), None)
-        read = None if features is None else features.witness.read(decider.encoder, [image], latents)
+        read = None if features is None else decider.reader.read(features, [image])
         first, second = order[:2]
         evidence_hw = _evidence(decider, image, latents[0], (first, second), prediction.batch_size)
         times, gaps_TR = _gaps(decider, image, latents[0], (first, second), prediction.batch_size)
@@ -204,24 +218,19 @@ def _shots(part: SubFigure, shown: dict[Label, tuple[Neighbour, ...]]) -> None:
     for axes in rows.flat:
         axes.set_axis_off()
     for (label, found), (text, *pictures) in zip(shown.items(), rows, strict=True):
-        text.text(1, 0.5, f"nearest shots of\n{_name(label)}", ha="right", va="center", transform=text.transAxes)
+        text.text(1, 0.5, f"nearest shots of\n{drawn_name(label)}", ha="right", va="center", transform=text.transAxes)
         for neighbour, axes in zip(found, pictures, strict=False):
             if neighbour.picture is not None:
                 axes.imshow(np.asarray(neighbour.picture))
             axes.set_title(f"similarity {neighbour.similarity:.2f}", fontsize=9, color=plots.GREY, pad=2)
 
 
-def _name(label: Label) -> str:
-    """A label as a picture takes it: on one line, not too long, no mathematics."""
-    text = printable(str(label)).replace("$", r"\$")
-    return text if len(text) <= 40 else f"{text[:39]}\u2026"
-
-
 def _image(axes: Axes, x: Explanation) -> None:
     axes.imshow(np.asarray(x.picture))
     axes.set(xticks=[], yticks=[])
     probability = f"{100 * x.probabilities[x.label]:.0f} %"
-    axes.set_title(f"{_name(x.label)}, {probability}; rival {_name(x.rival)}", loc="left", fontsize=12, weight="bold")
+    title = f"{drawn_name(x.label)}, {probability}; rival {drawn_name(x.rival)}"
+    axes.set_title(title, loc="left", fontsize=12, weight="bold")
 
 
 def _bars(axes: Axes, x: Explanation) -> None:
@@ -233,7 +242,7 @@ def _bars(axes: Axes, x: Explanation) -> None:
         places = np.arange(len(rows)) + (c - (len(x.probabilities) - 1) / 2) * height
         values = [100 * probabilities[label] for probabilities in rows.values()]
         colour = colours[c] if c < len(colours) else plots.GREY
-        axes.barh(places, values, height * 0.9, color=colour, label=_name(label))
+        axes.barh(places, values, height * 0.9, color=colour, label=drawn_name(label))
     axes.set(yticks=np.arange(len(rows)), yticklabels=list(rows), xlim=(0, 100), xlabel="probability, %")
     axes.invert_yaxis()
     axes.set_title("Each source by itself", loc="left", fontsize=11)
@@ -250,7 +259,7 @@ def _map(part: SubFigure, axes: Axes, x: Explanation) -> None:
     axes.set(xticks=[], yticks=[])
     axes.set_title("Class tokens: where the evidence sits", loc="left", fontsize=11)
     bar = part.colorbar(shown, ax=axes, location="bottom", fraction=0.05, pad=0.02, ticks=[-most, 0, most])
-    bar.ax.set_xticklabels([f"for {_name(x.rival)}", "0", f"for {_name(x.label)}"], fontsize=9)
+    bar.ax.set_xticklabels([f"for {drawn_name(x.rival)}", "0", f"for {drawn_name(x.label)}"], fontsize=9)
 
 
 def _curve(axes: Axes, x: Explanation) -> None:
@@ -259,7 +268,7 @@ def _curve(axes: Axes, x: Explanation) -> None:
     axes.errorbar(x.timesteps, x.differences, x.standard_errors, fmt="o-", color=plots.BLUE, ms=4, capsize=2)
     axes.set(
         xlabel="timestep t (noise grows to the right)",
-        ylabel=f"difference of errors, %\n(above 0: for {_name(x.label)})",
+        ylabel=f"difference of errors, %\n(above 0: for {drawn_name(x.label)})",
     )
     axes.set_title("Class tokens: at which timesteps (\u00b1 standard error)", loc="left", fontsize=11)
     plots.tidy(axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ _UNET_SETTINGS = (
     "num_attention_heads",
     "resnet_time_scale_shift",
 )
+# settings that decide an error and that hardly a pipeline changes: they count where they are not these, so that the
+# hash of a common pipeline is what it was before they counted
+_USUAL_UNET = {"downsample_padding": 1, "time_embedding_act_fn": None, "timestep_post_act": None}
+_USUAL_TOKENS = {"bos_token": "<|startoftext|>", "pad_token": "<|endoftext|>"}
 
 
 def hash_backbone(
@@ -46,7 +50,7 @@ def hash_backbone(
     scheduler: DDIMScheduler,
 ) -> str:
     """32 hex characters that identify all that decides an error; files in fp32 and in fp16 agree."""
-    decides = (
+    decides: tuple[Any, ...] = (
         hash_weights(vae, text_encoder, unet),
         _settings(vae.config, _VAE_SETTINGS),
         _settings(text_encoder.config, _TEXT_SETTINGS),
@@ -55,6 +59,10 @@ def hash_backbone(
         _settings(scheduler.config, _SCHEDULER_SETTINGS),
         sorted(tokenizer.get_vocab().items()),
     )
+    length = {"model_max_length": text_encoder.config.max_position_embeddings}
+    unusual = _unusual(unet.config, _USUAL_UNET) | _unusual(tokenizer, _USUAL_TOKENS | length)
+    if unusual:
+        decides = (*decides, json.dumps(unusual, sort_keys=True))
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
 
 
@@ -69,17 +77,22 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_finite(backbone: str, **networks: nn.Module) -> None:
-    """Raises a ValueError that names backbone, network and tensor where a weight is infinite or no number."""
+def check_finite(model: str, **networks: nn.Module) -> None:
+    """Raises a ValueError that names model, network and tensor where a weight is infinite or no number."""
     for network, module in networks.items():
         for name, tensor in module.state_dict().items():
             # the sum is cheap, but large weights may overflow it
             if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise ValueError(
-                    f"Backbone {backbone!r}: weight {name!r} of its {network} holds numbers that are not finite; get "
+                    f"Model {model!r}: weight {name!r} of its {network} holds numbers that are not finite; get "
                     "the weights again, or load the pipeline in float32."
                 )
 
 
 def _settings(config: Any, names: Sequence[str]) -> str:
     return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
+
+
+def _unusual(settings: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: getattr(settings, name, value) for name, value in usual.items()}
+    return {name: value for name, value in found.items() if value != usual[name]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 _REPO = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _FILES = ["*.json", "*.safetensors", "README.md"]  # of a bank; nothing else is downloaded
+
+
+def is_repo(name: str) -> bool:
+    """Whether a text has the form of a repository's name, user/repo."""
+    return _REPO.fullmatch(name) is not None
 
 
 def saved_folder(
@@ -35,7 +41,7 @@ def saved_folder(
     Raises:
         FileNotFoundError: there is no such repository or revision, or the hub cannot be reached.
     """
-    if Path(name_or_path).exists() or not (isinstance(name_or_path, str) and _REPO.fullmatch(name_or_path)):
+    if os.path.exists(name_or_path) or not (isinstance(name_or_path, str) and is_repo(name_or_path)):
         return Path(name_or_path)
     try:
         folder = snapshot_download(

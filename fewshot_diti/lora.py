@@ -6,6 +6,7 @@ one class; C classes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ class Target:
     name: str
     in_features: int
     out_features: int
+
+    def fits(self, backbone: Backbone) -> bool:
+        """Whether the backbone has that linear."""
+        network = backbone.networks.get(self.network)
+        module = None if network is None else dict(network.named_modules()).get(self.name)
+        shape = self.in_features, self.out_features
+        return isinstance(module, nn.Linear) and (module.in_features, module.out_features) == shape
 
 
 def find_targets(
@@ -120,8 +128,12 @@ class Layout:
     alpha: float | None = None
 
     def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"The rank of a LoRA is {self.rank!r}; it must be a whole number of at least 1.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", self.rank)
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:  # type: ignore[operator]
+            raise ValueError(f"The alpha of a LoRA is {self.alpha!r}; it must be a finite number above 0.")
 
     @property
     def scale(self) -> float:

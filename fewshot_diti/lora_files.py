@@ -16,11 +16,12 @@ from torch import Tensor, tensor
 from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import MANIFEST
 from fewshot_diti.config import Label
-from fewshot_diti.files import write_atomically
+from fewshot_diti.files import is_empty, write_atomically
 from fewshot_diti.lora import Target
+from fewshot_diti.reports import printable
 
 LoraFormat = Literal["diffusers", "kohya", "peft"]
-_LONGEST = 80  # characters of a file's name; a name has at most 255 bytes, and a character four
+_LONGEST = 120  # bytes of a file's name without its ending; a name has at most 255
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}  # on Windows
 _Adapters = dict[Target, tuple[Tensor, Tensor]]
 _Files = dict[str, bytes]
@@ -43,18 +44,11 @@ def export_lora(bank: Bank, label: Label, folder: str | Path, format: LoraFormat
     """
     if format not in _FORMATS:
         raise ValueError(f"format={format!r}; pass one of {sorted(_FORMATS)}.")
-    one = bank.select([label])
-    scaled = one.layout.split(one.scaled_rows())
-    adapters = {t: (a[0].contiguous(), (b[0] * one.layout.scale).contiguous()) for t, (a, b) in scaled.items()}
-    loaded, files = _FORMATS[format](one, adapters, file_names(bank.labels)[one.labels[0]])
+    loaded, files = _files_of(bank.select([label]), file_names(bank.labels)[label], format)
     for name in (MANIFEST, *files):
         if (Path(folder) / name).exists():
             raise ValueError(f"{Path(folder) / name} is there already; export each class into a folder of its own.")
-    for name, content in files.items():
-        write_atomically(Path(folder) / name, content)
-    if format != "kohya":  # whose folder holds LoRAs of any kind
-        write_atomically(Path(folder) / "README.md", _card(one).encode())
-    return Path(folder) / loaded
+    return _write(Path(folder), loaded, files)
 
 
 def export_classes(
@@ -62,7 +56,8 @@ def export_classes(
 ) -> dict[Label, Path]:
     """`export_lora` of several class tokens, by default all, each into a folder of its own; with "kohya" into one.
 
-    Returns what the other tool loads of each. Nothing is written where one of them cannot be.
+    Returns what the other tool loads of each. Nothing is written where one of them cannot be; what an export that was
+    cut short has left is completed.
 
     Raises:
         ValueError: as `export_lora`.
@@ -72,10 +67,41 @@ def export_classes(
         raise ValueError(f"format={format!r}; pass one of {sorted(_FORMATS)}.")
     names = file_names(bank.labels)  # of all, so that a class's name does not depend on which others are exported
     folder, together = Path(folder), format == "kohya"
-    places = {x: folder / (f"{names[x]}.safetensors" if together else names[x]) for x in chosen}
-    if there := [place for place in places.values() if place.exists()]:
-        raise ValueError(f"{there[0]} is there already; pass another folder, or remove it.")
-    return {x: export_lora(bank, x, folder if together else places[x], format) for x in chosen}
+    folders = {x: folder if together else folder / names[x] for x in chosen}
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} holds a bank; pass another folder.")
+    for x in chosen:
+        _, files = _files_of(bank.select([x]), names[x], format)
+        there = {folders[x] / name: content for name, content in files.items() if (folders[x] / name).exists()}
+        others = [path for path, content in there.items() if _parts(path.read_bytes()) != _parts(content)]
+        if others or (folders[x].exists() and not is_empty(folders[x]) and not there and not together):
+            raise ValueError(f"{(*others, folders[x])[0]} is there already; pass another folder, or remove it.")
+    return {x: _write(folders[x], *_files_of(bank.select([x]), names[x], format)) for x in chosen}
+
+
+def _files_of(one: Bank, name: str, format: LoraFormat) -> tuple[str, _Files]:
+    """What the other tool loads of a bank of one class, and the files."""
+    scaled = one.layout.split(one.scaled_rows())
+    adapters = {t: (a[0].contiguous(), (b[0] * one.layout.scale).contiguous()) for t, (a, b) in scaled.items()}
+    loaded, files = _FORMATS[format](one, adapters, name)
+    if format != "kohya":  # whose folder holds LoRAs of any kind
+        files["README.md"] = _card(one).encode()
+    return loaded, files
+
+
+def _parts(content: bytes) -> tuple[Any, bytes]:
+    """Head and data of a safetensors file, whose head has its metadata in any order; of other files no head."""
+    size = int.from_bytes(content[:8], "little")
+    try:
+        return json.loads(content[8 : 8 + size]), content[8 + size :]
+    except (ValueError, RecursionError):
+        return None, content
+
+
+def _write(folder: Path, loaded: str, files: _Files) -> Path:
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return folder / loaded
 
 
 def file_names(labels: Sequence[Label]) -> dict[Label, str]:
@@ -86,7 +112,8 @@ def file_names(labels: Sequence[Label]) -> dict[Label, str]:
     names: dict[Label, str] = {}
     taken: set[str] = set()
     for label in labels:
-        base = re.sub(r"[^\w.-]+", "_", str(label)).strip(".")[:_LONGEST] or "_"
+        base = re.sub(r"[^\w.-]+", "_", str(label)).strip(".")
+        base = base.encode()[:_LONGEST].decode(errors="ignore") or "_"
         if base.split(".")[0].upper() in _RESERVED:
             base = f"_{base}"
         found = (base if number == 1 else f"{base}-{number}" for number in count(1))
@@ -159,4 +186,5 @@ def _peft_configs(bank: Bank) -> dict[str, dict[str, Any]]:
 
 def _card(bank: Bank) -> str:
     token = bank.tokens[0]
-    return f"# Class token {token.label!r}\n\nPrompt: `{token.prompt}`\n\nBackbone: `{bank.backbone_name}`\n"
+    prompt, backbone = printable(token.prompt), printable(bank.backbone_name)
+    return f"# Class token {token.label!r}\n\nPrompt: `{prompt}`\n\nBackbone: `{backbone}`\n"

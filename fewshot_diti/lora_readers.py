@@ -5,6 +5,8 @@ Shapes: R rank, I and O features of a linear.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
 from fewshot_diti.config import Label
+from fewshot_diti.data.image_set import normalize_class_name
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.data.tables import parse_json, read_utf8
 from fewshot_diti.lora import Layout, Target
@@ -83,10 +86,10 @@ def read_lora(backbone: Backbone, path: str | Path) -> dict[Target, tuple[Tensor
                     "no trained bias, no embedding). Train such a one."
                 )
             target = _target(file, key[: match.start()], network, linears)
-            weight = tensor.float().flatten(1) if tensor.ndim == 4 and tensor[0, 0].numel() == 1 else tensor.float()
+            weight = tensor.float().flatten(1) if tensor.shape[2:] == (1, 1) else tensor.float()
             found.setdefault(target, {})[_DOWN[match[1]]] = weight
             if (alpha := alphas.get(key[: match.start()], alphas.get(target.network))) is not None:
-                found[target]["alpha"] = torch.tensor(float(alpha))
+                found[target]["alpha"] = torch.tensor(alpha)
     if not found:
         raise ValueError(f"{path} holds no adapters; pass the file of a LoRA.")
     return {target: _pair(path, target, parts) for target, parts in found.items()}
@@ -94,7 +97,7 @@ def read_lora(backbone: Backbone, path: str | Path) -> dict[Target, tuple[Tensor
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     """The files of a LoRA, each with the network that its keys leave unsaid, or ""."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, for what can be no path
         parts = [(path / network / _NAMES[1], network) for network in ("unet", "text_encoder")]
         found = [(file, network) for file, network in parts if file.is_file()]
         found += [(path / name, "unet") for name in _NAMES if (path / name).is_file()]
@@ -103,12 +106,12 @@ def _files(path: Path) -> list[tuple[Path, str]]:
                 f"{path} holds no LoRA: neither {', '.join(_NAMES)} nor unet/{_NAMES[1]}; pass the file itself."
             )
         return found
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no LoRA file {path}; check the path.")
     return [(path, path.parent.name if path.parent.name == "text_encoder" else "unet")]
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors of a file without their alphas, and these by the name of the adapted module or of the network."""
     try:
         with safe_open(file, "pt") as opened:
@@ -118,19 +121,39 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{file} is no whole safetensors file ({error}); LoRAs in other formats are not read, since opening such a "
             "file can run code. Convert it, or copy it again."
         ) from error
+    if strange := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{file} holds {strange[0]!r} in {tensors[strange[0]].dtype}; weights of a LoRA are floats.")
     named = [key for key in tensors if key.endswith(".alpha")]
     alphas: dict[str, Any] = {key.removesuffix(".alpha"): tensors.pop(key) for key in named}
     config = file.with_name("adapter_config.json")
     if file.name == _NAMES[1] and config.is_file():
-        _check_config(config, parsed := parse_json(read_utf8(config), config))
+        _check_config(config, parsed := _settings(read_utf8(config), config))
         alphas[file.parent.name if file.parent.name == "text_encoder" else "unet"] = parsed.get("lora_alpha")
     elif "lora_adapter_metadata" in metadata:
-        parsed = parse_json(metadata["lora_adapter_metadata"], file)
+        parsed = _settings(metadata["lora_adapter_metadata"], file)
         for network in ("unet", "text_encoder"):
             own = {k.removeprefix(f"{network}."): v for k, v in parsed.items() if k.startswith(f"{network}.")}
             _check_config(file, own)
             alphas[network] = own.get("lora_alpha")
-    return tensors, {key: value for key, value in alphas.items() if value is not None}
+    return tensors, {key: _number(value, file) for key, value in alphas.items() if value is not None}
+
+
+def _settings(text: str, file: Path) -> dict[str, Any]:
+    """The settings of peft in a JSON text; raises ValueError where it holds none."""
+    if not isinstance(parsed := parse_json(text, file), dict):
+        raise ValueError(f"{file} holds no settings of a LoRA but {text[:40]!r}; copy it again.")
+    return parsed
+
+
+def _number(alpha: Any, file: Path) -> float:
+    """An alpha, which other tools write as a number or a tensor of one; raises ValueError for anything else."""
+    try:
+        found = float(alpha)
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{file} has the alpha {alpha}; it must be one finite number. Copy the file again.")
+    return found
 
 
 def _check_config(file: Path, config: Mapping[str, Any]) -> None:
@@ -175,7 +198,8 @@ def _pair(path: str | Path, target: Target, parts: Mapping[str, Tensor]) -> tupl
     if {"A", "B"} - parts.keys():
         raise ValueError(f"{path} holds one half of the adapter of {target.name} alone; copy the file again.")
     a, b = parts["A"], parts["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != target.in_features or b.shape != (target.out_features, a.shape[0]):
+    rank = len(a) if a.ndim == 2 else 0
+    if not rank or a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
         raise ValueError(
             f"{path} adapts {target.name} by {list(a.shape)} and {list(b.shape)}, which that layer of this backbone "
             f"({target.in_features} to {target.out_features}) cannot take; pass the Stable Diffusion that the LoRA was "
@@ -183,7 +207,7 @@ def _pair(path: str | Path, target: Target, parts: Mapping[str, Tensor]) -> tupl
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError(f"{path} holds values for {target.name} that are not finite; train it again.")
-    return a, b * (float(parts.get("alpha", a.shape[0])) / a.shape[0])
+    return a, b * (float(parts.get("alpha", rank)) / rank)
 
 
 def _row(layout: Layout, adapters: Mapping[Target, tuple[Tensor, Tensor]]) -> Tensor:
@@ -200,13 +224,15 @@ def labelled_files(named: tuple[str, ...]) -> dict[Label, Path]:
     """Files by class from texts LABEL=PATH, or PATH alone, whose name then is the class's.
 
     Raises:
-        ValueError: one class twice.
+        ValueError: one class twice, or a text that is no class name.
     """
     files: dict[Label, Path] = {}
     for text in named:
         label, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            label, path = Path(text).stem if Path(text).is_file() else Path(text).name, text
+        if not equals or os.path.exists(text):
+            label, path = Path(text).stem if os.path.isfile(text) else Path(text).name, text
+        if not (label := normalize_class_name(label)):
+            raise ValueError(f"{text!r} names no class; name it as LABEL=PATH.")
         if label in files:
             raise ValueError(f"Two LoRAs are named {label!r}, {files[label]} and {path}; name one as LABEL={path}.")
         files[label] = Path(path)

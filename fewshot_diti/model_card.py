@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fewshot_diti.hub import is_repo
 from fewshot_diti.reports import printable, wilson_interval
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def model_card(bank: Bank, saved: Saved | None = None) -> str:
 
 def _head(bank: Bank) -> str:
     lines = ["library_name: fewshot-diti", "pipeline_tag: image-classification"]
-    if "/" in bank.backbone_name:  # a hub id
+    if is_repo(bank.backbone_name):
         lines += [f"base_model: {bank.backbone_name}", "base_model_relation: adapter"]
     return "\n".join(["---", *lines, "tags: [few-shot, stable-diffusion, lora]", "---"])
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from http.client import HTTPException
+from string import punctuation
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from urllib.request import urlopen
 
-from transformers.image_utils import load_image
+from PIL import Image
 
-from fewshot_diti.data.arguments import as_list
+from fewshot_diti.data.arguments import as_list, batched, one_by_one
 from fewshot_diti.data.hub import StoredImages
+from fewshot_diti.data.image_files import MAX_FILE_BYTES, read_picture
 
 if TYPE_CHECKING:
     from fewshot_diti.prediction import PredictionMixin
@@ -64,23 +68,20 @@ class ImageClassificationPipeline:
         given = images if inputs is None else inputs
         if given is None:
             raise ValueError("No images were passed.")
-        if isinstance(given, Iterator) or StoredImages.can_hold(given):
-            return self._stream(
-                iter(StoredImages(given)) if StoredImages.can_hold(given) else given, top_k, batch_size, timeout
-            )
         one, many = as_list(given)
+        if isinstance(many, Iterator | StoredImages):
+            return self._stream(many, top_k, batch_size, timeout)
         answers = self._answers([many[row] for row in range(len(many))], top_k, timeout)
         return answers[0] if one else answers
 
     def _stream(
-        self, images: Iterator[Any], top_k: int | None, batch_size: int, timeout: float | None
+        self, images: Iterable[Any], top_k: int | None, batch_size: int, timeout: float | None
     ) -> Iterator[Answer]:
-        while some := list(islice(images, max(1, batch_size))):
+        for some in batched(one_by_one(images), max(1, batch_size)):
             yield from self._answers(some, top_k, timeout)
 
     def _answers(self, images: list[Any], top_k: int | None, timeout: float | None) -> list[Answer]:
-        labels = self.classifier.classes_.tolist()
-        probabilities_NC = self.classifier.predict_proba([self._fetched(image, timeout) for image in images])
+        labels, probabilities_NC = self.classifier.labelled_probabilities([self._fetched(x, timeout) for x in images])
         answers = []
         for probabilities in probabilities_NC.tolist():
             order = sorted(range(len(labels)), key=lambda c: -probabilities[c])[:top_k]
@@ -89,8 +90,21 @@ class ImageClassificationPipeline:
 
     def _fetched(self, image: Any, timeout: float | None) -> Any:
         """The image, downloaded where it is an URL."""
-        if not (isinstance(image, str) and image.startswith(("http://", "https://"))):
+        if not (isinstance(image, str) and image.lower().startswith(("http://", "https://"))):
             return image
         if not self.allow_urls:
             raise ValueError(f"{image} is an URL; download it first, or make the pipeline with allow_urls=True.")
-        return load_image(image, timeout=timeout)
+        return _download(image, timeout)
+
+
+def _download(url: str, timeout: float | None) -> Image.Image:
+    """The picture at an URL, read as files are: transformers' own `load_image` takes formats that start an interpreter,
+    and pictures of any size."""
+    try:
+        with urlopen(quote(url, safe=punctuation), timeout=timeout) as answer:  # spaces and letters beyond ASCII
+            content = answer.read(MAX_FILE_BYTES + 1)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"{url} cannot be downloaded ({error}); check the address, or leave it out.") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{url} has more than the {MAX_FILE_BYTES} bytes that an image file may have.")
+    return read_picture(content, url)

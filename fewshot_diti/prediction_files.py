@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_ROWS_AT_ONCE = 1000
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _PLAIN = ("path", "image_id", "label", "margin", "similarity", "rejected", "decided", "evaluations", "error")
 
@@ -22,26 +24,42 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"output={path}; pass a file that ends in one of {', '.join(SUFFIXES)}.")
 
 
-def encode_predictions(records: Sequence[Mapping[str, Any]], suffix: str, top_k: int) -> bytes:
-    """The content of a file with this suffix.
+def encode_predictions(
+    records: Iterable[Mapping[str, Any]], suffix: str, top_k: int, label_type: type
+) -> Iterator[bytes]:
+    """The content of a file with this suffix, in pieces, so that memory holds some records at a time.
 
     Rows have path, image_id, label, margin, similarity, rejected, decided, evaluations, error, and label_1,
     probability_1 to label_K, probability_K; what an image has not is empty.
+
+    Args:
+        label_type: of the bank's labels.
     """
     if suffix == ".jsonl":  # ASCII, because a path may be no UTF-8
-        return "".join(json.dumps(record) + "\n" for record in records).encode()
-    rows = [_row(record, top_k) for record in records]
+        return ((json.dumps(record) + "\n").encode() for record in records)
     columns = [*_PLAIN, *(f"{name}_{place}" for place in range(1, top_k + 1) for name in ("label", "probability"))]
-    if suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-    table = pa.table({name: pa.array([row.get(name) for row in rows], _type(name, rows)) for name in columns})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
+    rows = (_row(record, top_k) for record in records)
+    return _csv(rows, columns) if suffix == ".csv" else _parquet(rows, columns, label_type)
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[bytes]:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row)
+        yield text.getvalue().encode()
+        text.seek(0)
+        text.truncate()
+    yield text.getvalue().encode()
+
+
+def _parquet(rows: Iterator[Mapping[str, Any]], columns: Sequence[str], label_type: type) -> Iterator[bytes]:
+    schema, buffer = pa.schema([(name, _type(name, label_type)) for name in columns]), io.BytesIO()
+    with pq.ParquetWriter(buffer, schema) as writer:
+        while some := list(islice(rows, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(some, schema))
+    yield buffer.getvalue()
 
 
 def _row(record: Mapping[str, Any], top_k: int) -> dict[str, Any]:
@@ -55,11 +73,10 @@ def _row(record: Mapping[str, Any], top_k: int) -> dict[str, Any]:
     return row
 
 
-def _type(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.DataType:
+def _type(name: str, label_type: type) -> pa.DataType:
     """Of a column, whatever the rows at hand have in it."""
-    if name == "label":  # of the type that labels have in the bank
-        values = [row[name] for row in rows if name in row]
-        return {bool: pa.bool_(), int: pa.int64()}.get(type(values[0]) if values else str, pa.string())
+    if name == "label":
+        return {bool: pa.bool_(), int: pa.int64()}.get(label_type, pa.string())
     if name in ("margin", "similarity") or name.startswith("probability_"):
         return pa.float64()
     if name in ("decided", "rejected"):

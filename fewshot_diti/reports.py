@@ -135,6 +135,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+def drawn_name(label: object) -> str:
+    """A label as a picture takes it: on one line, not too long, no mathematics."""
+    text = printable(str(label)).replace("$", r"\$")
+    return text if len(text) <= 40 else f"{text[:39]}\u2026"
+
+
 def _shared_folder(paths: Sequence[str]) -> str:
     """The longest folder that all paths begin with, "" where there is none."""
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.elimination import Decision, Stage, eliminate
+from fewshot_diti.elimination import Decision, NotFiniteError, Stage, eliminate
 from fewshot_diti.lora import Layout, adapted
 from fewshot_diti.memory import halved
 from fewshot_diti.progress import Progress
@@ -89,7 +89,7 @@ class Scorer:
             timesteps: of each trial.
 
         Raises:
-            ValueError: an error is not finite, naming the class.
+            NotFiniteError: an error is not finite, naming the class.
         """
         shape, count = tuple(latents_Nchw.shape[1:]), len(trials)
         compiled = self.backbone.compiled_unet is not None and count % _COMPILED_TRIALS == 0
@@ -119,7 +119,7 @@ class Scorer:
         broken = (~out_PS.isfinite().all(1)).nonzero()
         if len(broken):
             image, label = pairs_P2[int(broken[0])].tolist()
-            raise ValueError(
+            raise NotFiniteError(
                 f"Class token {self.bank.tokens[label].label!r} gives an error that is not a finite number on image "
                 f"{image_ids[image]}; train it again, remove it from the bank, or score in float32."
             )

@@ -108,10 +108,15 @@ def window(alphas_cumprod: Tensor, lo: int, hi: int) -> Tensor:
 
 
 def pdae(alphas_cumprod: Tensor, gamma: float = PDAE_GAMMA) -> Tensor:
-    """SNR^gamma / (1 + SNR), scaled to a maximum of 1, float64 [T] (PDAE, section 3.3)."""
-    snr_T = snr(alphas_cumprod)
-    weights_T = snr_T**gamma / (1 + snr_T)
+    """`pdae_weights`, scaled to a maximum of 1, float64 [T]."""
+    weights_T = pdae_weights(alphas_cumprod, gamma)
     return weights_T / weights_T.max()
+
+
+def pdae_weights(alphas_cumprod: Tensor, gamma: float = PDAE_GAMMA) -> Tensor:
+    """lambda_t = SNR^gamma / (1 + SNR), float64 [T] (PDAE, section 3.3): little at small and at large t."""
+    snr_T = snr(alphas_cumprod)
+    return snr_T**gamma / (1 + snr_T)
 
 
 def tif(alphas_cumprod: Tensor, d: float) -> Tensor:

@@ -9,17 +9,20 @@ Shapes: C classes, G classes in one batch, P parameters of one class, n shots, K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot_diti.attention import attention_for_training
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank, ClassToken
+from fewshot_diti.checkpoints import Checkpoint, Checkpoints
 from fewshot_diti.config import Label, Settings, TrainingConfig
 from fewshot_diti.distributed import gather, my_share
 from fewshot_diti.encoding import Encoder, PreparedImage
@@ -29,9 +32,12 @@ from fewshot_diti.presets import complete
 from fewshot_diti.prior_images import prior_latents
 from fewshot_diti.progress import Progress
 from fewshot_diti.prompts import Prompts
+from fewshot_diti.row_adamw import RowAdamW
 from fewshot_diti.trials import torch_generator
 
 Groups: TypeAlias = Mapping[Label, Sequence[PreparedImage]]  # the shots of each class
+# called after each step with its number, from 1, each class's loss, and what gives the class tokens as they are then
+OnStep: TypeAlias = Callable[[int, Mapping[Label, float], Callable[[], Bank]], None]
 
 
 def most_shots(groups: Groups) -> int:
@@ -71,39 +77,6 @@ class ClassShots:
     prompt: str
     mean: Tensor
     std: Tensor
-
-
-class RowAdamW:
-    """torch's AdamW on chosen rows of a matrix: absent rows keep moments, steps and values.
-
-    Clipping is by the norm of each row's gradient.
-
-    Args:
-        rows_CP: changed in place.
-        lr: (width, learning rate) of the consecutive pieces of a row.
-    """
-
-    def __init__(
-        self, rows_CP: Tensor, lr: Sequence[tuple[int, float]], *, weight_decay: float, max_grad_norm: float
-    ) -> None:
-        self.widths, self.lr = [w for w, _ in lr], [x for _, x in lr]
-        self.max_grad_norm = max_grad_norm
-        self.pieces = [[nn.Parameter(piece) for piece in row.split(self.widths)] for row in rows_CP]
-        groups = [{"params": list(ps), "lr": x} for ps, x in zip(zip(*self.pieces, strict=True), self.lr, strict=True)]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-
-    @torch.no_grad()
-    def step(self, classes: Sequence[int], grad_GP: Tensor, lr_scale: float) -> None:
-        """One step of the rows `classes` with learning rate `lr * lr_scale`; clips `grad_GP` in place."""
-        norm = grad_GP.norm(dim=1, keepdim=True)
-        clipped = grad_GP.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
-        for c, row in zip(classes, clipped, strict=True):
-            for p, piece in zip(self.pieces[c], row.split(self.widths), strict=True):
-                p.grad = piece
-        for group, lr in zip(self.optimizer.param_groups, self.lr, strict=True):
-            group["lr"] = lr * lr_scale
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -196,12 +169,16 @@ def train_class_tokens(
     *,
     prior: tuple[str, Tensor] | None = None,
     desc: str = "class tokens",
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, Mapping[Label, float], Tensor], None] = lambda *_: None,
 ) -> Trained:
     """Trains one class token for each class, all jointly, in this process.
 
     Args:
         config: what is not given follows the preset.
         prior: generic prompt and prior latents [images, c, h, w], needed where `config.prior_weight` > 0.
+        checkpoint: of the same training; it goes on from there, to the same rows.
+        on_step: called after each step with its number, from 1, each class's loss, and the rows [C, P].
 
     Raises:
         ValueError: no class, two classes of one label, timesteps beyond the schedule, prior images missing, or a
@@ -230,12 +207,21 @@ def train_class_tokens(
     per_class = config.shots_per_step * (1 + len(prompts))
     width = max(1, config.samples_per_batch // per_class)
     failed_at = [0] * len(classes)
-    bar = Progress(config.steps, desc, "step")
-    for step in range(config.steps):
+    first = 0
+    if checkpoint is not None and (saved := checkpoint.load()):
+        first, state = saved
+        rows.copy_(state["rows"])
+        optimizer.load_state(state)
+        for stream, generator in zip(streams, state["generators"], strict=True):
+            stream.generator.set_state(generator.clone())  # it reads the start of the storage
+        failed_at, width = state["failed_at"].tolist(), min(width, int(state["width"]))
+    bar = Progress(config.steps, desc, "step", initial=first)
+    for step in range(first, config.steps):
         alive = [c for c in range(len(classes)) if not failed_at[c]]
         if not alive:
             break
         drawn = {c: streams[c].draw(config, prior_latents) for c in alive}
+        losses: dict[Label, float] = {}
         while alive:
             batch = alive[:width]
             parts = zip(*(drawn[c] for c in batch), strict=True)
@@ -262,29 +248,46 @@ def train_class_tokens(
                 continue
             alive = alive[width:]
             grad = grad.to(dtype)
+            losses |= zip([labels[c] for c in batch], loss_G.tolist(), strict=True)
             finite = (loss_G.detach().isfinite() & grad.norm(dim=1).isfinite()).tolist()
             for c, fine in zip(batch, finite, strict=True):
                 if not fine:
                     failed_at[c] = step + 1
             kept = grad if all(finite) else grad[finite]
             optimizer.step([c for c, fine in zip(batch, finite, strict=True) if fine], kept, lr_scale(config, step))
-        bar.update(loss=f"{float(loss_G.detach().mean()):.4f}") if step % 10 == 0 else bar.update()
+        bar.update(loss=f"{sum(losses.values()) / len(losses):.4f}")
+        on_step(step + 1, losses, rows)
+        if checkpoint is not None and (checkpoint.due or step == config.steps - 1):
+            generators = torch.stack([stream.generator.get_state() for stream in streams])
+            counts = {"failed_at": torch.tensor(failed_at), "width": torch.tensor(width)}
+            checkpoint.save(step + 1, {"rows": rows, "generators": generators, **counts, **optimizer.state()})
     bar.close()
+    if checkpoint is not None and any(failed_at):
+        checkpoint.discard()
     failed = {labels[c]: step for c, step in enumerate(failed_at) if step}
     return Trained(layout, rows.cpu(), failed)
 
 
 def train_bank(
-    encoder: Encoder, groups: Groups, prompts: Prompts, settings: Settings, *, desc: str = "class tokens"
+    encoder: Encoder,
+    groups: Groups,
+    prompts: Prompts,
+    settings: Settings,
+    *,
+    desc: str = "class tokens",
+    checkpoints: Checkpoints | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[Bank, dict[Label, int]]:
     """A bank of the groups' classes, sorted, without those whose loss was not finite; these with their step.
 
-    Under several processes each encodes and trains its share of the classes; all get the whole bank.
+    Under several processes each encodes and trains its share of the classes, and calls `on_step` with these; all get
+    the whole bank. Started again with the same checkpoints, images, settings and number of processes, it goes on where
+    it was cut short.
 
     Raises:
         ValueError: as `check_can_train`, or a prompt is longer than the text encoder reads.
     """
-    backbone, (training, scoring, _) = encoder.backbone, settings
+    backbone, training = encoder.backbone, settings.training
     check_can_train(backbone, training)  # before the expensive work, as is the length of the prompts
     backbone.tokenize([*map(prompts.of_class, groups), prompts.generic])
     prior = None
@@ -292,16 +295,45 @@ def train_bank(
         prior = prompts.generic, prior_latents(backbone, prompts.generic, training.prior_images, encoder.geometry.size)
     labels = sorted(groups)
     mine = [labels[c] for c in my_share(len(labels))]
-    shots = [class_shots(encoder, label, groups[label], prompts, training) for label in mine]
-    trained = train_class_tokens(backbone, shots, training, prior=prior, desc=desc) if shots else None
+    shots = []
+    with Progress(len(mine), "encoding shots", "class", minor=True) as bar:
+        for label in mine:
+            shots.append(class_shots(encoder, label, groups[label], prompts, training))
+            bar.update()
+
+    bank_of = partial(_bank_of, encoder, groups, prompts, settings)
+
+    def watch(step: int, losses: Mapping[Label, float], rows_CP: Tensor) -> None:
+        if on_step is not None:
+            on_step(step, losses, lambda: bank_of(dict(zip(mine, rows_CP.cpu(), strict=True))))
+
+    checkpoint = None
+    if checkpoints is not None:
+        ids = {repr(label): [image.id for image in groups[label]] for label in mine}
+        steps = replace(training, samples_per_batch=1, gradient_checkpointing=False)  # these decide memory alone
+        decides = backbone.hash, backbone.dtype, backbone.device.type, encoder.geometry, prompts, steps
+        checkpoint = checkpoints.of("class tokens", metadata.version("fewshot-diti"), ids, *map(str, decides))
+    found = []
+    if shots:
+        trained = train_class_tokens(
+            backbone, shots, training, prior=prior, desc=desc, checkpoint=checkpoint, on_step=watch
+        )
+        found.append((dict(zip(mine, trained.rows, strict=True)), trained.failed))
     rows: dict[Label, Tensor] = {}
     failed: dict[Label, int] = {}
-    for its_labels, its_rows, its_failed in gather([(mine, trained.rows, trained.failed)] if trained else []):
-        rows |= dict(zip(its_labels, its_rows, strict=True))
+    for its_rows, its_failed in gather(found):
+        rows |= its_rows
         failed |= its_failed
-    kept = [label for label in labels if label not in failed]
+    return bank_of({label: rows[label] for label in labels if label not in failed}), failed
+
+
+def _bank_of(
+    encoder: Encoder, groups: Groups, prompts: Prompts, settings: Settings, rows: Mapping[Label, Tensor]
+) -> Bank:
+    """A bank of a copy of these rows [P]."""
+    backbone, (training, scoring, _) = encoder.backbone, settings
     layout = layout_of(backbone, training)
-    bank = Bank(
+    return Bank(
         tokens=tuple(
             ClassToken(
                 label=label,
@@ -310,15 +342,14 @@ def train_bank(
                 unet_scale=scoring.unet_scale,
                 text_encoder_scale=scoring.text_encoder_scale,
             )
-            for label in kept
+            for label in rows
         ),
         layout=layout,
-        rows=torch.stack([rows[label] for label in kept]) if kept else torch.empty(0, layout.num_parameters),
+        rows=torch.stack([*rows.values()]) if rows else torch.empty(0, layout.num_parameters),
         backbone_name=backbone.public_name,
         backbone_hash=backbone.hash,
         geometry=encoder.geometry,
     )
-    return bank, failed
 
 
 def class_shots(

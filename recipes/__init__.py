@@ -1,1 +1,1 @@
-"""Presets of few-shot runs, each a script, and the training of the pocket's networks in `pocket`."""
+"""Presets of few-shot runs and of representation learning, scripts each, and the training of the pocket in `pocket`."""

@@ -88,6 +88,32 @@ def save_tiny_backbone(folder: Path, *, prediction_type: str = "epsilon", seed: 
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="many more inputs and faults in tests/reliability: hours")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> None:
+    """What was recorded goes from process to process as text."""
+    item.user_properties[:] = [(name, str(value)) for name, value in item.user_properties]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests/reliability tried, and how much of it was lost."""
+    reports = [x for x in terminalreporter.getreports("passed") if x.when == "call" and x.user_properties]
+    if reports:
+        terminalreporter.section("tried")
+    for report in sorted(reports, key=lambda x: x.nodeid):
+        counts = ", ".join(f"{name}: {value}" for name, value in report.user_properties)
+        terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}  {counts}")
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether tests/reliability tries all that it can, instead of what takes CI a moment."""
+    return bool(request.config.getoption("--thorough"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _a_cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prior images, and notes of where backbones lie, are not left in the user's cache."""

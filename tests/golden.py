@@ -24,8 +24,19 @@ from small_classifier import COLOURS, PREDICTION, SCORING, TRAINING
 from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig
 
 FILE = Path(__file__).parent / "golden.json"
-# the kernels that torch chooses for a processor decide the last bits
-PROCESSOR = f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor() -> str:
+    """Version of torch, and the maker and model of the processor: the kernels that are chosen for it decide the last
+    bits."""
+    file = Path("/proc/cpuinfo")
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line) if file.is_file() else {}
+    fields = {name.strip(): value.strip() for name, value in lines.items()}
+    model = " ".join(fields.get(name, "?") for name in ("vendor_id", "cpu family", "model"))
+    return f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {model}"
+
+
+PROCESSOR = _processor()
 
 
 def picture(label: str, number: int) -> Image.Image:

@@ -171,17 +171,33 @@ def test_the_hash_covers_schedule_prediction_type_and_vocabulary(backbone: Backb
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
-    [("vae", {"scaling_factor": 1.0}), ("text_encoder", {"hidden_act": "relu"}), ("unet", {"norm_eps": 1e-3})],
+    ("file", "change"),
+    [
+        ("vae/config.json", {"scaling_factor": 1.0}),
+        ("text_encoder/config.json", {"hidden_act": "relu"}),
+        ("unet/config.json", {"norm_eps": 1e-3}),
+        ("unet/config.json", {"timestep_post_act": "silu"}),
+        ("unet/config.json", {"downsample_padding": 0}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 48}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "<|startoftext|>"}),
+    ],
 )
 def test_the_hash_covers_settings_that_no_weight_shows(
-    backbone: Backbone, folder: Path, part: str, change: dict[str, Any]
+    backbone: Backbone, folder: Path, file: str, change: dict[str, Any]
 ) -> None:
-    path = folder / part / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((folder / file).read_text())
     assert config != config | change
-    path.write_text(json.dumps(config | change))
+    (folder / file).write_text(json.dumps(config | change))
     assert load(folder).hash != backbone.hash
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    broken = json.loads(path.read_text())
+    broken["model"]["merges"] = [["no such", "tokens"]]
+    path.write_text(json.dumps(broken))
+    with pytest.raises(FileNotFoundError, match="tokenizer cannot be read"):
+        load(folder)
 
 
 def test_the_schedule_is_read_whatever_sampler_the_folder_names(backbone: Backbone, folder: Path) -> None:

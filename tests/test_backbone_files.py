@@ -183,6 +183,7 @@ def test_a_backbone_is_found_by_its_name_or_hash_in_the_listed_folders(
 ) -> None:
     other = save_tiny_backbone(tmp_path / "models" / "mine", seed=1)
     monkeypatch.delenv("FEWSHOT_DITI_BACKBONES", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where no other test has left a note
     with pytest.raises(FileNotFoundError, match=r"'mine' with hash .* is not there; pass backbone= .* Tried: nothing"):
         find_backbone("mine", backbone.hash)
     assert find_backbone("mine", backbone.hash, hint=folder, device="cpu").name == str(folder.resolve())

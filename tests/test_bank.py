@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,7 +145,65 @@ def test_a_save_killed_at_any_write_leaves_the_old_bank_or_the_new(
             break
     assert finished
     assert outcomes == sorted(outcomes), "old up to one write, new from then on"
-    assert outcomes.count(False) == 5, "four files, then the manifest"
+    assert outcomes.count(False) == 6, "five files, then the manifest"
+
+
+def test_saves_into_one_folder_wait_for_each_other(bank: Bank, backbone: Backbone, tmp_path: Path) -> None:
+    banks = [bank, random_bank(backbone, 5, 2, 1)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda i: banks[i % 2].save_pretrained(tmp_path), range(20)))
+    assert Bank.from_pretrained(tmp_path) in banks
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_in_the_middle_of_another_leaves_one_whole_bank(
+    bank: Bank, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, write, done = random_bank(backbone, 5, 2, 1), bank_files.write_atomically, []
+
+    def between(path: Path, content: bytes) -> None:
+        if path.name == "manifest.json" and not done:
+            done.append(path)
+            other.save_pretrained(tmp_path)
+        write(path, content)
+
+    monkeypatch.setattr(bank_files, "write_atomically", between)
+    bank.save_pretrained(tmp_path)
+    assert Bank.from_pretrained(tmp_path) == bank
+
+
+def test_a_name_that_was_damaged_in_the_manifest_is_no_file_that_was_never_there(bank: Bank, tmp_path: Path) -> None:
+    bank.save_pretrained(tmp_path, extra={"classifier.json": b"{}"})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"classifier.json", b"claszifier.json"))
+    with pytest.raises(ValueError, match="is no bank's manifest; it was changed"):
+        read_files(tmp_path, ["classifier.json"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bank.json", b"[" * 100_000),
+        ("bank.json", b"null"),
+        ("bank.json", b'[{"label": null, "prompt": "x", "num_shots": 1}]'),
+        ("bank.json", b'[{"label": "x", "prompt": null, "num_shots": 1}]'),
+        ("bank.json", b'[{"label": "x", "prompt": "x", "num_shots": NaN}]'),
+        ("bank.json", b'[{"label": "x", "prompt": "x", "num_shots": 1, "unet_scale": NaN}]'),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"backbone_hash": "../x"}'),
+        ("class_tokens.safetensors", (2**62).to_bytes(8, "little")),
+    ],
+)
+def test_files_that_no_version_writes_are_refused_by_name(
+    bank: Bank, tmp_path: Path, name: str, content: bytes
+) -> None:
+    bank.save_pretrained(tmp_path)
+    names = ("class_tokens.safetensors", "bank.json", "config.json")
+    files = read_files(tmp_path, names) | {name: content}
+    bank_files.write_files(tmp_path, files, "")  # whose manifest agrees
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        Bank.from_pretrained(tmp_path)
 
 
 def test_the_model_card_is_for_people_and_may_be_edited(bank: Bank, tmp_path: Path) -> None:

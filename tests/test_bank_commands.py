@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_commands import CLASSES, save_classes, save_image
+from test_classifier_failures import poison
 
 from fewshot_diti import Bank, DiTiClassifier, cli
+from fewshot_diti.bank_files import read_files, write_files
 
+add_module = import_module("fewshot_diti.commands.add")  # whose function has its name
 pytestmark = pytest.mark.usefixtures("quick_train")
 
 
@@ -125,3 +132,103 @@ def test_a_bank_is_exported_and_imported_again(
     assert len(again.predict(images)) == 3
     assert cli.main([*back, str(tmp_path / "again")]) == 2
     assert "is there already; pass another --output_dir" in capsys.readouterr().err
+
+
+def test_a_class_that_fails_when_it_is_learned_anew_is_not_lost(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, before = save_classes(tmp_path / "more", 3, seed=700), files(copy)
+    poison(monkeypatch, lambda label, _: label == CLASSES[1])
+    assert cli.main(["add", str(copy), str(data), "--more_shots"]) == 2
+    assert f"The loss of {CLASSES[1]!r}" in capsys.readouterr().err and files(copy) == before
+
+
+def test_a_bank_that_changes_while_a_class_is_added_is_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("axle", "cam"):
+        save_image(tmp_path / name / name / "0.png", 700)
+    check, started = add_module.check_writable, []
+
+    def meanwhile(folder: Path) -> None:
+        if not started:
+            started.append(folder)
+            assert cli.main(["add", str(copy), str(tmp_path / "cam")]) == 0
+        check(folder)
+
+    monkeypatch.setattr(add_module, "check_writable", meanwhile)
+    with pytest.warns(UserWarning, match="has changed meanwhile; the larger bank is in"):
+        assert cli.main(["add", str(copy), str(tmp_path / "axle")]) == 0
+    assert Bank.from_pretrained(copy).labels == (*CLASSES[:1], "cam", *CLASSES[1:])
+    assert Bank.from_pretrained(f"{copy}_added").labels == ("axle", *CLASSES)
+
+
+def test_a_bank_that_changes_while_it_is_loaded_loses_no_class(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("axle", "cam"):
+        save_image(tmp_path / name / name / "0.png", 700)
+    load, started = add_module.load_classifier, []
+
+    def meanwhile(*arguments: Any) -> DiTiClassifier:
+        loaded = load(*arguments)
+        if not started:
+            started.append(loaded)
+            assert cli.main(["add", str(copy), str(tmp_path / "cam")]) == 0
+        return loaded
+
+    monkeypatch.setattr(add_module, "load_classifier", meanwhile)
+    with pytest.warns(UserWarning, match="has changed meanwhile; the larger bank is in"):
+        assert cli.main(["add", str(copy), str(tmp_path / "axle")]) == 0
+    assert "cam" in Bank.from_pretrained(copy).labels
+    output = tmp_path / "out"
+    started.clear()
+    monkeypatch.setattr(add_module, "load_classifier", load)
+    assert cli.main(["add", str(copy), str(tmp_path / "axle"), "--output_dir", str(output)]) == 0
+    assert "axle" in Bank.from_pretrained(output).labels and "axle" not in Bank.from_pretrained(copy).labels
+
+
+@pytest.mark.parametrize(("name", "label"), [("7", 7), ("-4", -4), ("01", None), ("1_0", None), ("\uff13", None)])
+def test_a_folder_is_a_number_where_the_labels_are_numbers(bank: Path, name: str, label: int | None) -> None:
+    saved = Bank.from_pretrained(bank)
+    numbered = replace(saved, tokens=tuple(replace(token, label=i) for i, token in enumerate(saved.tokens)))
+    if label is None:
+        with pytest.raises(ValueError, match="is none such"):
+            numbered.as_label(name)
+    else:
+        assert numbered.as_label(name) == label
+
+
+def test_score_reads_the_files_of_a_bank_once(
+    bank: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self.name), whole(self))[1])
+    command = ["score", "--bank", str(bank), str(shots / CLASSES[0]), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 0
+    assert read.count("class_tokens.safetensors") == read.count("witness-0.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("settings", "scoring", "witnesses"), [5]),
+        (("calibration", "accuracy"), "x"),
+        (("models",), 5),
+        (("prompts",), []),
+    ],
+)
+def test_settings_that_no_version_writes_are_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], path: tuple[str, ...], value: object
+) -> None:
+    names = json.loads((copy / "manifest.json").read_text())["files"]
+    contents = read_files(copy, names)
+    at = tree = json.loads(contents["classifier.json"])
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    write_files(copy, contents | {"classifier.json": json.dumps(tree).encode()}, "")
+    capsys.readouterr()
+    assert cli.main(["info", str(copy)]) == 2
+    assert str(copy) in (said := capsys.readouterr().err) and said.count("\n") == 1

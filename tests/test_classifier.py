@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sklearn.metrics import accuracy_score
 from small_classifier import PREDICTION, SCORING, TRAINING, bank_of, make, shots_of
 
 from fewshot_diti import Backbone, Bank, DiTiClassifier, PredictionConfig
+from fewshot_diti.config import Label
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.weighting import fixed_weights
@@ -284,3 +286,19 @@ def test_the_schedule_of_a_saved_classifier_is_kept(
     again = DiTiClassifier.from_pretrained(tmp_path, backbone)
     assert again.current_prediction() == classifier.current_prediction()
     assert torch.equal(again.scores(tests), classifier.scores(tests))
+
+
+def test_what_is_called_after_each_step_gets_the_class_tokens_as_they_are_then(
+    backbone: Backbone, pictures: dict[str, list[Path]]
+) -> None:
+    seen = {}
+
+    def watch(step: int, losses: Mapping[Label, float], bank: Callable[[], Bank]) -> None:
+        seen[step] = dict(losses), bank()
+
+    shots = shots_of(pictures, ["tu-154", "a320"])
+    whole = make(backbone).fit(*shots, on_step=watch)
+    assert list(seen) == [1, 2, 3]
+    assert all(list(losses) == ["a320", "tu-154"] and min(losses.values()) > 0 for losses, _ in seen.values())
+    assert seen[3][1] == whole.bank_
+    assert seen[2][1] == make(backbone, training=replace(TRAINING, steps=2)).fit(*shots).bank_

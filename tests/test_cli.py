@@ -18,7 +18,8 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
     expected = {
         "demo": "--output_dir --shots --test_images --trials --backbone --dtype --seed --quiet",
         "train": "--output_dir --concept --backbone --shots --shots_file --folds --resize --banner_rows --split"
-        " --val_split --dtype --witnesses --shortlist --batch_size --seed --quiet",
+        " --val_split --dtype --witnesses --shortlist --batch_size --report_to --validation_steps --check --seed"
+        " --quiet",
         "check": "--unlabelled --wanted --concept --backbone --folds --resize --banner_rows --split --dtype --quiet",
         "add": "--output_dir --more_shots --shots --split --backbone --dtype --batch_size --seed --quiet",
         "score": "--bank --output --top_k --reject --split --image_column --backbone --dtype --batch_size --compile"
@@ -27,13 +28,18 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         "eval": "--dataset --backbone --dtype --clip --network --siblings --methods --shots --seeds --shots_file"
         " --concept --trials --training_share --max_test_images --shift --group --output_dir --quick"
         " --dry_run --against --quiet",
+        "represent": "",
+        "represent train": "--output_dir --method --concept --dims --stages --mode --steps --batch_size --lr --resize"
+        " --backbone --dtype --seed --quiet",
+        "represent features": "--representation --output --backbone --dtype --quiet",
         "export": "--output_dir --format --classes --quiet",
         "import": "--output_dir --prompt --backbone --concept --resize --quiet",
         "info": "--quiet",
+        "app": "--bank --results --port --backbone --dtype --quiet",
     }
     for command, options in expected.items():
         with pytest.raises(SystemExit) as exit_:
-            cli.main([command, "--help"])
+            cli.main([*command.split(), "--help"])
         assert exit_.value.code == 0
         shown = re.findall(r"^[│ ]+(?:-h, )?(--\w+)", capsys.readouterr().out, re.MULTILINE)
         assert shown == ["--help", *options.split()]
@@ -100,6 +106,7 @@ def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
     shots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
         monkeypatch.setattr(cli, "train", lambda *_, number=number: signal.raise_signal(number))
         assert cli.main(["train", str(shots), "--output_dir", "B", "--concept", "part"]) == status

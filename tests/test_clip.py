@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +188,9 @@ def test_a_clip_without_weights_is_refused() -> None:
     for name, text in (("ViT-B-32", "Weights of ViT-B-32: .*openai"), ("ViT-X/openai", "called 'ViT-X'")):
         with pytest.raises(ValueError, match=f"is no OpenCLIP model with weights.*{text}"):
             OpenClip(name)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (save_tiny_clip(tmp_path, "transformer") / "open_clip_model.safetensors").rename(tmp_path / "open_clip_model.pt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        OpenClip(f"local-dir:{tmp_path}")

@@ -56,7 +56,7 @@ def test_an_image_that_was_just_decided_is_not_decided_again(pair: DiTiClassifie
 
 
 def test_decisions_that_are_remembered_are_bounded(pair: DiTiClassifier, scored: list[str]) -> None:
-    images = noise(400)
+    images = noise(200)
     pair.predict(images)
     few = len(pickle.dumps(pair))
     scored.clear()
@@ -64,7 +64,7 @@ def test_decisions_that_are_remembered_are_bounded(pair: DiTiClassifier, scored:
     assert not scored  # the last ones are known
     pair.predict(images[:50])
     assert len(scored) == 50  # the first are not
-    pair.predict(noise(400, seed=3))
+    pair.predict(noise(200, seed=3))
     assert len(pickle.dumps(pair)) == pytest.approx(few, rel=0.01)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from small_classifier import SCORING, make, shots_of
 from small_commands import CLASSES as PARTS
 
 from fewshot_diti import Backbone, DiTiClassifier, cli
+from fewshot_diti.encoding import Encoder
 from fewshot_diti.explain import REPEATS, TIMES, Neighbour
 from fewshot_diti.scoring import Scorer
 
@@ -108,3 +112,56 @@ def test_explain_writes_a_picture_for_each_image(
     for record in records:
         assert (tmp_path / "why" / record["picture"]).read_bytes().startswith(b"\x89PNG")
         assert set(record["sources"]) == {"class tokens", "features"} and record["label"] in record["neighbours"]
+
+
+def test_explain_writes_over_nothing_but_its_own_files(
+    quick_train: None, bank: Path, shots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "a_0", "a-0"):
+        shutil.copy(shots / PARTS[0] / "0.png", tmp_path / f"{name}.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    command = ["explain", "--bank", str(bank), "--output_dir", str(tmp_path), str(tmp_path / "a.png")]
+    for _ in range(2):  # the second time its own are there
+        assert cli.main(command) == 0
+        assert {path: path.read_bytes() for path in before} == before and len(list(tmp_path.iterdir())) == 5
+    (tmp_path / "explanations.jsonl").write_text("mine\n")
+    assert cli.main(command) == 2 and "no output of explain" in capsys.readouterr().err
+
+
+def test_what_was_explained_is_kept_where_the_next_image_ends_it(
+    quick_train: None, bank: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = DiTiClassifier.explain, []
+
+    def interrupted(self: DiTiClassifier, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, *given)
+
+    monkeypatch.setattr(DiTiClassifier, "explain", interrupted)
+    assert cli.main(["explain", "--bank", str(bank), "--output_dir", str(tmp_path), str(shots)]) == 130
+    assert len((tmp_path / "explanations.jsonl").read_text().splitlines()) == len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_an_image_is_encoded_and_its_features_are_read_once(
+    classifier: DiTiClassifier, pictures: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"latents": 0, "features": 0}
+    for name in counts:
+        monkeypatch.setattr(Encoder, name, counted(getattr(Encoder, name), counts, name))
+    classifier.explain(pictures["747"][0])
+    assert counts == {"latents": 1, "features": 1}
+    images = pictures["747"][1:3]
+    assert len(classifier.is_unknown(images)) == 2
+    classifier.predict(images)
+    classifier.evidence(images)
+    assert counts == {"latents": 3, "features": 3}
+
+
+def counted(whole: Callable[..., torch.Tensor], counts: dict[str, int], name: str) -> Callable[..., torch.Tensor]:
+    def count(self: Encoder, images: Any) -> torch.Tensor:
+        counts[name] += len(images)
+        return whole(self, images)
+
+    return count

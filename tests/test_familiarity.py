@@ -40,7 +40,7 @@ def test_a_classifier_says_what_is_unknown(
     images, labels = shots_of(pictures, ["a320", "dc-9", "tu-154"])
     classifier = make(backbone, scoring=scoring).fit(images, labels)
     assert not classifier.is_unknown(images).any()  # a shot is its own most similar one
-    similarities = classifier.decider().similarities(tests)
+    similarities = classifier.decider().similarities(tests, classifier.current_prediction())
     least = classifier.decider().familiarity.least(0.5)
     assert classifier.is_unknown(tests, reject=0.5).tolist() == (similarities < least).tolist()
     assert classifier.is_unknown(tests[0], reject=0.5) is bool(similarities[0] < least)

@@ -156,6 +156,35 @@ def test_other_files_are_refused(backbone: Backbone, bank: Bank, tmp_path: Path)
             read_lora(backbone, folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "metadata", "text"),
+    [
+        ({"lora_down.weight": torch.zeros(0, 16), "lora_up.weight": torch.zeros(16, 0)}, {}, "cannot take"),
+        ({"lora_down.weight": torch.zeros(0, 0, 1, 1)}, {}, "cannot take"),
+        ({"lora_down.weight": torch.tensor(1.0)}, {}, "cannot take"),
+        ({"lora_down.weight": torch.zeros(4, 16, dtype=torch.int8)}, {}, "in torch.int8; weights of a LoRA are floats"),
+        ({"alpha": torch.ones(2)}, {}, "must be one finite number"),
+        ({"alpha": torch.tensor(torch.nan)}, {}, "must be one finite number"),
+        ({"alpha": None}, {"lora_adapter_metadata": "[]"}, "holds no settings of a LoRA"),
+        ({"alpha": None}, {"lora_adapter_metadata": "{"}, "is no JSON"),
+        ({"alpha": None}, {"lora_adapter_metadata": '{"text_encoder.lora_alpha": [1]}'}, "must be one finite number"),
+    ],
+)
+def test_files_that_no_tool_writes_are_refused_by_name(
+    backbone: Backbone, bank: Bank, tmp_path: Path, changes: dict, metadata: dict[str, str], text: str
+) -> None:
+    path = export_lora(bank, bank.labels[0], tmp_path, "kohya")
+    tensors = load_file(path)
+    key = next(key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha") and "_te_" in key)
+    tensors |= {f"{key}.{part}": value for part, value in changes.items()}
+    if changes.get("alpha", 0) is None:
+        tensors = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=text) as raised:
+        read_lora(backbone, path)
+    assert str(path) in str(raised.value)
+
+
 def test_files_are_named_with_their_class_or_by_it(tmp_path: Path) -> None:
     file = tmp_path / "A=B.safetensors"
     file.write_bytes(b"")
@@ -166,6 +195,12 @@ def test_files_are_named_with_their_class_or_by_it(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="Two LoRAs are named 'x'"):
         labelled_files(("x=a.safetensors", "b/x"))
+    with pytest.raises(ValueError, match="Two LoRAs are named '\u00e9'"):
+        labelled_files(("\u00e9=a.safetensors", "e\u0301=b.safetensors"))
+    with pytest.raises(ValueError, match="names no class"):
+        labelled_files(("=a.safetensors",))
+    long = "x" * 300  # which is no path
+    assert labelled_files((f"{long}={file}",)) == {long: file}
 
 
 def test_every_class_gets_a_file_name_that_every_system_takes() -> None:
@@ -182,6 +217,7 @@ def test_every_class_gets_a_file_name_that_every_system_takes() -> None:
 def test_nothing_is_exported_where_a_class_is_in_the_way(bank: Bank, tmp_path: Path) -> None:
     last = file_names(bank.labels)[bank.labels[2]]
     (tmp_path / last).mkdir()
+    (tmp_path / last / "mine").touch()
     with pytest.raises(ValueError, match="is there already; pass another folder"):
         export_classes(bank, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [last]

@@ -1,4 +1,4 @@
-"""`as_pipeline` answers as transformers' image classification does, and tables and data sets are read as they come."""
+"""`as_pipeline` answers as transformers' image classification does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from small_classifier import make, shots_of
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, pipeline
@@ -89,6 +87,26 @@ def test_urls_are_refused_unless_they_are_allowed(
     assert allowed == pipe(str(tests[0]))
 
 
+def test_what_an_url_gives_is_read_as_files_are(classifier: DiTiClassifier, tests: list[Path], tmp_path: Path) -> None:
+    Image.open(tests[0]).convert("RGB").save(tmp_path / "page.eps")  # a format that starts an interpreter
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "text.png").write_bytes(b"<html>404</html>")
+    pipe = classifier.as_pipeline(allow_urls=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        for name, text in (
+            ("page.eps", "not an image of a known format"),
+            ("bomb.png", "too many for a file"),
+            ("text.png", "not an image of a known format"),
+            ("nothing.png", "cannot be downloaded"),
+        ):
+            with pytest.raises(ValueError, match=text) as raised:
+                pipe(f"{root}/{name}")
+            assert name in str(raised.value)
+        server.shutdown()
+
+
 def test_arguments_that_it_has_not_are_refused(pipe: ImageClassificationPipeline, tests: list[Path]) -> None:
     for options, text in (
         ({"function_to_apply": "sigmoid"}, "has no function_to_apply"),
@@ -97,17 +115,3 @@ def test_arguments_that_it_has_not_are_refused(pipe: ImageClassificationPipeline
     ):
         with pytest.raises(ValueError, match=text):
             pipe(**{"inputs": str(tests[0]), **options})  # type: ignore[arg-type]
-
-
-def test_predict_takes_data_sets_and_tables(classifier: DiTiClassifier, tests: list[Path]) -> None:
-    paths = list(map(str, tests))
-    expected = classifier.predict(paths).tolist()
-    stored = datasets.Dataset.from_dict({"n": range(len(paths)), "photo": paths}).cast_column("photo", datasets.Image())
-    for images in (stored, pd.DataFrame({"path": paths, "n": 0}), pd.DataFrame({"file": paths})):
-        assert classifier.predict(images).tolist() == expected
-    assert classifier.score(stored, expected) == 1
-    with pytest.raises(ValueError, match=r"columns \['a', 'b'\], and none is called path"):
-        classifier.predict(pd.DataFrame({"a": paths, "b": paths}))
-    with pytest.raises(ValueError, match="has 0 columns of images"):
-        classifier.predict(stored.remove_columns("photo"))
-    assert torch.equal(classifier.scores(stored), classifier.scores(paths))

@@ -18,8 +18,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
+from fewshot_diti import loop
 from fewshot_diti.backbone import Backbone
-from recipes.pocket import loop
 from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer, write_caption
 from recipes.pocket.renders import airline_name, load_renders, split_held_out
 from recipes.pocket.sd import UnetConfig, train_unet

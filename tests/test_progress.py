@@ -50,6 +50,28 @@ def test_without_a_terminal_a_line_comes_once_a_minute_and_one_at_the_end(
     ]
 
 
+def test_work_of_unknown_length_says_what_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(None, "scoring", "image") as bar:
+        for second in (30, 61, 90):
+            clock.now = second
+            bar.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["scoring: 4 images so far", "scoring: 6 images in 90 s"]
+
+
+def test_minor_work_is_shown_where_it_is_long_after_all(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    for seconds in ((10, 50), (10, 61)):
+        clock.now = 0.0
+        with Progress(2, "reading", "class", minor=True) as bar:
+            for second in seconds:
+                clock.now = second
+                bar.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 2 classes, less than a minute left",
+        "reading: 2 classes in 61 s",
+    ]
+
+
 def test_training_and_scoring_tell_how_far_they_are(
     backbone: Backbone, pictures: dict[str, list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:

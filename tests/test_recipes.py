@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewshot_diti import TrainingConfig
+from fewshot_diti import DiTiClassifier, TrainingConfig
 from fewshot_diti.data import load_fgvc
 from fewshot_diti.data.benchmarks import ISIC2019_CLASSES, load_duke, load_isic2019, load_veri
 from fewshot_diti.evaluation.run import FewShotRun
@@ -187,11 +187,19 @@ def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, 
     part = tmp_path / "out" / "predictions" / "part-00000.jsonl"
     lines = part_lines(folder)
     of_another_bank = {**json.loads(lines[1]), "made_by": "another bank", "label": "no class"}
-    marked = json.dumps({**json.loads(lines[0]), "mark": "scored by the first run"})
-    part.write_text("\n".join([marked, json.dumps(of_another_bank), *lines[2:-1], lines[-1][:40]]))
+    part.write_text("\n".join([lines[0], json.dumps(of_another_bank), *lines[2:-1], lines[-1][:40]]))
+    decided = []
+
+    def recorded(self, images):
+        decided.extend(image.id for image in images)
+        return decide(self, images)
+
+    decide = DiTiClassifier.decide
+    monkeypatch.setattr(DiTiClassifier, "decide", recorded)
     again = run_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags)
     assert {**again, "run": ()} == {**results, "run": ()}
-    assert sorted(part_lines(tmp_path / "out")) == sorted([marked, *lines[1:]])
+    assert decided == [json.loads(line)["image_id"] for line in (lines[1], lines[-1])]
+    assert sorted(part_lines(tmp_path / "out")) == sorted(lines)
 
 
 def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 import torch
 
 from fewshot_diti.config import TrainingConfig
-from fewshot_diti.training import RowAdamW, lr_scale
+from fewshot_diti.row_adamw import RowAdamW
+from fewshot_diti.training import lr_scale
 
 
 def test_row_adamw_equals_adamw_run_alone_on_the_rows_that_take_part() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from small_commands import CLASSES, read_lines, save_image, train_command
 
-from fewshot_diti import DiTiClassifier, cli
-from fewshot_diti.data import image_id
+from fewshot_diti import Backbone, DiTiClassifier, cli
+from fewshot_diti.data import ImageGeometry, image_id
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import PreparedImage
 
@@ -242,6 +245,30 @@ def test_patterns_tables_and_data_sets_are_scored(
         assert cli.main(command) == 2 and text in capsys.readouterr().err
 
 
+def test_score_keeps_no_image_of_a_data_set_in_memory(bank: Path, tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 400, 400, 3), np.uint8)
+        features = datasets.Features(image=datasets.Image())
+        rows = [{"image": {"bytes": as_bmp(x), "path": None}} for x in pixels]  # 480 kB each
+        datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / f"{count}")
+        del rows, pixels
+        tracemalloc.start()
+        command = ["score", "--bank", str(bank), f"hub:{tmp_path / str(count)}"]
+        assert cli.main([*command, "--output", str(tmp_path / f"{count}.jsonl")]) == 0
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(2)  # what is kept from then on
+    assert peak(40) - peak(10) < 2e6  # 30 images of 480 kB
+
+
+def as_bmp(pixels_HWC: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "bmp")
+    return buffer.getvalue()
+
+
 def test_two_processes_score_as_one_and_neither_an_image_twice(
     bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,3 +334,22 @@ def test_an_incomplete_classifier_scores_with_a_warning(
     with pytest.warns(UserWarning, match="was saved when its training was interrupted or failed"):
         assert cli.main([*command, "--output", str(tmp_path / "out.jsonl")]) == 0
     assert len(read_lines(tmp_path / "out.jsonl")) == 1
+
+
+def test_an_image_that_cannot_be_encoded_is_named_and_the_others_are_scored(
+    bank: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = save_image(tmp_path / "bad.png", 77)
+    whole, pixels = Backbone.encode_images, {}
+
+    def overflowing(self: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = whole(self, images)
+        return (mean * torch.nan if torch.equal(images[0], pixels["bad"]) else mean), std
+
+    pixels["bad"] = ImageGeometry(size=(16, 32)).pixels(bad)
+    monkeypatch.setattr(Backbone, "encode_images", overflowing)
+    command = ["score", "--bank", str(bank), str(shots), str(bad), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(command) == 1
+    assert f"latents of {bad} that are not finite" in capsys.readouterr().out
+    rows = read_lines(tmp_path / "out.jsonl")
+    assert sum("label" in row for row in rows) == 9 and rows[-1]["path"] == str(bad) and "error" in rows[-1]

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+from small_commands import save_classes
 from small_grid import PRESET, SCORING
 
-from eval import information, maps, pilots, shortcuts, unknown, witness_gain, witness_weights
-from fewshot_diti import Backbone, Bank
+from eval import calibration, generated, information, maps, pilots, shortcuts, unknown, witness_gain, witness_weights
+from fewshot_diti import Backbone, Bank, DiTiClassifier
 from fewshot_diti.backbone import load_backbone
 from fewshot_diti.commands.evaluate import EvalConfig
 from fewshot_diti.data import load_images, sample_shots
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.shipped import trained_classifier
 from fewshot_diti.presets import PRESETS
+from fewshot_diti.timesteps import relative, trial_weights, weighted_mean
 from recipes.pocket.renders import Renders, as_batch
 from recipes.pocket.siblings import train_siblings
 from tests.test_pretrained_baselines import tiny_siblings
@@ -192,17 +196,96 @@ def test_the_interval_of_the_worst_pair_is_over_images() -> None:
 
 
 def test_what_is_unknown_is_told_by_each_score(
-    quick_train: None, bank: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick_train: None,
+    bank: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(unknown, "load_renders", lambda *_: two_liveries(3))
     monkeypatch.setattr(unknown, "split_held_out", lambda images, _: (images, images))
     capsys.readouterr()
-    unknown.main(unknown.Config(bank=bank, dataset=f"folder:{data}", data=data, images=6))
+    curves = tmp_path / "oscr.png"
+    unknown.main(unknown.Config(bank=bank, dataset=f"folder:{data}", data=data, images=6, picture=curves))
     out = capsys.readouterr().out
-    assert "similarity of the nearest shot" in out and "photographs: AUROC" in out and "% of variants left out" in out
+    assert "similarity of the nearest shot" in out and "class token against none" in out and "photographs" in out
+    assert "% of variants left out" in out and curves.read_bytes().startswith(b"\x89PNG")
     photograph = np.arange(60 * 100 * 3).reshape(60, 100, 3)
     for crop in unknown.crops([photograph], 50, np.random.default_rng(0)):
         assert crop.shape[1] == 2 * crop.shape[0] > 0 and crop.shape[2] == 3
+
+
+def test_the_gain_of_a_class_token_is_measured_on_the_same_noise(quick_train: None, bank: Path, data: Path) -> None:
+    classifier = DiTiClassifier.from_pretrained(bank)
+    saved = classifier.bank_
+    assert saved is not None
+    images = [load_images(f"folder:{data}", "test").decode(row) for row in range(2)]
+    assert (unknown.against_none(classifier, images, np.array([0, 1])) != 0).all()
+    nothing = replace(saved, rows=torch.zeros_like(saved.rows))
+    tokens = [replace(token, prompt=classifier.encoder_.generic_prompt) for token in nothing.tokens]
+    classifier.bank_ = replace(nothing, tokens=tuple(tokens))
+    np.testing.assert_allclose(unknown.against_none(classifier, images, np.array([0, 1])), 0, atol=1e-5)
+
+
+def test_the_area_under_oscr_is_auroc_where_all_labels_are_right_and_the_accuracy_where_nothing_is_mixed_up() -> None:
+    rng = np.random.default_rng(0)
+    known, unfamiliar = rng.normal(1, 1, 60).round(1), rng.normal(0, 1, 50).round(1)
+    correct = rng.random(60) < 0.7
+    x, y = unknown.oscr(known, correct, unfamiliar)
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, correct.mean())
+    for threshold in (-0.5, 0.3, 1.0):
+        point = ((unfamiliar >= threshold).mean(), (correct & (known >= threshold)).mean())
+        assert any(np.allclose(point, at) for at in zip(x, y, strict=True))
+    x, y = unknown.oscr(known, np.ones(60, dtype=bool), unfamiliar)
+    truth = [1] * 60 + [0] * 50
+    assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(truth, [*known, *unfamiliar]))
+    x, y = unknown.oscr(known + 100, correct, unfamiliar)
+    assert np.trapezoid(y, x) == pytest.approx(correct.mean())
+    assert unknown.row(known + 100, correct, unfamiliar)[2:] == ["0", "0"]
+
+
+def test_calibration_is_read_from_what_a_table_left(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = torch.from_numpy(load_images(f"folder:{data}", "test").labels)
+    g = torch.Generator().manual_seed(0)
+
+    def errors(truth: torch.Tensor) -> torch.Tensor:
+        true_class = torch.eye(3)[truth][:, :, None]
+        return 1 - 0.1 * true_class + 0.1 * torch.randn(len(truth), 3, 8, generator=g)
+
+    shots = torch.arange(3).repeat(2)
+    kept = {
+        "timesteps": torch.arange(0, 800, 100),
+        "test": errors(labels),
+        "held_out": errors(shots),
+        "held_out_labels": shots,
+        "out_of_fold": torch.tensor(True),
+    }
+    (found,) = calibration.of_class_tokens(kept, labels, preset=0.5)
+    times = kept["timesteps"]
+    weights = trial_weights(relative(kept["held_out"], times, 701), times)
+    scores = weighted_mean(kept["test"].double(), weights / weights.mean())
+    fitted = 0.5 * found.temperature
+    np.testing.assert_allclose(found.test["fitted"], (-scores / fitted).softmax(1), rtol=1e-6)
+    assert len(found.held_out) == 6 and all(0 < p < 1 for p in found.held_out)
+    assert calibration.of_class_tokens({**kept, "out_of_fold": torch.tensor(False)}, labels, 0.5) == []
+
+    probabilities = torch.tensor(found.test["fitted"])
+    splits = calibration.of_classifier(probabilities, labels, 2, np.random.default_rng(0))
+    assert len(splits) == calibration.SPLITS and all(len(x.labels) == 4 and len(x.held_out) == 2 for x in splits)
+    rows = {tuple(np.round(row, 6)) for x in splits for row in x.test["preset"]}
+    assert rows == {tuple(np.round(row, 6)) for row in probabilities.numpy()}  # the preset leaves them as they are
+
+    save_file(kept, tmp_path / "diti-2-1.safetensors")
+    save_file({"probabilities": probabilities}, tmp_path / "shipped-1-1.safetensors")
+    picture = tmp_path / "c.png"
+    config = calibration.Config(errors=tmp_path, dataset=f"folder:{data}", picture=picture)
+    calibration.main(config)
+    out = capsys.readouterr().out
+    assert "class tokens: sets of classes" in out and "fewshot-diti: sets of classes" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_maps_are_measured_against_masks(bank: Path, quick_train: None) -> None:
@@ -223,3 +306,17 @@ def test_maps_are_measured_against_masks(bank: Path, quick_train: None) -> None:
     assert random.labels == saved.labels and float(random.rows.std()) == pytest.approx(
         float(saved.rows.std()), rel=0.05
     )
+
+
+def test_generated_images_are_drawn_beside_the_shots_and_classified(
+    bank: Path, quick_train: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_classes(tmp_path / "data" / "train", 2)
+    picture = tmp_path / "out" / "generated.png"
+    few = {"shown": 2, "drawn": 1, "images": 2, "num_inference_steps": 2}
+    generated.main(generated.Config(bank=bank, data=str(tmp_path / "data"), output=picture, **few))
+    out = capsys.readouterr().out
+    assert "features" in out and "class tokens" in out and "6 images of 3 classes" in out
+    drawn = np.asarray(Image.open(picture))
+    shot = np.asarray(Image.open(tmp_path / "data" / "train" / "bolt" / "0.png"))
+    assert (drawn[20:36, 92:124] == shot).all()

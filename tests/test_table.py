@@ -52,7 +52,7 @@ def test_a_plot_highlights_the_classifier_class_tokens_and_the_best_baselines_in
     colours = highlighted(rows, (1, 2))
     assert list(colours) == ["fewshot-diti", "diti", "finetune", "linear"]
     assert len(set(colours.values())) == 4 and plots.PALE not in colours.values()
-    assert plot(rows, (1, 2)).startswith(b"\x89PNG")
+    assert plot(rows, (1, 2), colours).startswith(b"\x89PNG")
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap_and_keep_the_order_of_the_lines() -> None:

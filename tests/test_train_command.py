@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_train_shows_the_validation_loss_of_each_class(
     expected = classifier.errors([tmp_path / "data" / "val" / "gear" / "a.png"])[0, 1].mean()
     row = next(line for line in out.splitlines() if line.startswith("│ gear"))
     assert [cell.strip() for cell in row.split("│")][2:4] == ["1", f"{expected:.5f}"]
+
+
+def test_train_checks_the_images_first_where_it_is_asked_to(
+    shots: Path, backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(shots, tmp_path / "data")
+    shutil.copy(data / CLASSES[0] / "0.png", data / CLASSES[0] / "copy.png")
+    assert cli.main(train_command(data, backbone_folder, tmp_path / "bank", "--folds", "0", "--check")) == 0
+    out = capsys.readouterr().out
+    assert out.index("copy.png") < out.index("The bank is in")
 
 
 def test_train_takes_witnesses_by_name_and_none(shots: Path, backbone_folder: Path, tmp_path: Path) -> None:
@@ -118,7 +129,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_an_interrupted_train_leaves_the_bank_that_was_there_to_the_bit(
@@ -159,7 +170,7 @@ def test_a_train_that_is_interrupted_before_there_is_a_bank_leaves_none(
     fail_at(monkeypatch, 1, KeyboardInterrupt())
     assert cli.main(train_command(shots, backbone_folder, tmp_path / "bank", "--folds", "0")) == 130
     assert "there is no bank yet" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not contents(tmp_path / "bank")
 
 
 def poison_gear(monkeypatch: pytest.MonkeyPatch) -> None:

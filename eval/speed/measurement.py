@@ -30,6 +30,7 @@ from fewshot_diti.presets import recommended
 from fewshot_diti.racing import Look
 from fewshot_diti.scoring import Scorer
 from fewshot_diti.training import Groups
+from fewshot_diti.witnesses import score_offsets
 
 CHUNK = 24  # images between two saves
 
@@ -196,7 +197,10 @@ class Measurement:
     def offsets_of(self, images: Sequence[PreparedImage], latents_Nchw: Tensor | None = None) -> Tensor | None:
         """What the witnesses add to the scores of images [N, C]."""
         latents = self.encoder.latents(images) if latents_Nchw is None else latents_Nchw
-        return self.classifier.decider().offsets(images, latents, self.settings.prediction)
+        prediction = self.settings.prediction
+        asked = self.classifier.decider().asked(prediction)
+        log_p = [x.log_probabilities(x.witness.read(self.encoder, images, latents), images) for x, _ in asked]
+        return score_offsets(log_p, [weight for _, weight in asked], prediction.shortlist) if asked else None
 
     @cached_property
     def errors(self) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 from fewshot_diti.config import Label
 from fewshot_diti.data.image_set import LazyImages
 from fewshot_diti.data.images import ImageSource, image_id, open_image
+from fewshot_diti.progress import Progress
 
 
 class Baseline(ABC):
@@ -40,8 +41,10 @@ class Baseline(ABC):
 def opened(images: Sequence[ImageSource], size: int, rows: np.ndarray | None = None) -> Iterator[list[Image.Image]]:
     """The images, or those at some positions, as PIL images, `size` at a time: a test set need not fit into memory."""
     rows = np.arange(len(images)) if rows is None else rows
-    for start in range(0, len(rows), size):
-        yield [open_image(images[row]) for row in rows[start : start + size].tolist()]
+    with Progress(len(rows), "reading", "image", minor=True) as bar:
+        for start in range(0, len(rows), size):
+            yield (batch := [open_image(images[row]) for row in rows[start : start + size].tolist()])
+            bar.update(len(batch))
 
 
 class KeptFeatures:
@@ -62,8 +65,7 @@ class KeptFeatures:
             return np.concatenate([self._compute(part) for part in opened(images, self._batch_size)])
         ids = images.ids if isinstance(images, LazyImages) else [image_id(image) for image in images]
         new = {i: row for row, i in enumerate(ids) if i not in self._kept}
-        for start in range(0, len(new), self._batch_size):
-            part = list(new.items())[start : start + self._batch_size]
-            features = self._compute([open_image(images[row]) for _, row in part])
-            self._kept |= {i: feature for (i, _), feature in zip(part, features, strict=True)}
+        batches = opened(images, self._batch_size, np.array([*new.values()], dtype=int))
+        features = (feature for batch in batches for feature in self._compute(batch))
+        self._kept |= dict(zip(new, features, strict=True))
         return np.stack([self._kept[i] for i in ids])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from scipy.special import softmax
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from fewshot_diti.baselines.base import Baseline, KeptFeatures
 from fewshot_diti.baselines.views import seeded
 from fewshot_diti.data.images import ImageSource
 from fewshot_diti.files import shipped
-from fewshot_diti.hashes import hash_weights
+from fewshot_diti.hashes import check_finite, hash_weights
 
 VIT_H = "ViT-H-14/laion2b_s32b_b79k"  # what the published figures stand on
 
@@ -31,7 +33,7 @@ class OpenClip:
             or an architecture and its weights, a tag or a file: "ViT-H-14/laion2b_s32b_b79k".
 
     Raises:
-        ValueError: an architecture or weights that open_clip does not know.
+        ValueError: an architecture or weights that open_clip does not know, or a folder without weights.
 
     Attributes:
         image_features: images to unit vectors [N, D].
@@ -43,13 +45,27 @@ class OpenClip:
             name = f"local-dir:{shipped('pocket-clip')}"
         whole = name.startswith(("local-dir:", "hf-hub:"))
         architecture, _, weights = (name, "", "") if whole else name.partition("/")
+        folder = Path(name.removeprefix("local-dir:"))
         if not whole:
             _check_has_weights(architecture, weights)
+        elif name.startswith("local-dir:") and not [*folder.glob("*.safetensors")]:
+            raise ValueError(
+                f"{folder} holds no weights as safetensors; other files of weights can be programs and are not read. "
+                "Convert them."
+            )
         self.name, self.device, self._batch_size = name, default_device(), batch_size
         with seeded(0):  # weights are drawn before they are loaded
-            model, _, self._preprocess = open_clip.create_model_and_transforms(
-                architecture, pretrained=weights or None, device=self.device
-            )
+            try:
+                model, _, self._preprocess = open_clip.create_model_and_transforms(
+                    architecture, pretrained=weights or None, device=self.device
+                )
+            except (UnpicklingError, SafetensorError, EOFError, KeyError, RuntimeError) as error:
+                # a program among them, which torch does not run; a RuntimeError of a name: there is no such model
+                if type(error) is RuntimeError and not name.startswith("local-dir:"):
+                    raise
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ValueError(f"{name} has weights that cannot be read; pass safetensors. ({reason})") from error
+        check_finite(name, CLIP=model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(architecture)
         self.logit_scale = float(self.model.logit_scale.exp())

@@ -21,6 +21,7 @@ from fewshot_diti.baselines.clip import OpenClip
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view, seeded
 from fewshot_diti.data.images import ImageSource, open_image
 from fewshot_diti.lora import gradients_on
+from fewshot_diti.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class ClipLora(Baseline):
         self, images: Sequence[ImageSource], labels_N: np.ndarray, train_n: np.ndarray, steps: int, kept: Tensor | None
     ) -> _Towers:
         """Trains on the images at the positions `train_n`."""
-        with seeded(self.seed):
+        with seeded(self.seed), Progress(steps, "clip-lora", "step") as bar:
             towers = self._new_towers()
             optimizer = torch.optim.AdamW(towers.updates.parameters(), lr=self.settings.lr, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), eta_min=1e-6)
@@ -129,6 +130,7 @@ class ClipLora(Baseline):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                bar.update()
         return towers
 
     def _views(self, images: Sequence[ImageSource], count: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -27,8 +27,9 @@ from fewshot_diti.backbone import POCKET, default_device
 from fewshot_diti.baselines.base import Baseline, opened
 from fewshot_diti.baselines.views import Recolour, as_it_is, random_view, seeded
 from fewshot_diti.data.images import ImageGeometry, ImageSource, open_image
+from fewshot_diti.data.tables import parse_json, read_utf8
 from fewshot_diti.files import shipped
-from fewshot_diti.hashes import hash_weights
+from fewshot_diti.hashes import check_finite, hash_weights
 from fewshot_diti.lora import gradients_on
 from fewshot_diti.progress import Progress
 
@@ -75,10 +76,15 @@ class ImageNetwork:
         """Network, geometry, and how its pixels are normalised."""
         if name.startswith("local-dir:"):
             folder = Path(name.removeprefix("local-dir:"))
-            layout = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            size = tuple(layout["size"])
-            self.module: Any = timm.create_model(layout["network"], pretrained=False, num_classes=0)
-            self.module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            layout = parse_json(read_utf8(folder / "config.json"), folder / "config.json")
+            try:
+                size = tuple(layout["size"])
+                self.module: Any = timm.create_model(layout["network"], pretrained=False, num_classes=0)
+                weights = load_file(folder / "model.safetensors")
+                self.module.load_state_dict({k: v.float() for k, v in weights.items()})
+                check_finite(str(folder), network=self.module)
+            except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+                raise ValueError(f"{folder} holds no whole network ({error}); get it again.") from error
             self._mean, self._std = (0.5,) * 3, (0.5,) * 3
             self._fixed_size = True
         elif name not in (PACKAGED, *LARGER):

@@ -13,7 +13,7 @@ from fewshot_diti.backbone import Backbone
 from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.probe import Features
 from fewshot_diti.data.images import ImageGeometry, ImageSource
-from fewshot_diti.features import block_features, chosen_block
+from fewshot_diti.features import block_features, chosen_block, named_blocks
 
 TIMESTEPS = (0.06, 0.2, 0.4)  # as shares of the schedule
 
@@ -37,11 +37,9 @@ class UnetFeatures:
     ) -> None:
         self.backbone, self.geometry, self.prompt = backbone, geometry, prompt
         self.positions, self.batch_size = positions, batch_size
-        unet = backbone.unet
-        self._blocks = dict([chosen_block(backbone)])  # taken where the shots cannot choose
-        self._blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
-        self._blocks |= {} if unet.mid_block is None else {"mid": unet.mid_block}  # distilled models have none
-        self._blocks |= {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
+        self._blocks = dict([chosen_block(backbone)]) | named_blocks(
+            backbone
+        )  # the first where the shots cannot choose
         self._kept = {share: KeptFeatures(partial(self._compute, share=share)) for share in TIMESTEPS}
 
     def candidates(self) -> dict[str, Features]:

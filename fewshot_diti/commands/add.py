@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import bank_fingerprint, cut_short
+from fewshot_diti.checkpoints import checkpoints_for
 from fewshot_diti.commands.loading import check_counts, load_classifier
-from fewshot_diti.config import Label, TrainingConfig
+from fewshot_diti.config import TrainingConfig
 from fewshot_diti.data import load_images, sample_shots, warn_of_near_duplicates
 from fewshot_diti.data.sources import training_splits
 from fewshot_diti.devices import TrainingDtype
-from fewshot_diti.files import check_writable
+from fewshot_diti.files import check_writable, is_empty
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable
 
@@ -65,49 +68,50 @@ def add(config: AddConfig, console: Console) -> None:
         OSError, ValueError: bank, backbone or images cannot be loaded, or a class is in the bank already.
         TrainingError: a class's loss was not finite; the other classes are saved.
     """
-    bank, output = Bank.from_pretrained(config.bank), config.output_dir or config.bank
-    if output != config.bank and output.is_dir() and any(output.iterdir()):
+    output = config.output_dir or config.bank
+    if output != config.bank and output.is_dir() and not (is_empty(output) or cut_short(output)):
         raise ValueError(f"{output} holds files; pass another --output_dir, or leave it out to extend the bank itself.")
     data = load_images(config.data, config.split or training_splits(config.data)[0]).without_empty_classes()
     shots = data.subset(sample_shots(data, config.shots, config.seed).rows(data))
-    labels = [_of_type(name, bank) for name in shots.label_names]
-    known = [label for label in dict.fromkeys(labels) if label in bank.labels]
+    warn_of_near_duplicates(shots, None)
+    before = bank_fingerprint(config.bank)  # first: what changes while the bank is loaded is noticed too
+    classifier = load_classifier(config.bank, config.backbone, config.dtype)
+    bank = classifier.bank_
+    assert bank is not None, "it was saved"
+    there = bank.labels
+    labels = [bank.as_label(name) for name in shots.label_names]
+    known = [label for label in dict.fromkeys(labels) if label in there]
     if known and not config.more_shots:
+        if cut_short(output):  # the save of these classes was
+            classifier.save_pretrained(output)
         raise ValueError(
             f"Classes {known} are in the bank already; pass --more_shots to learn them anew from the images in "
             f"{config.data}, or leave their folders out."
         )
-    warn_of_near_duplicates(shots, None)
     check_writable(output)  # before the training, not after it
-    classifier = load_classifier(config.bank, config.backbone, config.dtype)
     if config.batch_size is not None:
         given = classifier.training or TrainingConfig()
         classifier.training = replace(given, samples_per_batch=config.batch_size)
     if known:
         classifier.remove_classes(known)
-    try:
-        classifier.add_classes(shots.decoded(), labels)
-    finally:  # where a class fails, the others are trained and kept
-        if set(classifier.classes_.tolist()) > set(bank.labels) - set(known):
-            classifier.save_pretrained(output)
+    with checkpoints_for(output) as checkpoints:
+        try:
+            classifier.add_classes(shots.decoded(), labels, checkpoints=checkpoints)
+        finally:  # where a new class fails, the others are trained and kept; no class that was there is lost
+            classes = set(classifier.classes_.tolist())
+            if classes >= set(there) and (known or classes != set(there)):
+                # by another command, whose classes would be lost
+                if output == config.bank and bank_fingerprint(config.bank) != before:
+                    output = _free_folder(config.bank.resolve())
+                    warnings.warn(f"{config.bank} has changed meanwhile; the larger bank is in {output}", stacklevel=2)
+                classifier.save_pretrained(output)
     counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
     named = ", ".join(f"{printable(str(label))} ({counted(count, 'shot')})" for label, count in counts.items())
-    console.out(f"Learned: {named}. The other {len(bank) - len(known)} class tokens are as they were.")
+    console.out(f"Learned: {named}. The other {len(there) - len(known)} class tokens are as they were.")
     console.out(f"The bank is in {output}, with {len(classifier.classes_)} classes.")
 
 
-def _of_type(name: str, bank: Bank) -> Label:
-    """A folder's name as a label of the type that the bank's have.
-
-    Raises:
-        ValueError: the bank's labels are whole numbers and this is none, or they are neither texts nor whole numbers.
-    """
-    kinds = {type(label) for label in bank.labels}
-    if kinds <= {str}:
-        return name
-    try:
-        if kinds == {int}:
-            return int(name)
-    except ValueError:
-        pass
-    raise ValueError(f"The bank's labels are {', '.join(map(repr, bank.labels[:3]))} and so on; {name!r} is none such.")
+def _free_folder(bank: Path) -> Path:
+    """A folder beside the bank's that is not there yet."""
+    names = (f"{bank.name}_added{number or ''}" for number in count())
+    return next(folder for name in names if not (folder := bank.with_name(name)).exists())

@@ -13,7 +13,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, DtypeName, load_backbone
-from fewshot_diti.checking import Findings, check_images
+from fewshot_diti.checking import SURE, TIMES, Findings, check_images
 from fewshot_diti.data import ImageGeometry, ImageSet, ResizeRule, load_images
 from fewshot_diti.data.sources import training_splits
 from fewshot_diti.data.unlabelled import list_images
@@ -65,10 +65,13 @@ class CheckConfig:
             raise ValueError(f"folds={self.folds}; pass 2 or more.")
         if self.wanted < 1:
             raise ValueError(f"wanted={self.wanted}; pass a whole number of at least 1.")
+        if self.concept is not None and not self.concept.strip():
+            raise ValueError('concept is empty; pass what all classes are, such as "machine part", or leave it out.')
 
 
 def check(config: CheckConfig, console: Console) -> int:
-    """Prints what was found; returns 1 where a label is in doubt or one picture has two labels.
+    """Prints what was found; returns 1 where a label is in doubt, one picture has two labels, or an unlabelled image
+    cannot be read.
 
     Raises:
         OSError, ValueError: images or backbone cannot be loaded, or there are fewer than two classes.
@@ -82,6 +85,7 @@ def check(config: CheckConfig, console: Console) -> int:
     concept = config.concept or PRESETS[backbone.kind].concept or "object"
     encoder = Encoder(backbone, geometry, Prompts.complete(None, None, concept).generic)
     training = complete(backbone.kind, 1).training
+    unread: list[str] = []
     with Progress(len(images) + (len(more) if more else 0), "images", "image") as bar:
 
         def shot_features(rows: Sequence[int]) -> Tensor:
@@ -92,23 +96,27 @@ def check(config: CheckConfig, console: Console) -> int:
                 bar.update()
             return torch.cat(found)
 
-        def features(others: ImageSet) -> Tensor:
-            found = []
+        def unlabelled_features(others: ImageSet) -> tuple[ImageSet, Tensor] | None:
+            found = {}
             for row in range(len(others)):
-                found.append(encoder.features(encoder.latents([encoder.prepare(others.decode(row))])))
+                try:
+                    found[row] = encoder.features(encoder.latents([encoder.prepare(others.decode(row))]))
+                except (OSError, ValueError) as error:
+                    unread.append(str(error))
                 bar.update()
-            return torch.cat(found)
+            return (others.subset(found), torch.cat(list(found.values()))) if found else None
 
-        unlabelled = None if more is None else (more, features(more))
         findings = check_images(
             images,
             shot_features,
             folds=config.folds,
-            unlabelled=unlabelled,
+            unlabelled=None if more is None else unlabelled_features(more),
             wanted=config.wanted,
         )
     _report(findings, console)
-    return 1 if findings.doubts or findings.copies_between else 0
+    for error in unread:
+        console.out(f"not looked at: {printable(error)}")
+    return 1 if findings.doubts or findings.copies_between or unread else 0
 
 
 def _report(found: Findings, console: Console) -> None:
@@ -120,19 +128,30 @@ def _report(found: Findings, console: Console) -> None:
             if len(lines) > _SHOWN:
                 console.out(f"  and {len(lines) - _SHOWN} more")
 
-    section("One picture under two classes", [f"{a} and {b}" for a, b in found.copies_between])
     section(
-        "Labels in doubt (what the image looks like, by images that it was held out from)",
-        [f"{x.name}: {x.label}, looks like {x.looks_like} ({100 * x.probability:.0f} %)" for x in found.doubts],
+        "One picture under two classes; only one can be right, remove the other",
+        [f"{a} and {b}" for a, b in found.copies_between],
     )
-    section("Copies of one picture within a class", [f"{a} and {b}" for a, b in found.copies])
+    section(
+        f"Labels in doubt: by the other images another class is {100 * SURE:.0f} % probable, or {TIMES} times as "
+        "probable as the label; look at them",
+        [
+            f"{x.name}: {x.label} ({100 * x.own:.1f} %), looks like {x.looks_like} ({100 * x.probability:.0f} %)"
+            for x in found.doubts
+        ],
+    )
+    section(
+        "Copies of one picture within a class; keep one of each, or cross-validation is too optimistic",
+        [f"{a} and {b}" for a, b in found.copies],
+    )
     section(
         "Classes that cannot be told apart yet; more images of them help most",
         [f"{x.first} and {x.second}: {x.mistaken} of {x.images} images mistaken" for x in found.confusions],
     )
     section(
-        "Label these next",
-        [f"{x.name}: {x.first} or {x.second} (margin {100 * x.margin:.0f} points)" for x in found.wanted],
+        "Label these next; they lie between two classes and are unlike each other (margin: by how many points of "
+        "probability the first is ahead)",
+        [f"{x.name}: {x.first} or {x.second} (margin {100 * x.margin:.0f})" for x in found.wanted],
     )
     if found.accuracy is None:
         console.out("Every class has one image, so none can be judged by the others.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from rich.console import Console
 from fewshot_diti.backbone import POCKET
 from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.config import ScoringConfig
-from fewshot_diti.data import ImageSet, load_bundled, sample_shots, seen_attribute
+from fewshot_diti.data import ImageSet, Shots, load_bundled, sample_shots, seen_attribute
 from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.evaluation.run import BANK, FewShotRun, begin, classify, learn
-from fewshot_diti.evaluation.task import make_task
+from fewshot_diti.evaluation.task import Task, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture
 
@@ -79,21 +80,27 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(config: DemoConfig, console: Console) -> DemoResult:
-    """Draws shots, trains, scores and compares, and prints each step; writes the bank and a picture.
+class Setup(NamedTuple):
+    """What the demo trains and tests.
 
-    Raises:
-        OSError, ValueError: as the backbone's loader.
-        TrainingError: a class's loss was not finite.
+    Attributes:
+        drawn: the shots.
+        seen: as of `DemoResult`.
     """
+
+    run: FewShotRun
+    task: Task
+    drawn: Shots
+    seen: np.ndarray
+
+
+def set_up(config: DemoConfig) -> Setup:
+    """Draws shots and test images; raises ValueError as `sample_shots`."""
     pool, all_tests = load_bundled("train"), load_bundled("test")
     drawn = sample_shots(pool, config.shots, config.seed)
     seen = seen_attribute(pool.subset(drawn.rows(pool)), all_tests)
     rows = balanced_rows(all_tests.labels, seen, config.test_images, config.seed)
     task = make_task(pool, all_tests.subset(rows), drawn, config.shots, config.seed)
-    seen = seen[rows]
-    test, names = task.test, task.class_names
-    truth = np.array(task.truth())
     run = FewShotRun(
         dataset="bundled",
         output_dir=config.output_dir,
@@ -103,8 +110,21 @@ def run_demo(config: DemoConfig, console: Console) -> DemoResult:
         seed=config.seed,
         concept="aircraft",
         # one calibration image per class is enough to weight the timesteps, and saves as many evaluations as a class
-        scoring=ScoringConfig(trials=config.trials, calibration_images=len(names)),
+        scoring=ScoringConfig(trials=config.trials, calibration_images=len(task.class_names)),
     )
+    return Setup(run, task, drawn, seen[rows])
+
+
+def run_demo(config: DemoConfig, console: Console) -> DemoResult:
+    """Draws shots, trains, scores and compares, and prints each step; writes the bank and a picture.
+
+    Raises:
+        OSError, ValueError: as the backbone's loader.
+        TrainingError: a class's loss was not finite.
+    """
+    run, task, drawn, seen = set_up(config)
+    test, names = task.test, task.class_names
+    truth = np.array(task.truth())
     classifier = begin(run, task, drawn)
     console.out(
         f"{len(names)} classes, {config.shots} shots each; {len(test)} test images, {seen.sum()} in liveries that the "

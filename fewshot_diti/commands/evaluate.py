@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from fewshot_diti.distributed import process_state
-from fewshot_diti.evaluation import shift, table
+from fewshot_diti.evaluation import reliability, shift, summary, table
 from fewshot_diti.evaluation.comparison import compare
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid, Run
@@ -109,20 +110,11 @@ def plan(grid: Grid) -> str:
 
 
 def report(grid: Grid, against: str, console: Console) -> None:
-    """Prints accuracy and comparisons, and writes table.{csv,md,tex}, accuracy.png, comparisons.{md,json} and, where
-    images have the attribute, shift.md."""
+    """Prints accuracy and comparisons, and writes table.{csv,md,tex}, accuracy.png, calibration.md, reliability.png,
+    comparisons.{md,json}; where images have the attribute, shift.md; where classes have levels, levels.{md,png}."""
     config, folder = grid.config, grid.config.folder
     records = {run: record for run in grid.runs() if (record := grid.record(run)) is not None}
-    apart = supervision(config.backbone)
-    rows = [
-        table.Row(
-            name=m,
-            accuracy=_accuracy(records, m, config.shots),
-            seeds=len(config.seeds),
-            supervision=apart.get(m, ""),
-        )
-        for m in config.methods
-    ]
+    rows = summary.accuracy_rows(grid, records)
     whole = not config.shifted and config.max_test_images is None
     if whole and config.dataset.startswith("fgvc:") and len(grid.test.class_names) == 100:
         rows = table.published_rows(config.shots) + rows
@@ -133,30 +125,46 @@ def report(grid: Grid, against: str, console: Console) -> None:
         ("table.csv", table.comma_separated(rows, config.shots)),
     ):
         write_atomically(folder / name, text.encode())
-    write_atomically(folder / "accuracy.png", table.plot(rows, config.shots))
+    colours = table.highlighted(rows, config.shots)
+    write_atomically(folder / "accuracy.png", table.plot(rows, config.shots, colours))
+    _report_levels(grid, records, against, console)
+    if (calibration := summary.calibration(grid, records)) is not None:
+        _report_lines([calibration], folder / "calibration.md", console)
+        if pictured := summary.predictions(grid, records, list(colours)):
+            write_atomically(folder / "reliability.png", reliability.picture(pictured, colours))
     if parts := shift.tables(grid, records):
-        for caption, head, lines in parts:
-            console.print(table.rich_lines(head, lines, caption))
-        write_atomically(folder / "shift.md", shift.markdown(parts).encode())
+        _report_lines(parts, folder / "shift.md", console)
     comparisons = _comparisons(grid, against, records)
     if comparisons:
-        head, lines = table.lines_by_shots(list(comparisons), config.shots, _comparison_cells(comparisons), apart)
+        cells = _comparison_cells(comparisons)
+        head, lines = table.lines_by_shots(list(comparisons), config.shots, cells, supervision(config.backbone))
         head[0] = "against"
         caption = (
             f"accuracy of {against} minus the method's, in points, with its 95 % interval; then the largest p-value of "
             "McNemar's exact test over seeds; images are taken as independent"
         )
-        console.print(table.rich_lines(head, lines, caption))
-        write_atomically(folder / "comparisons.md", f"{caption}:\n\n{table.markdown_lines(head, lines)}".encode())
+        _report_lines([(caption, head, lines)], folder / "comparisons.md", console)
         write_atomically(folder / "comparisons.json", (json.dumps(comparisons, indent=1) + "\n").encode())
-    console.out(f"Tables, plot and runs: {folder}")
+    console.out(f"Tables, plots and runs: {folder}")
 
 
-def _accuracy(records: dict[Run, dict[str, Any]], method: str, shots: Sequence[int]) -> dict[int, list[float]]:
-    return {
-        k: [100 * record["accuracy"] for run, record in records.items() if (run.method, run.num_shots) == (method, k)]
-        for k in shots
-    }
+def _report_levels(grid: Grid, records: summary.Records, method: str, console: Console) -> None:
+    config, texts = grid.config, []
+    for level, groups in grid.levels.items():
+        rows = summary.accuracy_rows(grid, records, level)
+        what = f"accuracy in % at the level {level} ({len(set(groups))} groups of {len(groups)} classes)"
+        console.print(table.rich_table(rows, config.shots, what))
+        texts.append(f"{what}, by the sum of its classes' probabilities:\n\n{table.markdown(rows, config.shots)}")
+    if texts:
+        write_atomically(config.folder / "levels.md", "\n".join(texts).encode())
+    if texts and any(run.method == method for run in records):
+        write_atomically(config.folder / "levels.png", summary.levels_picture(grid, records, method))
+
+
+def _report_lines(parts: Sequence[shift.Table], path: Path, console: Console) -> None:
+    for caption, head, lines in parts:
+        console.print(table.rich_lines(head, lines, caption))
+    write_atomically(path, shift.markdown(parts).encode())
 
 
 def _comparisons(grid: Grid, against: str, records: dict[Run, dict[str, Any]]) -> dict[str, dict[str, Any]]:

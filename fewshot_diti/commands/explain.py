@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,8 @@ class ExplainConfig:
     Attributes:
         images: as `score` takes them.
         bank: folder that `fewshot-diti train` wrote.
-        output_dir: folder that gets a PNG for each image, and explanations.jsonl with the figures in it.
+        output_dir: folder that gets a PNG for each image, named by the image's file and id, and explanations.jsonl with
+            the figures in it; that of an earlier explain is replaced, and no other file.
         top: classes that are named.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
@@ -65,26 +67,43 @@ def explain(config: ExplainConfig, console: Console) -> int:
         OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
     """
     images, _ = list_images(config.images)
-    check_writable(config.output_dir)
     classifier = load_classifier(config.bank, config.backbone, config.dtype, config.batch_size)
     check_can_choose(classifier, config.bank)
-    names = file_names([Path(name).stem + f" {row}" for row, name in enumerate(images.names)])
-    lines, failed = [], 0
-    with Progress(len(images), "explanations", "image") as bar:
-        for path, name, row in zip(images.names, names.values(), range(len(images)), strict=True):
-            try:
-                explanation = classifier.explain(images.decode(row), config.top)
-            except (OSError, ValueError) as error:
-                console.out(f"not explained: {printable(str(error))}")
-                failed += 1
-                continue
-            finally:
-                bar.update()
-            write_atomically(config.output_dir / f"{name}.png", explanation.figure())
-            lines.append(json.dumps({"path": path, "picture": f"{name}.png", **_record(explanation)}) + "\n")
-            console.out(f"{printable(path)}: {printable(str(explanation.label))}, {config.output_dir / f'{name}.png'}")
-    write_atomically(config.output_dir / RECORDS, "".join(lines).encode())
-    return 1 if failed else 0
+    check_writable(config.output_dir)
+    _check_records(config.output_dir / RECORDS)
+    lines: list[str] = []
+    try:
+        with Progress(len(images), "explanations", "image") as bar:
+            for row, path in enumerate(images.names):
+                try:
+                    image = classifier.encoder_.prepare(images.decode(row))
+                    explanation = classifier.explain(image, config.top)
+                except (OSError, ValueError) as error:
+                    console.out(f"not explained: {printable(str(error))}")
+                    continue
+                finally:
+                    bar.update()
+                [stem] = file_names([Path(path).stem]).values()
+                name = f"{stem}-{image.id[:12]}.png"  # no file of the user's, and the same whenever it is written again
+                write_atomically(config.output_dir / name, explanation.figure())
+                lines.append(json.dumps({"path": path, "picture": name, **_record(explanation)}) + "\n")
+                label, picture = printable(str(explanation.label)), printable(str(config.output_dir / name))
+                console.out(f"{printable(path)}: {label}, {picture}")
+    finally:  # also where it is interrupted, or the disk is full
+        write_atomically(config.output_dir / RECORDS, "".join(lines).encode())
+    return 1 if len(lines) < len(images) else 0
+
+
+def _check_records(file: Path) -> None:
+    """Raises a ValueError where a file of the name is there that no `explain` wrote."""
+    if not os.path.lexists(file):
+        return
+    try:
+        ours = all("picture" in json.loads(line) for line in file.read_bytes().splitlines())
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{file} is there already and no output of explain; remove it, or pass another --output_dir.")
 
 
 def _record(x: Explanation) -> dict[str, object]:

@@ -12,7 +12,9 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, load_backbone
 from fewshot_diti.backbone_search import remember_folder
+from fewshot_diti.bank_files import cut_short
 from fewshot_diti.data import ImageGeometry, ResizeRule
+from fewshot_diti.files import is_empty
 from fewshot_diti.lora_readers import import_lora, labelled_files
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.progress import counted
@@ -48,7 +50,8 @@ def import_(config: ImportConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: a file is no LoRA of this backbone, or the output folder is not empty.
     """
-    if os.path.lexists(config.output_dir) and not (config.output_dir.is_dir() and not any(config.output_dir.iterdir())):
+    output = config.output_dir
+    if os.path.lexists(output) and not (output.is_dir() and (is_empty(output) or cut_short(output))):
         raise ValueError(f"{config.output_dir} is there already; pass another --output_dir, or remove it.")
     files = labelled_files(config.lora)
     backbone = load_backbone(config.backbone, "float32")

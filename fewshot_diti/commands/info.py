@@ -13,8 +13,8 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
-from fewshot_diti.bank_files import MANIFEST, SETTINGS, read_files
-from fewshot_diti.classifier_files import Saved, read_settings
+from fewshot_diti.bank_files import MANIFEST
+from fewshot_diti.classifier_files import Saved, read_classifier
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable
 
@@ -38,7 +38,7 @@ def info(config: InfoConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank in the folder.
     """
-    bank, settings = Bank.from_pretrained(config.bank), _settings(config.bank)
+    bank, settings, _ = read_classifier(config.bank)
     table = Table("class", "shots", "prompt")
     for token in bank.tokens:
         table.add_row(printable(str(token.label)), str(token.num_shots or "unknown"), printable(token.prompt))
@@ -53,19 +53,10 @@ def info(config: InfoConfig, console: Console) -> None:
         "written": f"{saved:%Y-%m-%d %H:%M} UTC",
         "accuracy": _accuracy(settings),
         "witnesses": ", ".join(settings.settings.scoring.witnesses if settings else ()) or "none",
-        "backbone": f"{printable(bank.backbone_name)}, hash {bank.backbone_hash}; {_whereabouts(bank)}",
+        "backbone": f"{bank.backbone_name}, hash {bank.backbone_hash}; {_whereabouts(bank)}",
     }
     for name, text in lines.items():
-        console.out(f"{name:9} {text}")
-
-
-def _settings(folder: Path) -> Saved | None:
-    """What a classifier has beside its class tokens; None of class tokens alone."""
-    try:
-        read_files(folder, [SETTINGS])
-    except FileNotFoundError:
-        return None
-    return read_settings(folder)
+        console.out(f"{name:9} {printable(text)}")
 
 
 def _accuracy(saved: Saved | None) -> str:
@@ -83,5 +74,5 @@ def _whereabouts(bank: Bank) -> str:
     try:
         found = find_backbone(bank.backbone_name, bank.backbone_hash, local_files_only=True)
     except FileNotFoundError as error:
-        return f"NOT on this machine. {printable(str(error))}"
-    return f"found as {printable(found.name)}"
+        return f"NOT on this machine. {error}"
+    return f"found as {found.name}"

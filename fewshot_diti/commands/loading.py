@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fewshot_diti.backbone import CompileMode, load_backbone
-from fewshot_diti.backbone_search import find_backbone
-from fewshot_diti.bank import Bank
+from fewshot_diti.backbone import CompileMode
 from fewshot_diti.classifier import DiTiClassifier
 
 
@@ -24,13 +21,7 @@ def load_classifier(
     Raises:
         OSError, ValueError: bank or backbone cannot be loaded.
     """
-    bank = Bank.from_pretrained(folder)
-    if backbone is None:
-        how: dict[str, Any] = {"dtype": dtype, "compile": compile}
-        found = find_backbone(bank.backbone_name, bank.backbone_hash, **how)
-    else:
-        found = load_backbone(backbone, dtype, compile)  # type: ignore[arg-type]
-    classifier = DiTiClassifier.from_pretrained(folder, found)
+    classifier = DiTiClassifier.from_pretrained(folder, backbone, dtype=dtype, compile=compile)
     if batch_size is not None:
         classifier.prediction = replace(classifier.current_prediction(), batch_size=batch_size)
     return classifier

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Annotated
@@ -18,18 +21,21 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
-from fewshot_diti.distributed import Record, process_state
+from fewshot_diti.distributed import process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.run import predict_images
 from fewshot_diti.files import write_atomically
+from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import check_suffix, encode_predictions
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import prediction_table, printable
 
+SHOWN = 100  # images in the table on the terminal
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Classifies images with a bank: a table of the best classes, and a file of predictions.
+    """Classifies images with a bank: a table of the best classes of the first 100, and a file of predictions.
 
     Under `accelerate launch` or `torchrun` the images spread over the processes; the results stay the same.
 
@@ -46,7 +52,8 @@ class ScoreConfig:
         top_k: how many of the best classes are named, with their probabilities.
         reject: share of images like the shots that may be taken for something unknown, such as 0.01; what is less like
             every shot than that is marked as rejected. By default nothing is. Needs the witness features.
-        split, image_column: of hub:ID; the column is by default image.
+        split: of hub:ID.
+        image_column: of hub:ID, by default image.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -100,43 +107,57 @@ def score(config: ScoreConfig, console: Console) -> int:
     asked = "" if least is None else f" least similarity {least}"
     found = predict_images(classifier, rows, images.decode, predict, parts, config.bank, asked)
     seconds = monotonic() - began
-    records = [_record(name, record, config.top_k) for name, record in zip(images.names, found, strict=True)]
-    scored = [record for record in records if "error" not in record]
+    scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
     if process_state().is_main_process:
-        # a link to nothing, or a file that has gone since, is no image
-        there = [{k: v for k, v in record.items() if k != "missing"} for record in records if not record.get("missing")]
-        write_atomically(config.output, encode_predictions(there, config.output.suffix, config.top_k))
-    console.print(prediction_table(scored))
-    rejected = [record for record in scored if record.get("rejected")]
-    for record in rejected:
-        console.out(f"like none of the shots: {printable(record['path'])}")
+        label_type = type(classifier.classes_.tolist()[0])
+        write_atomically(config.output, encode_predictions(scored, config.output.suffix, scored.top_k, label_type))
+    console.print(prediction_table(list(islice(scored.usable(), SHOWN))))
+    counts = Counter[str]()
+    for record in scored.usable():
+        counts.update(scored=1, undecided=not record["decided"], rejected=record.get("rejected", False))
+        if record.get("rejected"):
+            console.out(f"like none of the shots: {printable(record['path'])}")
+    if counts["scored"] > SHOWN:
+        console.out(f"and {counts['scored'] - SHOWN} images more, which stand in the file alone")
     console.out(f"predictions: {config.output}")
-    for record in records:
+    for record in found:
         if "error" in record:
             console.out(f"not scored: {printable(record['error'])}")
     if others:
         console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
-    undecided = sum(not record["decided"] for record in scored)
     console.out(
-        f"{counted(len(scored), 'image')} scored in {seconds:.0f} s ({len(scored) / seconds:.1f} images/s), of them "
-        f"{undecided} undecided when the trials ran out, {len(rejected)} rejected; {len(records) - len(scored)} not "
-        "scored."
+        f"{counted(counts['scored'], 'image')} scored in {seconds:.0f} s ({counts['scored'] / seconds:.1f} images/s), "
+        f"of them {counts['undecided']} undecided when the trials ran out, {counts['rejected']} rejected; "
+        f"{len(found) - counts['scored']} not scored."
     )
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
-    return 1 if len(scored) < len(records) else 0
+    return 1 if counts["scored"] < len(found) else 0
 
 
-def _record(name: str, record: Record, top_k: int) -> Record:
-    """What is known of an image, with the probabilities of the best classes alone."""
-    if "error" in record:
-        return {"path": name, **record}
-    return {"path": name, **record, "probabilities": dict(list(record["probabilities"].items())[:top_k])}
+class _Scored:
+    """What is known of the images that are there, each read when its turn comes."""
+
+    def __init__(self, names: Sequence[str], found: Records, top_k: int) -> None:
+        self.names, self.found, self.top_k = names, found, top_k
+
+    def __iter__(self) -> Iterator[Record]:
+        for name, record in zip(self.names, self.found, strict=True):
+            if "error" not in record:
+                best = dict(list(record["probabilities"].items())[: self.top_k])
+                yield {"path": name, **record, "probabilities": best}
+            elif not record.get("missing"):  # a link to nothing, or a file that has gone since, is no image
+                yield {"path": name, **{key: value for key, value in record.items() if key != "missing"}}
+
+    def usable(self) -> Iterator[Record]:
+        return (record for record in self if "error" not in record)
 
 
 def _predictions(classifier: DiTiClassifier, least: float | None, images: Sequence[PreparedImage]) -> list[Record]:
     """Label, with its own type, probabilities, the best first, margin, scores and cost of each image."""
     labels, found = classifier.classes_.tolist(), []
-    similarities = [None] * len(images) if least is None else classifier.decider().similarities(images).tolist()
+    similarities = [math.nan] * len(images)
+    if least is not None:
+        similarities = classifier.decider().similarities(images, classifier.current_prediction()).tolist()
     for decision, similarity in zip(classifier.decide(images), similarities, strict=True):
         values = decision.scores.tolist()
         probabilities = classifier.probabilities(decision.scores[None])[0].tolist()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +14,10 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import POCKET, load_backbone
 from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.commands.check import CheckConfig
+from fewshot_diti.commands.check import check as look
 from fewshot_diti.commands.loading import check_counts
 from fewshot_diti.config import FROM_PRESET, PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.data import (
@@ -28,8 +33,9 @@ from fewshot_diti.data import (
 from fewshot_diti.data.sources import training_splits
 from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.evaluation.run import fit_and_save
-from fewshot_diti.files import check_writable
+from fewshot_diti.files import check_writable, is_empty
 from fewshot_diti.reports import printable, wilson_interval
+from fewshot_diti.trackers import TrackerName, Trackers, check_trackers
 from fewshot_diti.validation import validation_losses, validation_table
 
 _POCKET_ONLY = (
@@ -65,6 +71,11 @@ class TrainConfig:
             class is among them.
         batch_size: samples in one forward, of training (one class's at least) and of scoring; lower it where memory
             runs out. Never changes a result beyond rounding.
+        report_to: trackers that show how training goes: tensorboard, wandb, trackio. They get the loss of each class at
+            each step, the validation loss, and sample images of the first classes; files go to OUTPUT_DIR_logs.
+        validation_steps: steps between two looks at validation loss and sample images; by default only at the end.
+        check: looks for wrong labels, copies, and classes that look alike first, as `fewshot-diti check` does.
+            Training goes on whatever is found.
         seed: of the draw of shots, of training and of scoring.
         quiet: prints nothing but errors and warnings.
 
@@ -87,17 +98,32 @@ class TrainConfig:
     witnesses: tuple[str, ...] | None = None
     shortlist: int | None = None
     batch_size: int | None = None
+    report_to: tuple[Literal["none"] | TrackerName, ...] = ("none",)
+    validation_steps: int | None = None
+    check: bool = False
     seed: int = 0
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, "shots", "batch_size")
+        check_counts(self, "shots", "batch_size", "validation_steps")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds={self.folds}; pass 0 for no cross-validation, or 2 and more.")
         if self.shortlist is not None and self.shortlist < 2:
             raise ValueError(f"shortlist={self.shortlist}; pass 2 or more classes to choose among.")
         if not self.concept.strip():
             raise ValueError('concept is empty; pass what all classes are, such as "machine part".')
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"report_to={' '.join(self.report_to)}; pass none by itself, or the trackers alone.")
+        if self.validation_steps is not None and not self.trackers:
+            raise ValueError(
+                f"validation_steps={self.validation_steps} has no effect without a tracker; pass --report_to, such as "
+                "tensorboard."
+            )
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """The trackers that are reported to."""
+        return tuple(name for name in self.report_to if name != "none")
 
 
 def train(config: TrainConfig, console: Console) -> None:
@@ -107,7 +133,8 @@ def train(config: TrainConfig, console: Console) -> None:
         OSError, ValueError: images or backbone cannot be loaded, or there are fewer than two classes.
         TrainingError: a class's loss was not finite; the other classes are saved.
     """
-    replaced = _check_output(config.output_dir)
+    check_trackers(config.trackers)
+    replaced, before = _check_output(config.output_dir)
     data, val = _load(config)
     data = data.without_empty_classes()
     if len(data.class_names) < 2:
@@ -131,6 +158,19 @@ def train(config: TrainConfig, console: Console) -> None:
         console.out(f"Note: shortlist={config.shortlist} leaves none of {len(counts)} classes out.")
     folds = min(config.folds, fewest) if fewest > 1 else 0
     backbone = load_backbone(config.backbone, config.dtype)
+    if config.check:
+        look(
+            CheckConfig(
+                data=config.data,
+                concept=config.concept,
+                backbone=config.backbone,
+                resize=config.resize,
+                banner_rows=config.banner_rows,
+                split=config.split,
+                dtype=config.dtype,
+            ),
+            console,
+        )
     check_writable(config.output_dir)  # before the training, not after it
     if replaced:
         console.out(
@@ -147,12 +187,17 @@ def train(config: TrainConfig, console: Console) -> None:
         witnesses=config.witnesses,
         geometry=ImageGeometry(size=backbone.image_size, resize=config.resize, banner_rows=config.banner_rows),
     )
-    try:
-        fit_and_save(classifier, shots, labels, config.output_dir)
-    except KeyboardInterrupt:
-        kept = f"the bank in {config.output_dir} is as it was" if replaced else "there is no bank yet"
-        console.out(f"Interrupted: {kept}. Started again, the training begins anew.")
-        raise
+    kept = f"the bank in {config.output_dir} is as it was" if replaced else "there is no bank yet"
+    with ExitStack() as stack:
+        watch = stack.enter_context(_trackers(config, classifier, most, val)) if config.trackers else None
+        try:
+            fit_and_save(classifier, shots, labels, config.output_dir, before, watch.on_step if watch else None)
+        except KeyboardInterrupt:
+            console.out(f"Interrupted: {kept}. Started again in the same way, the training goes on.")
+            raise
+        losses = None if val is None else validation_losses(classifier, val)
+        if watch:
+            watch.finish(losses)
     accuracy = classifier.calibration_.accuracy
     if accuracy is not None:
         correct = round(accuracy * len(shots))
@@ -169,18 +214,34 @@ def train(config: TrainConfig, console: Console) -> None:
             )
     elif fewest == 1:
         console.out("No cross-validated accuracy: a class has one shot, and nothing can be held back from it.")
-    if val is not None:
-        console.print(validation_table(validation_losses(classifier, val)))
+    if losses is not None:
+        console.print(validation_table(losses))
+    if config.trackers:
+        console.out(f"What the trackers wrote to files is in {_logs_of(config.output_dir)}.")
     console.out(f"The bank is in {config.output_dir}. Next, with your own image files or folders:")
     console.out(f"  fewshot-diti score --bank {shlex.quote(str(config.output_dir))} IMAGE_OR_DIR")
 
 
-def _check_output(folder: Path) -> list[str]:
-    """The classes of the bank that the folder holds, if any; raises ValueError where it holds other files."""
-    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return []
+def _trackers(config: TrainConfig, classifier: DiTiClassifier, num_shots: int, val: ImageSet | None) -> Trackers:
+    """The trackers of this run, with a folder of its own."""
+    settings = asdict(classifier.checked_settings(num_shots).training)
+    folder = _logs_of(config.output_dir) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return Trackers(config.trackers, folder, classifier, settings, val, config.validation_steps)
+
+
+def _logs_of(output_dir: Path) -> Path:
+    """The folder beside a bank that trackers write files to: a bank's own folder holds nothing else."""
+    return output_dir.resolve().with_name(f"{output_dir.resolve().name}_logs")
+
+
+def _check_output(folder: Path) -> tuple[list[str], str]:
+    """The classes of the bank that the folder holds, if any, and its fingerprint; raises ValueError where it holds
+    other files."""
+    if not folder.is_dir() or is_empty(folder):
+        return [], ""
     try:
-        return [str(label) for label in Bank.from_pretrained(folder).labels]
+        before = bank_fingerprint(folder)
+        return [str(label) for label in Bank.from_pretrained(folder).labels], before
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds files and no whole bank ({error}); pass another --output_dir, or empty that folder."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -10,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from fewshot_diti.config import Label
-from fewshot_diti.data.hub import StoredImages
+from fewshot_diti.data.hub import StoredImages, is_stream, streamed_images
 from fewshot_diti.data.images import DecodedImage, ImageSource, raise_bad_images
+from fewshot_diti.progress import Progress
 
 
 class _Shot(Protocol):
@@ -21,15 +23,17 @@ class _Shot(Protocol):
     def name(self) -> str: ...
 
 
+T = TypeVar("T")
 Prepared = TypeVar("Prepared", bound=_Shot)
 
 
-def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
+def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any] | Iterator[Any]]:
     """Whether one image was passed, and the images.
 
     One image is a path, encoded bytes, a PIL image, a DecodedImage, or an array of pixels [H, W] or [H, W, channels].
-    Many are a list, tuple, generator, pandas Series, array of paths, array of pixels [N, H, W, 3], a `datasets.Dataset`
-    with one column of images, or a DataFrame with a column path (or one column).
+    Many are a list, tuple, pandas Series, array of paths, array of pixels [N, H, W, 3], a `datasets.Dataset` with one
+    column of images, or a DataFrame with a column path or image (or one column). A generator and a
+    `datasets.IterableDataset` are read while they are worked through, and not kept.
 
     Raises:
         ValueError: there are no images, they are in a set or dictionary, or in a table without such a column.
@@ -42,12 +46,18 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
         return True, [images]  # type: ignore[list-item]
     if StoredImages.can_hold(images):
         images = StoredImages(images)
+    elif is_stream(images):
+        images = streamed_images(images)
     elif hasattr(images, "columns"):
         images = _paths_of(images)
     if isinstance(images, Set | Mapping):
         raise ValueError(f"The images are in a {type(images).__name__}; pass a list, which has an order.")
     if not isinstance(images, Iterable):
         raise TypeError(f"Images cannot be a {type(images).__name__}; pass an image, or a list of images.")
+    if isinstance(images, Iterator):
+        first = list(islice(images, 1))
+        if first:
+            return False, chain(first, images)
     many = images if isinstance(images, Sequence) else list(images)  # a sequence may decode when asked
     if not len(many):
         raise ValueError("No images were passed.")
@@ -55,25 +65,48 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any]]:
 
 
 def _paths_of(table: Any) -> list[Any]:
-    """The paths in a DataFrame."""
+    """The paths in a DataFrame, which is known by what it has: pandas is not needed without one."""
     names = list(table.columns)
-    name = "path" if "path" in names else names[0] if len(names) == 1 else None
-    if name is None:
-        raise ValueError(f"The table has the columns {names}, and none is called path; pass one column, table[NAME].")
-    return table[name].tolist()  # type: ignore[no-any-return]
+    named = [name for name in names if name in ("path", "image")] or names
+    if len(named) != 1:
+        raise ValueError(
+            f"The table has the columns {names}, of which exactly one must be called path or image; pass one column, "
+            "table[NAME]."
+        )
+    cells = table[named[0]].tolist()
+    if bad := [row for row, cell in enumerate(cells) if not isinstance(cell, str | Path)]:
+        raise ValueError(
+            f"Column {named[0]!r} of the table holds no path in {len(bad)} of {len(cells)} rows, in row {bad[0]} "
+            f"{cells[bad[0]]!r}; fill or drop them."
+        )
+    return cells  # type: ignore[no-any-return]
 
 
-def as_images(images: Iterable[Any]) -> Sequence[Any]:
-    """A sequence of images, from what `as_list` takes; for functions that give one result per image.
+def as_images(images: Iterable[Any]) -> Sequence[Any] | Iterator[Any]:
+    """Many images, from what `as_list` takes; for functions that give one result per image.
 
     Raises:
         ValueError, TypeError: as `as_list`; ValueError for one image that is not in a list.
     """
     one, many = as_list(images)
     if one:
-        what = repr(many[0]) if isinstance(many[0], str) else type(many[0]).__name__
+        (image,) = many
+        what = repr(image) if isinstance(image, str) else type(image).__name__
         raise ValueError(f"One image was passed where a list is needed ({what}); pass [image].")
     return many
+
+
+def one_by_one(images: Iterable[T]) -> Iterator[T]:
+    """The images in their order; those of a sequence by position: where one raises an IndexError, iteration would end
+    as if there were no more."""
+    return (images[row] for row in range(len(images))) if isinstance(images, Sequence) else iter(images)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many consecutive items, the last one shorter; `itertools.batched` of Python 3.12."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some
 
 
 def plain_labels(labels: Iterable[Any]) -> list[Label]:
@@ -85,13 +118,16 @@ def plain_labels(labels: Iterable[Any]) -> list[Label]:
 
 def true_labels(
     images: Iterable[Any], labels: Iterable[Any], classes: Sequence[Label]
-) -> tuple[Sequence[Any], list[Label]]:
+) -> tuple[Sequence[Any] | Iterator[Any], list[Label]]:
     """Images, and the labels to compare predictions with.
 
     Raises:
-        ValueError: not one label per image, or labels of another type than the classes.
+        ValueError: not one label per image (of images that come one by one only `check_one_each` can tell, afterwards),
+            or labels of another type than the classes.
     """
-    many, values = _labelled(images, labels)
+    many, values = as_images(images), plain_labels(labels)
+    if isinstance(many, Sequence):
+        check_one_each(len(many), len(values))
     known = {type(x).__name__ for x in classes}
     if others := {type(x).__name__ for x in values} - known:
         raise ValueError(f"Labels are {', '.join(known)} in the bank, got {', '.join(sorted(others))}.")
@@ -107,7 +143,10 @@ def group_shots(
         ValueError: not one label per image, labels of mixed type, or one picture under two labels.
         FileNotFoundError, ValueError: images cannot be decoded; the text names each with the reason (the first 20).
     """
-    many, values = _labelled(images, labels)
+    many, values = as_images(images), plain_labels(labels)
+    if not isinstance(many, Sequence):
+        many = list(many)  # shots are few
+    check_one_each(len(many), len(values))
     types = {type(x) for x in values}
     if len(types) > 1 or not types <= {str, int, bool}:
         strange = next((i for i, x in enumerate(values) if type(x) not in (str, int, bool)), None)
@@ -118,26 +157,26 @@ def group_shots(
     first: dict[str, tuple[Label, Prepared]] = {}
     groups: dict[Label, list[Prepared]] = {}
     bad: dict[int, Exception] = {}
-    for row, label in enumerate(values):
-        try:
-            shot = prepare(many[row])
-        except (OSError, ValueError) as error:
-            bad[row] = error
-            continue
-        if shot.id not in first:
-            first[shot.id] = label, shot
-            groups.setdefault(label, []).append(shot)
-        earlier_label, earlier = first[shot.id]
-        if earlier_label != label:
-            both = f"{earlier.name} and {shot.name}"
-            raise ValueError(f"One picture ({both}) is given as {earlier_label!r} and as {label!r}; keep one.")
+    with Progress(len(many), "shots", "image", minor=True) as bar:
+        for row, label in enumerate(values):
+            bar.update()
+            try:
+                shot = prepare(many[row])
+            except (OSError, ValueError) as error:
+                bad[row] = error
+                continue
+            if shot.id not in first:
+                first[shot.id] = label, shot
+                groups.setdefault(label, []).append(shot)
+            earlier_label, earlier = first[shot.id]
+            if earlier_label != label:
+                both = f"{earlier.name} and {shot.name}"
+                raise ValueError(f"One picture ({both}) is given as {earlier_label!r} and as {label!r}; keep one.")
     raise_bad_images(bad, len(many))
     return groups
 
 
-def _labelled(images: Iterable[Any], labels: Iterable[Any]) -> tuple[Sequence[Any], list[Label]]:
-    """As many images as labels; raises ValueError where there are not."""
-    many, values = as_images(images), plain_labels(labels)
-    if len(many) != len(values):
-        raise ValueError(f"{len(many)} images but {len(values)} labels; pass one label per image.")
-    return many, values
+def check_one_each(images: int, labels: int) -> None:
+    """Raises a ValueError where there are not as many images as labels."""
+    if images != labels:
+        raise ValueError(f"{images} images but {labels} labels; pass one label per image.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -74,13 +74,7 @@ class StoredImages(Sequence[ImageSource]):
     """
 
     def __init__(self, stored: datasets.Dataset) -> None:
-        columns = [name for name, feature in stored.features.items() if isinstance(feature, datasets.Image)]
-        if len(columns) != 1:
-            raise ValueError(
-                f"The data set has {len(columns)} columns of images ({', '.join(stored.column_names)} in all); pass "
-                "one with select_columns, or cast it with cast_column(name, datasets.Image())."
-            )
-        self._images = _image_column(stored, "the data set", columns[0])
+        self._images = _image_column(stored, "the data set", _name_of_images(stored))
 
     @staticmethod
     def can_hold(images: object) -> TypeGuard[datasets.Dataset]:
@@ -92,6 +86,38 @@ class StoredImages(Sequence[ImageSource]):
 
     def __getitem__(self, row: Any) -> Any:
         return [image() for image in self._images[row]] if isinstance(row, slice) else self._images[row]()
+
+
+def is_stream(images: object) -> TypeGuard[datasets.IterableDataset]:
+    """Whether these images are a data set that is read from its first row to its last."""
+    return isinstance(images, datasets.IterableDataset)
+
+
+def streamed_images(stream: datasets.IterableDataset) -> Iterator[ImageSource]:
+    """The images of a `datasets.IterableDataset`, one at a time in memory.
+
+    Raises:
+        ValueError: not one column of images, or, when it comes, a row without an image.
+    """
+    if stream.features is None:
+        raise ValueError(
+            "The streamed data set does not know what its columns hold, as after a map; give it features, as in "
+            "stream.cast(datasets.Features(image=datasets.Image()))."
+        )
+    column = _name_of_images(stream)
+    stream = stream.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return (_image_in(cells[column]) for cells in stream)
+
+
+def _name_of_images(stored: datasets.Dataset | datasets.IterableDataset) -> str:
+    """The one column of images; raises ValueError where there are none or several."""
+    columns = [name for name, feature in stored.features.items() if isinstance(feature, datasets.Image)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"The data set has {len(columns)} columns of images ({', '.join(stored.column_names)} in all); pass "
+            "one with select_columns, or cast it with cast_column(name, datasets.Image())."
+        )
+    return columns[0]
 
 
 def _load(id_or_path: str, split: str | None) -> datasets.Dataset:
@@ -107,7 +133,10 @@ def _load(id_or_path: str, split: str | None) -> datasets.Dataset:
         if isinstance(stored, datasets.Dataset):
             check_has_split(id_or_path, split, [str(stored.split)] if stored.split else [])
     else:
-        stored = datasets.load_dataset(id_or_path, split=split)
+        try:
+            stored = datasets.load_dataset(id_or_path, split=split)
+        except RuntimeError as error:  # a data set whose loading is a program
+            raise ValueError(f"{id_or_path} cannot be loaded ({error}); pass a data set of files.") from error
     if isinstance(stored, datasets.DatasetDict):
         check_has_split(id_or_path, split, list(stored))
         stored = stored[split]
@@ -134,8 +163,12 @@ def _row_names(id_or_path: str, split: str | None, count: int) -> tuple[str, ...
 
 
 def _stored_image(column: Sequence[dict[str, Any] | None], row: int) -> ImageSource:
-    """The file of an image in a data set's column: its bytes, or its path; raises ValueError for an empty cell."""
-    cell = column[row]
+    """The image in a row of a data set's column."""
+    return _image_in(column[row])
+
+
+def _image_in(cell: dict[str, Any] | None) -> ImageSource:
+    """The file of an image in a cell of a data set: its bytes, or its path; raises ValueError for an empty cell."""
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise ValueError("the row has no image; filter such rows out")
     return cell["path"] if cell["bytes"] is None else cell["bytes"]

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fewshot_diti.data.images import THUMBNAIL_SIDE, DecodedImage, ImageSource, decode, raise_bad_images, thumbnail
+from fewshot_diti.progress import Progress
 
 _NAMED = 20  # classes that a warning names
 
@@ -90,14 +91,16 @@ class ImageSet:
         """Ids and thumbnails, from one pass over the images that keeps no picture."""
         ids, thumbnails = [], []
         bad: dict[int, Exception] = {}
-        for row in range(len(self)):
-            try:
-                decoded = self.decode(row)
-            except (OSError, ValueError) as error:
-                bad[row] = error
-            else:
-                ids.append(decoded.id)
-                thumbnails.append(thumbnail(decoded.rgb))
+        with Progress(len(self), "reading", "image", minor=True) as bar:
+            for row in range(len(self)):
+                try:
+                    decoded = self.decode(row)
+                except (OSError, ValueError) as error:
+                    bad[row] = error
+                else:
+                    ids.append(decoded.id)
+                    thumbnails.append(thumbnail(decoded.rgb))
+                bar.update()
         raise_bad_images(bad, len(self))
         return tuple(ids), np.stack(thumbnails) if thumbnails else np.empty(
             (0, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8

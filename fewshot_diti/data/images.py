@@ -18,6 +18,7 @@ from fewshot_diti.data.image_files import check_range, read_file, read_picture
 ResizeRule = Literal["crop", "squash", "pad"]
 
 THUMBNAIL_SIDE = 16
+_LONGEST_SIDE = 8192  # of images for a backbone
 _NAMED = 20  # bad images that an error names
 
 
@@ -118,6 +119,11 @@ def _named_rgb(source: ImageSource) -> tuple[Image.Image, str]:
     )
 
 
+def as_picture(pixels_CHW: Tensor) -> Image.Image:
+    """uint8 pixels [3, height, width] as a PIL image."""
+    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     """A PIL image of a uint8 array; raises ValueError for another dtype or shape."""
     if array.dtype != np.uint8:
@@ -166,7 +172,7 @@ class ImageGeometry:
         banner_rows: pixel rows cut from the bottom before the resize (FGVC-Aircraft's images end in a banner of 20).
 
     Raises:
-        ValueError: a size below 1, an unknown resize rule, a negative number of rows.
+        ValueError: a size or a number of rows out of its range, or an unknown resize rule.
     """
 
     size: tuple[int, int]
@@ -174,21 +180,16 @@ class ImageGeometry:
     banner_rows: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or not all(isinstance(s, int) and s >= 1 for s in self.size):
-            raise ValueError(f"size={self.size!r}; pass (height, width), two whole numbers of at least 1.")
+        if len(self.size) != 2 or not all(isinstance(s, int) and 1 <= s <= _LONGEST_SIDE for s in self.size):
+            raise ValueError(f"size={self.size!r}; pass (height, width), two whole numbers from 1 to {_LONGEST_SIDE}.")
         if self.resize not in get_args(ResizeRule):
             raise ValueError(f"resize={self.resize!r}; pass one of {get_args(ResizeRule)}.")
-        if not isinstance(self.banner_rows, int) or self.banner_rows < 0:
-            raise ValueError(f"banner_rows={self.banner_rows!r}; pass a whole number of at least 0.")
+        if not isinstance(self.banner_rows, int) or not 0 <= self.banner_rows <= _LONGEST_SIDE:
+            raise ValueError(f"banner_rows={self.banner_rows!r}; pass a whole number from 0 to {_LONGEST_SIDE}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes as JSON writes them."""
         return asdict(self) | {"size": list(self.size)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ImageGeometry:
-        """The geometry that `to_dict` wrote; raises ValueError for bad values and TypeError for unknown fields."""
-        return cls(**fields | {"size": tuple(fields["size"])})
 
     def check(self, picture: Image.Image, name: str) -> None:
         """Raises a ValueError naming the picture where it is no higher than `banner_rows`."""
@@ -216,6 +217,9 @@ class ImageGeometry:
         if self.resize == "squash":
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         elif self.resize == "pad":
+            if not min(round(picture.height / picture.width * width), round(picture.width / picture.height * height)):
+                # a line that would come out thinner than a pixel
+                picture = picture.resize((width, 1) if picture.width > picture.height else (1, height))
             picture = ImageOps.pad(picture, (width, height), Image.Resampling.BICUBIC, color="black")
         else:
             scale = max(height / picture.height, width / picture.width)

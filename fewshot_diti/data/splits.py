@@ -19,6 +19,7 @@ from fewshot_diti.data.tables import decode_utf8, find_file, parse_json
 
 _LINE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:\s+(\S.*))?", re.IGNORECASE)
 _STRUCTURE = ("PROTO", "EMPTY_LIST", "EMPTY_DICT", "MARK", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "STOP")
+_MAX_BYTES = 2**27  # of a list in an archive
 _NO_PICKLES = (
     "is a pickle, and pickles are never read: they can run any code. Draw shots with sample_shots, or write the paths "
     "to a text file, one 'path label' a line."
@@ -180,6 +181,8 @@ def _tif_entries(content: bytes, file: str) -> list[tuple[str, int, str]]:
         programs = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(programs) != 1:
             raise ValueError(f"{file} is an archive, but no split file of TiF; it holds {archive.namelist()[:5]}.")
+        if archive.getinfo(programs[0]).file_size > _MAX_BYTES:
+            raise ValueError(f"{file} unpacks to more than {_MAX_BYTES} bytes; no split is that large.")
         program = archive.read(programs[0])
     values: list[Any] = []  # keys and values of all dictionaries, in turn
     memo: dict[Any, Any] = {}

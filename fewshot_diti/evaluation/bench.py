@@ -26,8 +26,9 @@ from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
 from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.encoding import Encoder
-from fewshot_diti.evaluation.kept_errors import DitiErrors, load_errors, save_errors
+from fewshot_diti.evaluation.kept_errors import DitiErrors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
+from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts, generic_prompt
 from fewshot_diti.trials import even_grid
@@ -215,7 +216,7 @@ class Bench:
             TrainingError: a class's loss was not finite.
         """
         path, made_by = self._diti_file(task)
-        if load_errors(path, made_by) is not None:
+        if kept_tensors(path, made_by) is not None:
             return
         classifier = DiTiClassifier(
             self.backbone,
@@ -260,7 +261,7 @@ class Bench:
     def prepare_zero_shot(self, test: ImageSet) -> None:
         """Scores bare prompts, unless their errors are on disk; neither shots nor seed matter."""
         path, made_by = self._zero_shot_file(test)
-        if load_errors(path, made_by) is not None:
+        if kept_tensors(path, made_by) is not None:
             return
         bank = zero_shot_bank(self.backbone, test.class_names, self.geometry, self.concept)
         settings = Settings(self.training(1, 0), self.scoring(0), recommended(1, self.backbone.kind).prediction)
@@ -274,7 +275,7 @@ class Bench:
     def diti(self, task: Task) -> DitiErrors:
         """What `prepare` left; raises FileNotFoundError where it failed."""
         path, made_by = self._diti_file(task)
-        kept = load_errors(path, made_by)
+        kept = kept_tensors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the class tokens could not be trained or scored.")
         seconds = kept.pop("seconds").tolist()
@@ -284,7 +285,7 @@ class Bench:
     def zero_shot(self, test: ImageSet) -> tuple[Tensor, float]:
         """Errors [N, C, S] that `prepare_zero_shot` left, and the seconds that they took."""
         path, made_by = self._zero_shot_file(test)
-        kept = load_errors(path, made_by)
+        kept = kept_tensors(path, made_by)
         if kept is None:
             raise FileNotFoundError(f"{path} is missing: the bare prompts could not be scored.")
         return kept["errors"], float(kept["seconds"])

@@ -29,9 +29,10 @@ from fewshot_diti.data import (
     sample_shots_of_one_value,
     shown_attribute,
 )
-from fewshot_diti.distributed import process_state
+from fewshot_diti.distributed import main_alone_in, process_state
 from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.config import GridConfig
+from fewshot_diti.evaluation.hierarchy import levels_of
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.metrics import summarize
 from fewshot_diti.evaluation.shipped import prepare_shipped
@@ -90,6 +91,7 @@ class Grid:
             )
         if not len(test):
             raise ValueError(f"{config.dataset} has no test images; add some.")
+        self.levels = levels_of(self.pool, test)
         self.bench = Bench(
             backbone=config.backbone,
             dtype=config.dtype,
@@ -122,10 +124,13 @@ class Grid:
             return None
         try:
             record: dict[str, Any] = json.loads(run.path.read_text(encoding="utf-8"))
+            checksum = record.pop("checksum", None)  # 0.4 wrote none
             status, made_by = record["status"], record["made_by"]
-        except (ValueError, KeyError, TypeError):  # damaged: as good as none
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: as good as none
             return None
-        return record if status == "ok" and made_by == self.made_by(run) else None
+        if status != "ok" or made_by != self.made_by(run) or checksum not in (None, _checksum(record)):
+            return None
+        return record
 
     def run_missing(self) -> list[Run]:
         """Runs what is missing under one progress bar, and returns the runs that failed.
@@ -133,6 +138,10 @@ class Grid:
         Draw by draw, all processes train and score its class tokens together, then share its runs. A failed run is
         recorded, and does not stop the rest.
         """
+        with main_alone_in(self.config.folder, self.config.folder):
+            return self._run_missing()
+
+    def _run_missing(self) -> list[Run]:
         state = process_state()
         missing: list[Run] = broadcast_object_list([self.missing()])[0]
         bar = Progress(len(missing), "table", "run")
@@ -149,7 +158,9 @@ class Grid:
                     "made_by": self.made_by(run),
                     "versions": {package: _version(package) for package in PACKAGES},
                 } | record
-                write_atomically(run.path, (json.dumps(record, indent=1, default=str) + "\n").encode())
+                record = json.loads(json.dumps(record, default=str))  # as it is read again
+                record["checksum"] = _checksum(record)
+                write_atomically(run.path, (json.dumps(record, indent=1) + "\n").encode())
             state.wait_for_everyone()
             bar.update(len(runs))
         bar.close()
@@ -271,6 +282,7 @@ class Grid:
                 self.test.ids,
                 groups=self.test.attributes.get(self.config.column),
                 parts={} if shown_NC is None else self.kinds(shown_NC),
+                levels=self.levels,
             )
         except Exception as error:  # whatever it is, the other runs go on
             return _failed(error)
@@ -310,6 +322,11 @@ def most_of_one_value(images: ImageSet, column: str) -> int:
     return min(
         max((n for (c, _), n in counts.items() if c == label), default=0) for label in set(images.labels.tolist())
     )
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Of what a record says: a number that was damaged is not taken for a result."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fewshot_diti.distributed import process_state
-from fewshot_diti.files import write_atomically
+from fewshot_diti.kept_tensors import keep_tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,18 +37,5 @@ class DitiErrors:
 def save_errors(path: Path, tensors: dict[str, Tensor], made_by: dict[str, str]) -> None:
     """Written by the main process, seen by all."""
     if process_state().is_main_process:
-        write_atomically(path, save(tensors, made_by))
+        keep_tensors(path, tensors, made_by)
     process_state().wait_for_everyone()
-
-
-def load_errors(path: Path, made_by: dict[str, str]) -> dict[str, Tensor] | None:
-    """The tensors of a file that the same settings made, else None."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != made_by:
-                return None
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError:  # damaged: as good as none
-        return None

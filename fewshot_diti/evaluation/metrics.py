@@ -1,4 +1,4 @@
-"""The figures of one run: accuracy with its interval, by class, F1, confusion, and every prediction."""
+"""The figures of one run: accuracy with its interval, by class and level, F1, calibration, and every prediction."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, f1_score
 
+from fewshot_diti.evaluation.hierarchy import level_probabilities
+from fewshot_diti.evaluation.reliability import calibration_figures
 from fewshot_diti.reports import bootstrap_interval, single_groups, wilson_interval
 
 FEWEST_GROUPS = 5
@@ -23,6 +25,7 @@ def summarize(
     *,
     groups: Sequence[str] | None = None,
     parts: Mapping[str, np.ndarray] = MappingProxyType({}),
+    levels: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Figures of N test images, ready for JSON; shares are 0 to 1.
 
@@ -33,6 +36,7 @@ def summarize(
         groups: of each image, as `accuracy_with_interval` takes them.
         parts: masks [N] by name, such as test images that share a spurious attribute with the shots of their class, and
             others; the accuracy on each is reported by itself.
+        levels: the group of each class by the name of a level, as `hierarchy.levels_of` finds them.
 
     Raises:
         ValueError: probabilities that are not finite, or lengths that differ.
@@ -58,13 +62,29 @@ def summarize(
         "accuracy_by_class": {
             name: float(correct[labels_N == c].mean()) for c, name in enumerate(class_names) if (labels_N == c).any()
         },
+        "levels": {name: _at_level(labels_N, probabilities_NC, of, groups) for name, of in levels.items()},
+        **calibration_figures(labels_N, probabilities_NC),
         "macro_f1": float(f1_score(labels_N, predicted, average="macro")),
         "confusion": confusion_matrix(labels_N, predicted, labels=range(len(class_names))).tolist(),
         "predictions": [
-            {"image_id": i, "true_label": class_names[y], "label": class_names[p], "margin": float(b - a)}
+            {
+                "image_id": i,
+                "true_label": class_names[y],
+                "label": class_names[p],
+                "probability": float(b),
+                "margin": float(b - a),
+            }
             for i, y, p, (a, b) in zip(image_ids, labels_N, predicted, top_two, strict=True)
         ],
     }
+
+
+def _at_level(
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, groups_C: Sequence[str], groups: Sequence[str] | None
+) -> dict[str, Any]:
+    names, p_NG = level_probabilities(probabilities_NC, groups_C)
+    truth_N = np.array([names.index(name) for name in groups_C])[labels_N]
+    return accuracy_with_interval(p_NG.argmax(1) == truth_N, groups)
 
 
 @dataclass(frozen=True, kw_only=True)

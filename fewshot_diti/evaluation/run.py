@@ -15,19 +15,23 @@ from typing import Any, TypeVar
 from sklearn.metrics import accuracy_score, f1_score
 
 from fewshot_diti.backbone import POCKET, Backbone, load_backbone
-from fewshot_diti.bank_files import MANIFEST, bank_fingerprint
+from fewshot_diti.bank_files import MANIFEST, bank_fingerprint, cut_short
+from fewshot_diti.checkpoints import checkpoints_for
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import PredictionConfig, ScoringConfig, TrainingConfig
 from fewshot_diti.cost import announce_time
 from fewshot_diti.data import ImageSet, Shots, load_images, sample_shots
 from fewshot_diti.data.images import ImageGeometry, ImageSource, ResizeRule
 from fewshot_diti.devices import TrainingDtype
-from fewshot_diti.distributed import Record, my_share, predict_shared, process_state
+from fewshot_diti.distributed import main_alone_in, my_share, predict_shared, process_state
+from fewshot_diti.elimination import NotFiniteError
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.task import Task, fingerprint, listed_shots, make_task
 from fewshot_diti.files import write_atomically
+from fewshot_diti.part_files import Record, Records
 from fewshot_diti.progress import Progress
 from fewshot_diti.scoring import in_flight
+from fewshot_diti.training import OnStep
 
 RUN, SHOTS, BANK, PREDICTIONS, RESULTS = "run.json", "shots.json", "bank", "predictions", "results.json"
 # Where things lie, and how many samples share a forward pass: none of them changes a result.
@@ -234,6 +238,10 @@ def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifie
     """
     if (folder / MANIFEST).is_file():  # written last
         saved = DiTiClassifier.from_pretrained(folder, classifier.backbone)
+        if cut_short(folder):
+            with checkpoints_for(folder):  # which go, as do the hidden names
+                saved.save_pretrained(folder)
+            process_state().wait_for_everyone()
         saved.prediction = classifier.prediction  # may share batches in another way
         return saved
     fit_and_save(classifier, task.shots, task.shot_labels(), folder)
@@ -241,20 +249,44 @@ def learn(classifier: DiTiClassifier, task: Task, folder: Path) -> DiTiClassifie
     return classifier
 
 
-def fit_and_save(classifier: DiTiClassifier, shots: ImageSet, labels: Sequence[str], folder: Path) -> None:
-    """Fits the classifier and saves it to a folder; what is incomplete is saved beside it, as FOLDER_incomplete."""
-    try:
-        classifier.fit(shots.decoded(), labels)
-    except BaseException:
-        if classifier.bank_ is not None:
-            incomplete = folder.with_name(f"{folder.name}_incomplete")
-            classifier.save_pretrained(incomplete)
-            warnings.warn(f"what was trained before it stopped is in {incomplete}, marked as incomplete", stacklevel=2)
-        raise
-    classifier.save_pretrained(folder)
+def fit_and_save(
+    classifier: DiTiClassifier,
+    shots: ImageSet,
+    labels: Sequence[str],
+    folder: Path,
+    before: str = "",
+    on_step: OnStep | None = None,
+) -> None:
+    """Fits the classifier and saves it to a folder; what is incomplete is saved beside it, as FOLDER_incomplete.
+
+    Started again after it was cut short, it goes on from the checkpoints in the folder.
+
+    Args:
+        before: fingerprint of the bank that it replaces, "" of none.
+
+    Raises:
+        ValueError: the folder holds another bank, which another program has saved since.
+    """
+    with checkpoints_for(folder) as checkpoints:
+        now = bank_fingerprint(folder) if (folder / MANIFEST).is_file() else ""
+        if process_state().is_main_process and now != before:
+            raise ValueError(f"Another program has saved a bank in {folder} meanwhile; pass another folder.")
+        try:
+            classifier.fit(shots.decoded(), labels, checkpoints=checkpoints, on_step=on_step)
+        except BaseException:
+            if classifier.bank_ is not None:
+                incomplete = folder.resolve().with_name(f"{folder.resolve().name}_incomplete")
+                where = f"in {incomplete}, marked as incomplete"
+                try:
+                    classifier.save_pretrained(incomplete)
+                except OSError as error:  # what stopped it is what the user has to know first
+                    where = f"lost: {error}"
+                warnings.warn(f"what was trained before it stopped is {where}", stacklevel=2)
+            raise
+        classifier.save_pretrained(folder)
 
 
-def classify(classifier: DiTiClassifier, test: ImageSet, folder: Path) -> list[Record]:
+def classify(classifier: DiTiClassifier, test: ImageSet, folder: Path) -> Records:
     """A record of each test image: label, scores and evaluations, beside the bank in `folder`. The processes share
     the images, and those decided by an earlier run are kept.
 
@@ -285,24 +317,43 @@ def predict_images(
     folder: Path,
     bank: Path,
     asked: str = "",
-) -> list[Record]:
+) -> Records:
     """What `predict` gives for each image, or why it cannot be read; with progress and, first, how long it will take.
 
-    The processes share the images, and `folder` keeps what is known, as `predict_shared` says.
+    The processes share the images, and `folder` keeps what is known, as `predict_shared` says. Memory holds neither
+    images nor records, however many there are.
 
     Args:
         asked: what else decides the records, beside bank and prediction.
     """
     prediction, trials = classifier.current_prediction(), classifier.settings_.scoring.trials
     looks = prediction.looks(len(classifier.classes_), trials)
-    evaluations = len(images) * classifier.decider().evaluations(prediction)
+    decider = classifier.decider()
+    evaluations = len(images) * decider.evaluations(prediction)
     announce_time(classifier.backbone_, classifier.geometry_.size, evaluations, "scoring")
-    with Progress(len(my_share(len(images))), "images", "image") as bar:
+
+    def predict_usable(some: Sequence[PreparedImage]) -> list[Record]:
+        errors: dict[str, Record] = {}
+        for image in some:
+            try:
+                decider.encode(image)
+            except ValueError as error:  # of one image: the others are predicted
+                errors[image.id] = {"error": str(error)}
+        usable = [image for image in some if image.id not in errors]
+        try:
+            found = dict(zip((image.id for image in usable), predict(usable) if usable else [], strict=True))
+        except NotFiniteError as error:
+            if len(some) > 1:
+                return [predict_usable([image])[0] for image in some]
+            found = {some[0].id: {"error": f"{some[0].name}: {error}"}}
+        return [errors.get(image.id) or found[image.id] for image in some]
+
+    with main_alone_in(folder, folder), Progress(len(my_share(len(images))), "images", "image") as bar:
         return predict_shared(
             images,
             lambda image: classifier.encoder_.prepare(decode(image)),
             lambda image: image.id,
-            predict,
+            predict_usable,
             folder,
             made_by(classifier, bank) + asked,
             at_once=in_flight(looks),
@@ -338,7 +389,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file of an earlier run; raises ValueError naming it where it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove its folder, or pass another output_dir.") from error
 
 

@@ -13,9 +13,10 @@ import torch
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import FROM_PRESET, ScoringConfig, TrainingConfig
 from fewshot_diti.evaluation.bench import Bench
-from fewshot_diti.evaluation.kept_errors import load_errors, save_errors
+from fewshot_diti.evaluation.kept_errors import save_errors
 from fewshot_diti.evaluation.run import BANK, classify, learn, settle
 from fewshot_diti.evaluation.task import Outcome, Task, fingerprint
+from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import PRESETS
 
 
@@ -38,7 +39,7 @@ def prepare_shipped(bench: Bench, task: Task) -> None:
         TrainingError: a class's loss was not finite.
     """
     path, made_by = shipped_file(bench, task)
-    if load_errors(path, made_by) is not None:
+    if kept_tensors(path, made_by) is not None:
         return
     start = perf_counter()
     classifier, folder = trained_classifier(bench, task)
@@ -66,7 +67,7 @@ def trained_classifier(bench: Bench, task: Task) -> tuple[DiTiClassifier, Path]:
 def shipped(bench: Bench, task: Task) -> Outcome:
     """What `prepare_shipped` left; raises FileNotFoundError where it failed."""
     path, made_by = shipped_file(bench, task)
-    kept = load_errors(path, made_by)
+    kept = kept_tensors(path, made_by)
     if kept is None:
         raise FileNotFoundError(f"{path} is missing: the classifier could not be trained.")
     training_seconds, scoring_seconds = kept["seconds"].tolist()

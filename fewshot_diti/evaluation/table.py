@@ -112,9 +112,9 @@ def _head(shots: Sequence[int]) -> list[str]:
     return ["method", *(f"{k} shot" if k == 1 else f"{k} shots" for k in shots)]
 
 
-def rich_table(rows: Sequence[Row], shots: Sequence[int]) -> Table:
+def rich_table(rows: Sequence[Row], shots: Sequence[int], what: str = "accuracy in %") -> Table:
     """For the screen."""
-    caption = "accuracy in %: mean ± standard deviation over seeds; best in bold"
+    caption = f"{what}: mean ± standard deviation over seeds; best in bold"
     return rich_lines([*_head(shots), "average"], _marked(rows, shots, lambda cell: Text(cell, style="bold")), caption)
 
 
@@ -185,12 +185,14 @@ def highlighted(rows: Sequence[Row], shots: Sequence[int]) -> dict[str, str]:
     return colours | {row.name: c for row, c in zip(best, (plots.VERMILION, plots.ORANGE), strict=False)}
 
 
-def plot(rows: Sequence[Row], shots: Sequence[int]) -> bytes:
-    """PNG of accuracy over shots, a few rows in colour and the others in grey, each named at its right end.
+def plot(
+    rows: Sequence[Row], shots: Sequence[int], colours: Mapping[str, str], *, ylabel: str = "accuracy (%)"
+) -> bytes:
+    """PNG of accuracy over shots, the rows that have `colours` in these and the others in grey, each named at its right
+    end.
 
     Bands of the rows in colour are one standard deviation over seeds; dotted is what does not compete.
     """
-    colours = highlighted(rows, shots)
     figure = Figure(figsize=(8.5, max(4.5, 0.24 * len(rows) + 1)), dpi=130, layout="constrained")
     axes = figure.subplots()
     ends = []
@@ -209,7 +211,7 @@ def plot(rows: Sequence[Row], shots: Sequence[int]) -> bytes:
         ends.append(plots.End(known[-1], means[-1], title, colour or plots.GREY, bold=bool(colour)))
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(shots), [str(k) for k in shots])
-    axes.set(xlabel="shots per class", ylabel="accuracy (%)")
+    axes.set(xlabel="shots per class", ylabel=ylabel)
     plots.tidy(axes)
     plots.label_ends(axes, ends)
     return plots.png(figure)

@@ -17,9 +17,10 @@ from fewshot_diti.baselines.presets import preset_of
 from fewshot_diti.baselines.tip_adapter import ALPHAS, BETAS, TipAdapter, cache_logits
 from fewshot_diti.baselines.views import ColourJitter, as_it_is, random_view, seeded
 from fewshot_diti.config import TrainingConfig
+from fewshot_diti.data.images import as_picture
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.temperature import fit_temperature
-from fewshot_diti.witnesses.base import Judge, ShotsRead, Witness, as_picture, positions
+from fewshot_diti.witnesses.base import Judge, ShotsRead, Witness, positions
 
 
 class ZeroShotWitness(Witness):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from fewshot_diti.config import TrainingConfig
@@ -17,6 +18,7 @@ class UnetWitness(Witness):
     as many as the preset says."""
 
     evaluations = 1
+    kept = torch.float16
 
     def read_shots(self, encoder: Encoder, shots: Sequence[PreparedImage], training: TrainingConfig) -> Tensor:
         """float16 [n, V, D]."""

@@ -21,10 +21,10 @@ from fewshot_diti.baselines.imagenet import PACKAGED, ImageNetwork, size_for
 from fewshot_diti.baselines.probe import COPIES, MOST_ROWS, STRENGTHS, fit_logistic
 from fewshot_diti.baselines.views import ColourJitter, seeded
 from fewshot_diti.config import TrainingConfig
-from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.data.images import ImageGeometry, as_picture
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.temperature import FOLDS, held_out_temperature
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, positions
+from fewshot_diti.witnesses.base import ShotsRead, Witness, positions
 
 
 class _Linear(Witness):

@@ -12,9 +12,9 @@ from fewshot_diti.baselines.imagenet import PACKAGED, FineTuned, ImageNetwork, s
 from fewshot_diti.baselines.presets import preset_of
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.config import TrainingConfig
-from fewshot_diti.data.images import ImageGeometry
+from fewshot_diti.data.images import ImageGeometry, as_picture
 from fewshot_diti.encoding import Encoder, PreparedImage
-from fewshot_diti.witnesses.base import ShotsRead, Witness, as_picture, log_counts, positions
+from fewshot_diti.witnesses.base import ShotsRead, Witness, log_counts, positions
 
 # of the fine-tuned network's probabilities, which label smoothing keeps low; 0.53 is most likely on held-out shots of
 # one draw at 16 shots (docs/experiments/witnesses.md)
@@ -31,6 +31,7 @@ class TunedNetwork(Witness):
         geometry: of the bank; the network sees the whole image, without the bank's banner.
     """
 
+    kept = torch.uint8
     geometry: ImageGeometry
 
     def __init__(self, model: str, geometry: ImageGeometry) -> None:

@@ -36,11 +36,12 @@ from transformers import CLIPTokenizer
 
 from fewshot_diti.backbone import resolve
 from fewshot_diti.files import write_atomically
+from fewshot_diti.loop import half_weights, run_loop, step_generator
 from recipes.pocket.captions import Captioner
-from recipes.pocket.loop import FalseColourConfig, half_weights, run_loop, step_generator
 from recipes.pocket.renders import (
     HELD_OUT,
     KINDS,
+    FalseColourConfig,
     Renders,
     as_batch,
     false_colour_copies,

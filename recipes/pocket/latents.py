@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
+from fewshot_diti.kept_tensors import keep_tensors, kept_tensors
 from recipes.pocket.renders import Renders, false_colour_copies, random_crops
 
 
@@ -51,10 +49,8 @@ def cached_latents(
     made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
     if any(crops):
         made_from["crops"] = str(crops)
-    if cache.exists():
-        with safe_open(cache, "pt") as f:
-            if f.metadata() == made_from:
-                return f.get_tensor("mean"), f.get_tensor("std")
+    if (kept := kept_tensors(cache, made_from)) is not None:
+        return kept["mean"], kept["std"]
     pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
     if any(crops):
         g = torch.Generator().manual_seed(0)
@@ -64,5 +60,5 @@ def cached_latents(
     versions = [encode_latents(vae, p, accelerator) for p in pixels]
     mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
     if accelerator.is_main_process:
-        write_atomically(cache, save({"mean": mean, "std": std}, made_from))
+        keep_tensors(cache, {"mean": mean, "std": std}, made_from)
     return mean, std

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from torch import Tensor
 from torchvision.transforms import v2
+
+from fewshot_diti.loop import LoopConfig
 
 HELD_OUT = Path(__file__).with_name("held_out_variants.json")  # never trained on
 KINDS = Path(__file__).with_name("aircraft_kinds.json")
@@ -59,6 +61,30 @@ class Renders:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FalseColourConfig(LoopConfig):
+    """Settings of a run on renders, as they are and with shuffled colours: shape without livery.
+
+    Attributes:
+        data: folder of Parquet shards (see `load_renders`).
+        held_out: JSON list of variants that are never trained on.
+        false_colours: share of samples with shuffled colours.
+        false_copies: versions of each image in shuffled colours, to draw these samples from.
+
+    Raises:
+        ValueError: no false copies.
+    """
+
+    data: Path
+    held_out: Path
+    false_colours: float = 0.5
+    false_copies: int = 3
+
+    def __post_init__(self) -> None:
+        if self.false_copies < 1:
+            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
+
+
 def airline_name(raw: str) -> str:
     """An airline's name as captions write it; "" for a registration number or no livery.
 
@@ -74,8 +100,11 @@ def airline_name(raw: str) -> str:
     return "" if registration or name.lower() in _NO_LIVERY else name.replace("-", " ").strip()
 
 
-def load_renders(folder: Path, size: tuple[int, int]) -> Renders:
+def load_renders(folder: Path, size: tuple[int, int], variants: Collection[str] | None = None) -> Renders:
     """Reads all Parquet shards of `folder` (image, variant, manufacturer, airline), resized to (height, width).
+
+    Args:
+        variants: whose images are read; by default all.
 
     Raises:
         FileNotFoundError: the folder holds no Parquet file.
@@ -84,6 +113,8 @@ def load_renders(folder: Path, size: tuple[int, int]) -> Renders:
     if not shards:
         raise FileNotFoundError(f"No .parquet file in {folder}; pass --data with the folder of pre-training images.")
     table = load_dataset("parquet", data_files=shards, split="train").cast_column("image", Image())
+    if variants is not None:
+        table = table.select([row for row, variant in enumerate(table["variant"]) if variant in variants])
     height, width = size
     pixels = np.stack(
         [np.asarray(i.convert("RGB").resize((width, height), PILImage.Resampling.BICUBIC)) for i in table["image"]]

@@ -40,9 +40,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hashes import hash_weights
+from fewshot_diti.loop import run_loop, step_generator
 from recipes.pocket.captions import GENERIC_CAPTION, P_GENERIC, P_VARIANT, Captioner, train_tokenizer
 from recipes.pocket.latents import cached_latents, encode_latents, image_size
-from recipes.pocket.loop import FalseColourConfig, run_loop, step_generator
 from recipes.pocket.networks import (
     FEATURES,
     TextToNoise,
@@ -51,7 +51,15 @@ from recipes.pocket.networks import (
     build_unet,
     features_kept,
 )
-from recipes.pocket.renders import HELD_OUT, KINDS, Renders, few_shot_accuracy, load_renders, split_held_out
+from recipes.pocket.renders import (
+    HELD_OUT,
+    KINDS,
+    FalseColourConfig,
+    Renders,
+    few_shot_accuracy,
+    load_renders,
+    split_held_out,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

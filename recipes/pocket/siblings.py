@@ -32,9 +32,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewshot_diti.files import write_atomically
-from recipes.pocket.loop import FalseColourConfig, half_weights, run_loop, step_generator
+from fewshot_diti.loop import half_weights, run_loop, step_generator
 from recipes.pocket.renders import (
     HELD_OUT,
+    FalseColourConfig,
     as_batch,
     false_colour_copies,
     few_shot_accuracy,

@@ -24,8 +24,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from fewshot_diti.loop import LoopConfig, run_loop, step_generator
 from recipes.pocket.linear_start import linear_start
-from recipes.pocket.loop import LoopConfig, run_loop, step_generator
 from recipes.pocket.renders import HELD_OUT, as_batch, load_renders, shuffle_colours, split_held_out
 
 

@@ -1,4 +1,4 @@
-"""The training loop of every pre-training run: schedule, one checkpoint file, one log."""
+"""The training loop of all that is trained for long: schedule, one checkpoint file, one log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -14,16 +15,18 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fewshot_diti.files import write_atomically
+from fewshot_diti.distributed import main_alone_in
+from fewshot_diti.files import append, write_atomically
+from fewshot_diti.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Settings of every pre-training run.
+    """Settings of every such run.
 
     Attributes:
         output_dir: gets the checkpoint, the log and the trained model.
@@ -56,30 +59,6 @@ class LoopConfig:
         return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FalseColourConfig(LoopConfig):
-    """Settings of a run on renders, as they are and with shuffled colours: shape without livery.
-
-    Attributes:
-        data: folder of Parquet shards (see `load_renders`).
-        held_out: JSON list of variants that are never trained on.
-        false_colours: share of samples with shuffled colours.
-        false_copies: versions of each image in shuffled colours, to draw these samples from.
-
-    Raises:
-        ValueError: no false copies.
-    """
-
-    data: Path
-    held_out: Path
-    false_colours: float = 0.5
-    false_copies: int = 3
-
-    def __post_init__(self) -> None:
-        if self.false_copies < 1:
-            raise ValueError(f"false_copies={self.false_copies}; pass at least 1 (--false_colours 0 draws none).")
-
-
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The random stream of one step of one process: a resumed run draws what an uninterrupted one would."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
@@ -94,6 +73,17 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers of a module, such as running statistics of batch normalisation."""
     parameters = dict(module.named_parameters())
     return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+
+def _drop_later_lines(log: Path, step: int) -> None:
+    """Removes from a log what a killed run wrote after its last checkpoint, and a line that was cut off."""
+    kept = []
+    for line in log.read_bytes().splitlines(keepends=True) if log.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    if kept or log.is_file():
+        write_atomically(log, b"".join(kept))
 
 
 def save_checkpoint(
@@ -122,6 +112,15 @@ def load_checkpoint(
     """
     if not path.exists():
         return 0
+    try:
+        return _load_checkpoint(path, module, optimizer, ema, made_from)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to begin anew, or bring a copy back.") from error
+
+
+def _load_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, made_from: str
+) -> int:
     fused = optimizer.defaults.get("fused", False)
     with safe_open(path, "pt") as f, torch.no_grad():
         if f.metadata().get("made_from") != made_from:
@@ -170,6 +169,23 @@ def run_loop(
         f"{made_from}, settings {config.decisive}, parameters {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
     )
     ema = EMAModel(bare.parameters(), config.ema_decay, foreach=True)
+    with main_alone_in(config.output_dir, config.output_dir):
+        _run_loop(accelerator, module, bare, optimizer, ema, config, made_from, loss_fn, validate)
+    ema.copy_to(bare.parameters())
+
+
+def _run_loop(
+    accelerator: Accelerator,
+    module: nn.Module,
+    bare: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    config: LoopConfig,
+    made_from: str,
+    loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],
+    validate: Callable[[nn.Module], dict[str, float]],
+) -> None:
+    """The steps that are left after the last checkpoint."""
     checkpoint = config.output_dir / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, bare, optimizer, ema, made_from)
     for group in optimizer.param_groups:
@@ -181,16 +197,17 @@ def run_loop(
         num_training_steps=config.steps,
         last_epoch=start - 1,
     )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    log_file = config.output_dir / "log.jsonl"
+    if accelerator.is_main_process:
+        _drop_later_lines(log_file, start)
     sums: dict[str, float] = {}
     summed = 0
     began = saved = time.monotonic()
 
     def log(record: dict[str, float]) -> None:
         if accelerator.is_main_process:
-            with open(config.output_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
-            accelerator.print(" ".join(f"{k} {v:.5g}" for k, v in record.items()), flush=True)
+            append(log_file, f"{json.dumps(record)}\n".encode())
+        say(" ".join(f"{k} {v:.5g}" for k, v in record.items()))
 
     for step in range(start, config.steps):
         losses = loss_fn(module, step)
@@ -216,4 +233,3 @@ def run_loop(
         if accelerator.is_main_process and (time.monotonic() - saved > config.save_seconds or done == config.steps):
             save_checkpoint(checkpoint, bare, optimizer, ema, done, made_from)
             saved = time.monotonic()
-    ema.copy_to(bare.parameters())
