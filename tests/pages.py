@@ -1,4 +1,5 @@
-"""Blocks of code in Markdown pages: which are run, which are not and why, and the options of the commands in them."""
+"""Blocks of code in Markdown pages: which are run, which are not and why, the options of the commands in them, and
+the tiny settings that they are run on."""
 
 from __future__ import annotations
 
@@ -8,19 +9,33 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
+
+from fewshot_diti.baselines import presets as baseline_presets
+from fewshot_diti.baselines.imagenet import TuningSettings
+from fewshot_diti.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RUN = ("python", "sh", "bash")  # languages of blocks that are run
 LAUNCHERS = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
 _BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n+)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def train_in_seconds(patch: pytest.MonkeyPatch) -> None:
+    """Training on the pocket takes seconds, and class tokens know little."""
+    pocket = replace(PRESETS["pocket"], steps=(2,) * 5)
+    pocket = replace(pocket, training={**pocket.training, "rank": 2}, scoring={**pocket.scoring, "trials": 4})
+    small = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=2, least_epochs=1))
+    patch.setitem(PRESETS, "pocket", pocket)
+    patch.setitem(baseline_presets.PRESETS, "small", small)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pages
@@ -16,10 +15,7 @@ import pytest
 from pages import ROOT, Block
 
 from fewshot_diti import DiTiClassifier, cli
-from fewshot_diti.baselines import presets as baseline_presets
-from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.data.sources import load_bundled
-from fewshot_diti.presets import PRESETS
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p for p in (*DOCS.glob("*.md"), *DOCS.glob("experiments/*.md"), ROOT / "CONTRIBUTING.md"))
@@ -29,13 +25,8 @@ CLASSES = ("737-300", "A320", "ATR-72")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Training that takes a second."""
-    pocket = replace(PRESETS["pocket"], steps=(2,) * 5)
-    pocket = replace(pocket, training={**pocket.training, "rank": 2}, scoring={**pocket.scoring, "trials": 4})
-    small = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=2, least_epochs=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "pocket", pocket)
-        patch.setitem(baseline_presets.PRESETS, "small", small)
+        pages.train_in_seconds(patch)
         yield
 
 

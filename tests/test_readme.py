@@ -8,14 +8,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
+import pages
 import pytest
 
 from fewshot_diti import cli
-from fewshot_diti.baselines import presets as baseline_presets
-from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.data.sources import load_bundled
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +36,7 @@ def test_python_blocks_run_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     other = next(i for i in range(len(data)) if data.class_names[data.labels[i]] == "747-8")
     shutil.copy(data.names[other], tmp_path / "new.jpg")
     monkeypatch.chdir(tmp_path)
-    small = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=2, least_epochs=1))
-    monkeypatch.setitem(baseline_presets.PRESETS, "small", small)  # the network's 200 steps take minutes
+    pages.train_in_seconds(monkeypatch)
     scope: dict[str, object] = {"new_shots": [tmp_path / "new.jpg"]}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
