@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -64,11 +65,22 @@ class _Terminated(KeyboardInterrupt):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 (some images could not be scored), 2 (the user's error),
-    130 (interrupted) or 143 (terminated).
+    130 (interrupted), 141 (who reads the output has gone, as `head` does) or 143 (terminated).
 
     Args:
         arguments: by default those of the process.
     """
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="fewshot-diti",
@@ -100,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, TrainingError) as error:
         print("error:", printable_lines(str(error)), file=sys.stderr)
         return 2

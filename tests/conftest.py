@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from small_classifier import COLOURS, make, shots_of
 from small_grid import config, data, small_settings  # noqa: F401, fixtures
+from small_pretraining import renders  # noqa: F401, a fixture
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewshot_diti import Backbone, DiTiClassifier, cli

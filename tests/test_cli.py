@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,14 @@ def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
         assert cli.main(["train", str(shots), "--output_dir", "B", "--concept", "part"]) == status
         assert capsys.readouterr().err == f"{word}\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "fewshot_diti", "--help"], stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_quiet_commands_print_nothing(

@@ -9,64 +9,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
-from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
+from small_pretraining import vae_config
 
 from fewshot_diti import loop
 from fewshot_diti.backbone import Backbone
 from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer, write_caption
 from recipes.pocket.renders import airline_name, load_renders, split_held_out
 from recipes.pocket.sd import UnetConfig, train_unet
-from recipes.pocket.vae import VaeConfig, build_vae, standardize_latents, train_vae
+from recipes.pocket.vae import build_vae, standardize_latents, train_vae
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("renders")
-    rng = np.random.default_rng(0)
-    rows = {
-        "image": [PILImage.fromarray(rng.integers(0, 255, (32, 64, 3), np.uint8)) for _ in range(12)],
-        "variant": ["A1", "A2", "B1"] * 4,
-        "manufacturer": ["A", "A", "B"] * 4,
-        "airline": ["Delta", "default", "200-d-icwd"] * 4,
-    }
-    features = Features(
-        {"image": Image(), "variant": Value("string")} | dict.fromkeys(("manufacturer", "airline"), Value("string"))
-    )
-    Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    (folder / "held_out.json").write_text('["B1"]')
-    return folder
-
-
-def vae_config(data: Path, output_dir: Path) -> VaeConfig:
-    return VaeConfig(
-        data=data,
-        held_out=data / "held_out.json",
-        output_dir=output_dir,
-        size=(16, 32),
-        block_out_channels=(16, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        steps=6,
-        batch_size=2,
-        crop=(8, 16),
-        full_share=0.5,
-        warmup=2,
-        mixed_precision="no",
-        log_every=2,
-        validate_every=3,
-        save_seconds=0.0,
-    )
-
-
-def test_held_out_variants_are_not_trained_on(data: Path) -> None:
-    seen, unseen = split_held_out(load_renders(data, (16, 32)), data / "held_out.json")
+def test_held_out_variants_are_not_trained_on(renders: Path) -> None:
+    seen, unseen = split_held_out(load_renders(renders, (16, 32)), renders / "held_out.json")
     assert set(seen.variants) == {"A1", "A2"}
     assert set(unseen.variants) == {"B1"}
     assert seen.airlines[:2] == ("Delta", "")
@@ -124,9 +83,9 @@ def test_the_tokenizer_reads_any_text_and_ends_with_the_largest_id() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "a❄über-hta737"
 
 
-def test_an_untrained_autoencoder_is_a_linear_map(data: Path, tmp_path: Path) -> None:
+def test_an_untrained_autoencoder_is_a_linear_map(renders: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vae = build_vae(vae_config(data, tmp_path)).eval()
+    vae = build_vae(vae_config(renders, tmp_path)).eval()
     one, other = torch.rand(2, 4, 3, 16, 32) * 2 - 1
     with torch.no_grad():
         codes = [vae.encode(x).latent_dist.mean for x in (one, other, (one + other) / 2)]
@@ -136,14 +95,14 @@ def test_an_untrained_autoencoder_is_a_linear_map(data: Path, tmp_path: Path) ->
         assert ((a + b) / 2 - middle).std() < 0.02 * a.std()
 
 
-def test_too_few_channels_for_a_linear_start_are_refused(data: Path, tmp_path: Path) -> None:
+def test_too_few_channels_for_a_linear_start_are_refused(renders: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"8 channels in 4 groups cannot carry 4 signals"):
-        build_vae(replace(vae_config(data, tmp_path), block_out_channels=(8, 8)))
+        build_vae(replace(vae_config(renders, tmp_path), block_out_channels=(8, 8)))
 
 
-def test_standardized_latents_restore_the_same_images(data: Path, tmp_path: Path) -> None:
+def test_standardized_latents_restore_the_same_images(renders: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vae = build_vae(vae_config(data, tmp_path)).eval()
+    vae = build_vae(vae_config(renders, tmp_path)).eval()
     images = torch.randn(6, 3, 16, 32)
     with torch.no_grad():
         before = vae.decode(vae.encode(images).latent_dist.mean).sample
@@ -172,12 +131,12 @@ def dies_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_vae(vae_config(data, tmp_path / "whole"))
+    train_vae(vae_config(renders, tmp_path / "whole"))
     with dies_after(3, monkeypatch):
-        train_vae(vae_config(data, tmp_path / "killed"))
-    train_vae(vae_config(data, tmp_path / "killed"))
+        train_vae(vae_config(renders, tmp_path / "killed"))
+    train_vae(vae_config(renders, tmp_path / "killed"))
     one, other = (AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
@@ -208,10 +167,10 @@ def test_a_checkpoint_of_named_tensors_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_killed_unet_run_ends_where_an_uninterrupted_one_does(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "whole", "v_prediction")
+    train_vae(vae_config(renders, tmp_path / "vae"))
+    config = unet_config(renders, tmp_path / "vae" / "vae", tmp_path / "whole", "v_prediction")
     config = replace(config, steps=6, save_seconds=0.0)
     whole = train_unet(config)
     config = replace(config, output_dir=tmp_path / "killed")
@@ -222,8 +181,8 @@ def test_a_killed_unet_run_ends_where_an_uninterrupted_one_does(
         torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), rtol=1e-3, atol=1e-5)
 
 
-def test_a_checkpoint_of_other_data_or_another_model_is_refused(data: Path, tmp_path: Path) -> None:
-    config = vae_config(data, tmp_path / "vae")
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(renders: Path, tmp_path: Path) -> None:
+    config = vae_config(renders, tmp_path / "vae")
     train_vae(config)
     other = tmp_path / "held_out.json"
     other.write_text('["A1"]')
@@ -232,10 +191,10 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(data: Path, tmp_
             train_vae(changed)
 
 
-def unet_config(data: Path, vae: Path, output_dir: Path, prediction_type: str) -> UnetConfig:
+def unet_config(renders: Path, vae: Path, output_dir: Path, prediction_type: str) -> UnetConfig:
     return UnetConfig(
-        data=data,
-        held_out=data / "held_out.json",
+        data=renders,
+        held_out=renders / "held_out.json",
         vae=vae,
         output_dir=output_dir,
         block_out_channels=(16, 8, 16, 16),
@@ -255,9 +214,9 @@ def unet_config(data: Path, vae: Path, output_dir: Path, prediction_type: str) -
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, prediction_type: str) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", prediction_type)
+def test_the_pipeline_it_saves_is_a_backbone(renders: Path, tmp_path: Path, prediction_type: str) -> None:
+    train_vae(vae_config(renders, tmp_path / "vae"))
+    config = unet_config(renders, tmp_path / "vae" / "vae", tmp_path / "sd", prediction_type)
     train_unet(config)
     backbone = Backbone.from_pretrained(tmp_path / "sd" / "pipeline", dtype=torch.float32, device="cpu")
     assert backbone.image_size == (16, 32)
@@ -269,9 +228,9 @@ def test_the_pipeline_it_saves_is_a_backbone(data: Path, tmp_path: Path, predict
     assert "held_out_error_50" in records[-1]
 
 
-def test_a_head_for_variants_adds_its_loss_and_is_not_in_the_pipeline(data: Path, tmp_path: Path) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
+def test_a_head_for_variants_adds_its_loss_and_is_not_in_the_pipeline(renders: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(renders, tmp_path / "vae"))
+    config = unet_config(renders, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
     plain = train_unet(config)
     with_head = replace(config, class_weight=0.5, class_until=1.0, zoom=0.1, shift=0.1, output_dir=tmp_path / "head")
     trained = train_unet(replace(with_head, batch_size=8))
@@ -281,26 +240,26 @@ def test_a_head_for_variants_adds_its_loss_and_is_not_in_the_pipeline(data: Path
     assert record["loss"] == pytest.approx(record["restoration"] + 0.5 * record["variant"], rel=1e-5)
 
 
-def test_the_log_says_how_well_features_separate_variants_that_are_left_out(data: Path, tmp_path: Path) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    (data / "two.json").write_text('["B1", "A2"]')
-    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
-    train_unet(replace(config, held_out=data / "two.json"))
+def test_the_log_says_how_well_features_separate_variants_that_are_left_out(renders: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(renders, tmp_path / "vae"))
+    (renders / "two.json").write_text('["B1", "A2"]')
+    config = unet_config(renders, tmp_path / "vae" / "vae", tmp_path / "sd", "v_prediction")
+    train_unet(replace(config, held_out=renders / "two.json"))
     record = json.loads((tmp_path / "sd" / "log.jsonl").read_text().splitlines()[-1])
     assert 0 <= record["held_out_accuracy"] <= 1
 
 
-def test_a_caption_names_the_shape_by_variant_manufacturer_or_kind(data: Path) -> None:
-    caption = Captioner(load_renders(data, (16, 32)), None)  # the first image is an A1 of the manufacturer A
+def test_a_caption_names_the_shape_by_variant_manufacturer_or_kind(renders: Path) -> None:
+    caption = Captioner(load_renders(renders, (16, 32)), None)  # the first image is an A1 of the manufacturer A
     for caption_of_shape in ("a photo of an A1", "a photo of an A aircraft"):
         assert caption.names_shape(0, caption_of_shape)
     for other in (GENERIC_CAPTION, "a Delta aircraft in a grey sky"):
         assert not caption.names_shape(0, other)
 
 
-def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(data: Path, tmp_path: Path) -> None:
-    train_vae(vae_config(data, tmp_path / "vae"))
-    config = unet_config(data, tmp_path / "vae" / "vae", tmp_path / "first", "v_prediction")
+def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(renders: Path, tmp_path: Path) -> None:
+    train_vae(vae_config(renders, tmp_path / "vae"))
+    config = unet_config(renders, tmp_path / "vae" / "vae", tmp_path / "first", "v_prediction")
     first = train_unet(config)
     start = replace(config, start_from=tmp_path / "first" / "pipeline", output_dir=tmp_path / "second", lr=0.0)
     second = train_unet(replace(start, block_out_channels=(8, 8, 8, 8)))  # sizes are those of the start
@@ -309,6 +268,6 @@ def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(data: Path, 
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     with pytest.raises(ValueError, match="predicts v_prediction, not epsilon"):
         train_unet(replace(start, prediction_type="epsilon"))
-    train_vae(replace(vae_config(data, tmp_path / "other_vae"), seed=1))
+    train_vae(replace(vae_config(renders, tmp_path / "other_vae"), seed=1))
     with pytest.raises(ValueError, match="stands on another autoencoder"):
         train_unet(replace(start, vae=tmp_path / "other_vae" / "vae"))
