@@ -205,7 +205,7 @@ class Backbone:
         """Channels c of a latent."""
         return self.vae.config.latent_channels
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """The name of the presets for it: "pocket" for small U-Nets, "stable-diffusion" for larger ones."""
         return kind_of(self.unet.num_parameters())

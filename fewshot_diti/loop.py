@@ -35,7 +35,7 @@ class LoopConfig:
         ema_decay: of the averaged weights, which are what is validated and saved.
         mixed_precision: "bf16" or "no".
         log_every, validate_every: in steps.
-        save_seconds: a checkpoint is written when this much time has passed.
+        save_seconds: a checkpoint is written with the first line of the log after so much time.
     """
 
     output_dir: Path
@@ -230,6 +230,8 @@ def _run_loop(
             ema.copy_to(bare.parameters())
             log({"step": done, **validate(bare)})
             ema.restore(bare.parameters())
-        if accelerator.is_main_process and (time.monotonic() - saved > config.save_seconds or done == config.steps):
+        # behind a line of the log, so that a run that goes on from here writes the means that it would have written
+        due = done % config.log_every == 0 and time.monotonic() - saved > config.save_seconds
+        if accelerator.is_main_process and (due or done == config.steps):
             save_checkpoint(checkpoint, bare, optimizer, ema, done, made_from)
             saved = time.monotonic()

@@ -40,8 +40,10 @@ class Target:
 
     def fits(self, backbone: Backbone) -> bool:
         """Whether the backbone has that linear."""
-        network = backbone.networks.get(self.network)
-        module = None if network is None else dict(network.named_modules()).get(self.name)
+        try:
+            module = backbone.networks[self.network].get_submodule(self.name)
+        except (KeyError, AttributeError):
+            return False
         shape = self.in_features, self.out_features
         return isinstance(module, nn.Linear) and (module.in_features, module.out_features) == shape
 

@@ -1,7 +1,9 @@
-"""Renders and an autoencoder of the pocket's kind, at tiny size."""
+"""Renders, an autoencoder of the pocket's kind at tiny size, and a pre-training that is cut short."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from fewshot_diti import loop
 from recipes.pocket.vae import VaeConfig
 
 
@@ -50,3 +53,19 @@ def vae_config(data: Path, output_dir: Path) -> VaeConfig:
         validate_every=3,
         save_seconds=0.0,
     )
+
+
+@contextmanager
+def dies_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pre-training inside is killed when it has written so many checkpoints."""
+    save, calls = loop.save_checkpoint, []
+
+    def save_then_die(*args: object) -> None:
+        save(*args)  # type: ignore[arg-type]
+        calls.append(1)
+        if len(calls) == checkpoints:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_checkpoint", save_then_die)
+        yield

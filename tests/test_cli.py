@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_backbone
+from processes import end, start
 from small_commands import CLASSES, save_image, train_command
 
 from fewshot_diti import DiTiClassifier, cli
@@ -119,9 +119,14 @@ def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
 def test_a_reader_that_goes_away_is_no_error() -> None:
     ours, theirs = os.pipe()
     os.close(ours)
-    done = subprocess.run([sys.executable, "-m", "fewshot_diti", "--help"], stdout=theirs, stderr=subprocess.PIPE)
+
+    def helped() -> int:
+        os.dup2(theirs, 1)
+        sys.stdout = os.fdopen(1, "w")
+        return cli.main(["--help"])
+
+    assert end(start(helped)) == 141
     os.close(theirs)
-    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_quiet_commands_print_nothing(

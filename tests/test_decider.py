@@ -15,7 +15,7 @@ import torch
 from small_classifier import PREDICTION, SCORING, TRAINING, bank_of, make, shots_of
 from torch import Tensor
 
-from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig
+from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, decider
 from fewshot_diti.scoring import Scorer
 
 
@@ -55,16 +55,19 @@ def test_an_image_that_was_just_decided_is_not_decided_again(pair: DiTiClassifie
     assert len(scored) == 4
 
 
-def test_decisions_that_are_remembered_are_bounded(pair: DiTiClassifier, scored: list[str]) -> None:
-    images = noise(200)
+def test_decisions_that_are_remembered_are_bounded(
+    pair: DiTiClassifier, scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decider, "_REMEMBERED", 16)
+    images = noise(25)
     pair.predict(images)
     few = len(pickle.dumps(pair))
     scored.clear()
-    pair.predict(images[-100:])
+    pair.predict(images[-12:])
     assert not scored  # the last ones are known
-    pair.predict(images[:50])
-    assert len(scored) == 50  # the first are not
-    pair.predict(noise(200, seed=3))
+    pair.predict(images[:6])
+    assert len(scored) == 6  # the first are not
+    pair.predict(noise(25, seed=3))
     assert len(pickle.dumps(pair)) == pytest.approx(few, rel=0.01)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import run_together
 from rich.console import Console
 from small_grid import QUIET
 
@@ -250,21 +248,7 @@ def test_two_processes_make_the_same_table(config: EvalConfig, tmp_path: Path) -
     # bfloat16 rounds differently with the classes that share a batch
     exact = replace(config, dtype="float32")
     few = replace(exact, methods=("fewshot-diti", "diti-all-t", "ncm-sd"), against="ncm-sd", shots=(2,))
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys\nfrom small_grid import *\nfrom fewshot_diti.commands.evaluate import evaluate\n"
-        "from fewshot_diti.presets import PRESETS\nPRESETS['pocket'] = PRESET\n"
-        f"from pathlib import PosixPath\nsys.exit(evaluate({replace(few, output_dir=tmp_path / 'two')!r}, QUIET))\n"
-    )
-    root = Path(__file__).parents[1]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{root}:{root / 'tests'}",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_together(lambda: evaluate(replace(few, output_dir=tmp_path / "two"), QUIET))
     assert evaluate(few, QUIET) == 0
     for method in few.methods:
         one, two = (

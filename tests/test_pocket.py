@@ -19,6 +19,7 @@ from fewshot_diti.baselines.imagenet import TuningSettings
 from fewshot_diti.commands.demo import DemoConfig, run_demo
 from fewshot_diti.data import load_images
 from fewshot_diti.files import shipped
+from fewshot_diti.presets import PRESETS
 from recipes.pocket.captions import sky_name
 
 
@@ -52,9 +53,10 @@ def test_its_clip_is_small_and_reads_the_sky_off_images_that_it_has_not_seen() -
 
 
 def test_the_demo_tells_bundled_aircraft_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a third of the network's training, which takes minutes; the nearest neighbour gets 6 of 24, chance 2."""
-    shorter = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=60))
+    """With a fifth of the training, which takes minutes; the nearest neighbour gets 6 of 24, chance 2."""
+    shorter = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=30))
     monkeypatch.setitem(baseline_presets.PRESETS, "small", shorter)
+    monkeypatch.setitem(PRESETS, "pocket", replace(PRESETS["pocket"], steps=(25,) * 5))
     config = DemoConfig(shots=4, test_images=24, trials=8, dtype="float32", output_dir=tmp_path)
     found = run_demo(config, Console(quiet=True)).results[0]
     assert found.name == "fewshot-diti"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from small_pretraining import dies_after
 
 from fewshot_diti.backbone import resolve
 from fewshot_diti.baselines import LogisticProbe
@@ -20,15 +21,14 @@ from fewshot_diti.data import load_bundled, sample_shots
 from recipes.pocket.clip import ClipConfig, contrastive_loss, train_clip
 from recipes.pocket.renders import random_crops
 from recipes.pocket.siblings import SiblingsConfig, train_siblings
-from tests.test_pretraining import data, dies_after  # noqa: F401, data is a fixture
 
 
 @pytest.fixture
-def config(data: Path, tmp_path: Path) -> ClipConfig:  # noqa: F811
-    (data / "two.json").write_text('["B1", "A2"]')
+def config(renders: Path, tmp_path: Path) -> ClipConfig:
+    (renders / "two.json").write_text('["B1", "A2"]')
     return ClipConfig(
-        data=data,
-        held_out=data / "two.json",
+        data=renders,
+        held_out=renders / "two.json",
         tokenizer=Path(resolve("pocket")) / "tokenizer",
         output_dir=tmp_path / "whole",
         size=(32, 64),
@@ -87,9 +87,9 @@ def test_the_loss_is_clips_own_where_all_captions_differ_and_shares_out_what_is_
     assert contrastive_loss(logits, same) > np.log(6)
 
 
-def test_one_held_out_variant_is_refused(config: ClipConfig, data: Path) -> None:  # noqa: F811
+def test_one_held_out_variant_is_refused(config: ClipConfig, renders: Path) -> None:
     with pytest.raises(ValueError, match=r"holds out \['B1'\]; name two variants or more"):
-        train_clip(replace(config, held_out=data / "held_out.json"))
+        train_clip(replace(config, held_out=renders / "held_out.json"))
 
 
 def test_crops_without_zoom_and_shift_are_the_images_and_shifts_repeat_the_border() -> None:
@@ -112,12 +112,12 @@ def test_the_network_of_siblings_that_ships_tells_new_variants_apart() -> None:
     assert right.mean() > 0.5  # a twelfth by chance
 
 
-def tiny_siblings(data: Path, folder: Path) -> SiblingsConfig:  # noqa: F811
+def tiny_siblings(renders: Path, folder: Path) -> SiblingsConfig:
     """The recipe of the siblings at tiny size."""
-    (data / "two.json").write_text('["B1", "A2"]')
+    (renders / "two.json").write_text('["B1", "A2"]')
     return SiblingsConfig(
-        data=data,
-        held_out=data / "two.json",
+        data=renders,
+        held_out=renders / "two.json",
         output_dir=folder,
         size=(32, 64),
         network="test_resnet",
@@ -132,10 +132,10 @@ def tiny_siblings(data: Path, folder: Path) -> SiblingsConfig:  # noqa: F811
 
 
 def test_a_network_of_siblings_gives_the_features_that_it_was_trained_to_give(
-    data: Path,  # noqa: F811
+    renders: Path,
     tmp_path: Path,
 ) -> None:
-    trained = train_siblings(tiny_siblings(data, tmp_path))
+    trained = train_siblings(tiny_siblings(renders, tmp_path))
     network = ImageNetwork(f"local-dir:{tmp_path / 'network'}")
     image = PILImage.new("RGB", (64, 32), "red")
     with torch.no_grad():

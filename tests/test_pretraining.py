@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from small_pretraining import vae_config
+from small_pretraining import dies_after, vae_config
 
 from fewshot_diti import loop
 from fewshot_diti.backbone import Backbone
@@ -114,27 +112,11 @@ def test_standardized_latents_restore_the_same_images(renders: Path, tmp_path: P
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-@contextmanager
-def dies_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pre-training inside is killed when it has written so many checkpoints."""
-    save, calls = loop.save_checkpoint, []
-
-    def save_then_die(*args: object) -> None:
-        save(*args)  # type: ignore[arg-type]
-        calls.append(1)
-        if len(calls) == checkpoints:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save_checkpoint", save_then_die)
-        yield
-
-
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_vae(vae_config(renders, tmp_path / "whole"))
-    with dies_after(3, monkeypatch):
+    with dies_after(2, monkeypatch):
         train_vae(vae_config(renders, tmp_path / "killed"))
     train_vae(vae_config(renders, tmp_path / "killed"))
     one, other = (AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed"))

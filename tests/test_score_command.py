@@ -260,7 +260,7 @@ def test_score_keeps_no_image_of_a_data_set_in_memory(bank: Path, tmp_path: Path
         return most
 
     peak(2)  # what is kept from then on
-    assert peak(40) - peak(10) < 2e6  # 30 images of 480 kB
+    assert peak(20) - peak(5) < 1e6  # 15 images of 480 kB
 
 
 def as_bmp(pixels_HWC: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_together
 from small_classifier import bank_of
 from small_commands import CLASSES, TRAINING, save_classes, train_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,16 +104,7 @@ def test_two_processes_write_one_log_with_images_of_all_classes(
     data: Path, backbone_folder: Path, tmp_path: Path, without: Bank
 ) -> None:
     command = train_command(data, backbone_folder, tmp_path / "bank", "--folds", "0", "--report_to", "tensorboard")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, quick_script(tmp_path), *command, "--validation_steps", "2"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_together(lambda: cli.main([*command, "--validation_steps", "2"]))
     assert Bank.from_pretrained(tmp_path / "bank").labels == without.labels
     events = events_of(tmp_path / "bank_logs")
     steps = {name: [image.step for image in events.Images(f"samples/{name}")] for name in CLASSES}

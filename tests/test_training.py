@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
+from processes import run_together
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.config import Label, TrainingConfig
 from fewshot_diti.data import ImageGeometry
+from fewshot_diti.distributed import process_state
 from fewshot_diti.encoding import Encoder, PreparedImage
 from fewshot_diti.lora import Layout, adapted, find_targets
 from fewshot_diti.presets import complete
@@ -281,28 +280,6 @@ def test_the_learning_rate_is_constant_or_falls_to_zero_as_a_cosine() -> None:
     assert [lr_scale(cosine, s) for s in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
 
 
-SCRIPT = """
-import sys
-
-sys.path.insert(0, {tests!r})
-import torch
-from safetensors.torch import save_file
-
-import test_training as t
-from fewshot_diti.distributed import process_state
-
-backbone = t.Backbone.from_pretrained({folder!r}, dtype=torch.float32, device="cpu")
-state = process_state()
-assert state.num_processes == 2
-bank, failed = t.bank_with_a_broken_class(backbone)
-assert failed == {{"broken": 1}}, failed
-assert bank.labels == ("737", "A320", "DC-9"), bank.labels
-if state.process_index == 1:
-    save_file({{"rows": bank.rows}}, {out!r})
-state.destroy_process_group()
-"""
-
-
 class OneBrokenShot(Encoder):
     """Gives not-a-number for the image with the id `broken`."""
 
@@ -324,23 +301,24 @@ def bank_with_a_broken_class(backbone: Backbone) -> tuple[Bank, dict[Label, int]
 
 
 def test_two_processes_make_the_class_tokens_and_prior_images_of_one(
-    backbone: Backbone, backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     bank, failed = bank_with_a_broken_class(backbone)
     assert failed == {"broken": 1}
     out = tmp_path / "out.safetensors"
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(backbone_folder), out=str(out)))
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XDG_CACHE_HOME": str(tmp_path / "two"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+
+    def one_of_two() -> None:
+        state = process_state()
+        assert state.num_processes == 2
+        own, failed = bank_with_a_broken_class(backbone)
+        assert failed == {"broken": 1} and own.labels == ("737", "A320", "DC-9")
+        if state.process_index == 1:
+            save_file({"rows": own.rows}, out)
+        state.destroy_process_group()
+
+    run_together(one_of_two)
     torch.testing.assert_close(load_file(out)["rows"], bank.rows, rtol=0, atol=1e-5)
     made = [sorted((tmp_path / x).rglob("*.safetensors")) for x in ("one", "two")]
     assert [path.relative_to(tmp_path / "one") for path in made[0]] == [

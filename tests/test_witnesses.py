@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +31,8 @@ CLASSES = ["a320", "dc-9", "tu-154"]
 NAMES = ("features", "network:test_resnet", "linear-network:test_resnet")
 
 
-@pytest.fixture(autouse=True)
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def small_network() -> Iterator[None]:
     """A network of timm without a download, the same weights each time, and a training of a few steps."""
     create = timm.create_model
 
@@ -38,15 +40,25 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         with seeded(0):
             return create(name, **options)
 
-    monkeypatch.setattr(timm, "create_model", made)
     small = replace(baseline_presets.PRESETS["small"], tuning=TuningSettings(steps=4, least_epochs=1, batch_size=6))
-    monkeypatch.setitem(baseline_presets.PRESETS, "small", small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", made)
+        patch.setitem(baseline_presets.PRESETS, "small", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fitted(small_network: None, backbone: Backbone, pictures: dict[str, list[Path]]) -> DiTiClassifier:
+    scoring = replace(SCORING, witnesses=NAMES, witness_weights=(0.5, 1.0, 2.0))
+    return make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES))
 
 
 @pytest.fixture
-def classifier(backbone: Backbone, pictures: dict[str, list[Path]]) -> DiTiClassifier:
-    scoring = replace(SCORING, witnesses=NAMES, witness_weights=(0.5, 1.0, 2.0))
-    return make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES))
+def classifier(fitted: DiTiClassifier) -> DiTiClassifier:
+    """One that a test may change, and that remembers no decisions."""
+    own = copy(fitted)
+    own._made = None
+    return own
 
 
 def test_a_score_is_the_class_tokens_own_less_what_each_witness_gives(
@@ -281,6 +293,7 @@ def test_a_saved_witness_is_refused_on_another_model(
 
 
 def test_a_network_that_is_broken_is_named(classifier: DiTiClassifier, tests: list[Path]) -> None:
+    classifier._held = deepcopy(classifier._held)
     broken = classifier._held[1][1]
     broken.learned[FineTuned.HEAD[1]][:] = torch.nan
     with pytest.raises(ValueError, match="'network:test_resnet' gives probabilities that are not a number on image"):

@@ -16,7 +16,7 @@ import torch
 from small_classifier import SCORING, make
 from small_commands import CLASSES, read_lines, save_image
 
-from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, cli
+from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig, cli, decider
 from fewshot_diti.elimination import Decision
 from fewshot_diti.encoding import PreparedImage
 
@@ -76,8 +76,12 @@ def test_score_holds_no_images_and_no_results(
     assert each < 2000  # its path, its id and where its line stands
 
 
-def test_a_server_that_predicts_does_not_grow(pair: DiTiClassifier, thorough: bool, record_property: Count) -> None:
-    warm, count = (2000, 100_000) if thorough else (150, 100)  # decisions and readings of the last images are kept
+def test_a_server_that_predicts_does_not_grow(
+    pair: DiTiClassifier, thorough: bool, record_property: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm, count = (2000, 100_000) if thorough else (40, 40)  # decisions and readings of the last images are kept
+    if not thorough:
+        monkeypatch.setattr(decider, "_REMEMBERED", 16)
 
     def serve(seeds: Iterable[int]) -> None:
         for seed in seeds:

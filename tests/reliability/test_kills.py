@@ -12,25 +12,9 @@ from typing import Any
 
 import pytest
 from cases import CASES, Case, Whole, fast, made, prepare  # noqa: F401, fixtures
+from processes import end, start
 
 OFTEN = ("train", "add", "score to JSON", "represent train", "eval", "a recipe", "pre-training")  # in CI too
-
-
-def start(case: Case, folder: Path) -> int:
-    """The command in a process of its own, by its number."""
-    child = os.fork()
-    if not child:
-        status = 99
-        try:
-            status = case.run(folder)
-        finally:
-            os._exit(status)
-    return child
-
-
-def status_of(child: int) -> int:
-    """Waits for the end of the process. Its exit status; negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,17 +29,17 @@ def test_a_killed_command_loses_nothing_and_ends_well_when_started_again(
         pytest.skip("killed with --thorough alone")
     case, folder, draw = made[name], tmp_path / "work", random.Random(name)
     began = time.monotonic()
-    whole = Whole.of(case, folder, lambda: status_of(start(case, folder)))
+    whole = Whole.of(case, folder, lambda: end(start(lambda: case.run(folder))))
     seconds, kills, left = time.monotonic() - began, 0, []
     while kills < (50 if thorough else 2):
         prepare(case, folder)
-        child, moment = start(case, folder), draw.uniform(0, seconds)
+        child, moment = start(lambda: case.run(folder)), draw.uniform(0, seconds)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
-        status = status_of(child)
+        status = end(child)
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
-        again = (lambda: status_of(start(case, folder))) if status else None
+        again = (lambda: end(start(lambda: case.run(folder)))) if status else None
         left += whole.ends_well(again, f"a kill after {moment:.2f} of {seconds:.2f} s")
     assert not left
     record_property("kills", kills)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import pytest
 import torch
+from processes import end, run_together, start, start_together
 from small_classifier import SCORING, TRAINING, make
 from small_commands import CLASSES, read_lines, save_image, train_command
 
@@ -26,49 +24,7 @@ from fewshot_diti.data import image_id
 
 pytestmark = pytest.mark.usefixtures("quick_train")
 Count = Callable[[str, object], None]
-PATIENCE = 600  # seconds
 NOISE = 1e-5  # what the order of additions may change in a score
-
-
-def start(job: Callable[[], object], rank: int = 0, processes: int = 1, port: int = 0) -> int:
-    """Does the job in a fork of this process, as one of several processes; its id."""
-    if child := os.fork():
-        return child
-    status = 99
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        torch.set_num_threads(1)
-        if processes > 1:
-            accelerate.PartialState._reset_state()
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        found = job()
-        status = found if isinstance(found, int) else 0
-    finally:
-        os._exit(status)
-
-
-def end(child: int) -> int:
-    """Exit status, or minus the signal that ended it."""
-    for _ in range(PATIENCE * 20):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError("it hangs")
-
-
-@contextmanager
-def shards(job: Callable[[], object], processes: int) -> Iterator[list[int]]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    yield [start(job, rank, processes, port) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +82,7 @@ def test_shards_orders_batches_and_kills_change_no_row(
         def job(output: Path = output) -> int:
             return cli.main(command(output, *paths))
 
-        with shards(job, processes) as children:
-            assert [end(child) for child in children] == [0] * processes
+        run_together(job, processes)
         compared(output)
         parts = [read_lines(part) for part in sorted(output.with_name(output.name + ".parts").glob("part-*"))]
         assert sum(map(len, parts)) == len(paths) and all(parts), "each image once, each process some"
@@ -154,15 +109,15 @@ def test_shards_orders_batches_and_kills_change_no_row(
         def shared(output: Path = output) -> int:
             return cli.main(command(output, *paths))
 
-        with shards(shared, 2) as children:
-            time.sleep(chance.uniform(0.3, 1) * seconds)
-            victim = chance.choice(children)
-            os.kill(victim, signal.SIGKILL)
-            kills += end(victim) == -signal.SIGKILL
-            [other] = set(children) - {victim}
-            time.sleep(0.2)
-            os.kill(other, signal.SIGKILL)  # as the launcher ends those that wait for it
-            end(other)
+        children = start_together(shared, 2)
+        time.sleep(chance.uniform(0.3, 1) * seconds)
+        victim = chance.choice(children)
+        os.kill(victim, signal.SIGKILL)
+        kills += end(victim) == -signal.SIGKILL
+        [other] = set(children) - {victim}
+        time.sleep(0.2)
+        os.kill(other, signal.SIGKILL)  # as the launcher ends those that wait for it
+        end(other)
         assert cli.main(command(output, *paths)) == 0
         compared(output)
         runs += 1
