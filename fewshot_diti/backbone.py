@@ -205,10 +205,14 @@ class Backbone:
         """Channels c of a latent."""
         return self.vae.config.latent_channels
 
-    @cached_property
+    @property
     def kind(self) -> Kind:
         """The name of the presets for it: "pocket" for small U-Nets, "stable-diffusion" for larger ones."""
-        return kind_of(self.unet.num_parameters())
+        return kind_of(self._num_parameters)
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        return int(self.unet.num_parameters())
 
     @property
     def vae_scale_factor(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 import accelerate
 import torch
@@ -37,6 +39,8 @@ def start(job: Job, rank: int = 0, processes: int = 1, port: int = 0) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         os._exit(status)
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pages
 import pytest
 
-from fewshot_diti import cli
 from fewshot_diti.data.sources import load_bundled
 
 ROOT = Path(__file__).parents[1]
@@ -50,20 +47,10 @@ def test_the_first_two_shell_blocks_make_their_own_environment() -> None:
         assert len(block.strip().splitlines()) == 1
 
 
-def test_shell_blocks_name_flags_and_recipes_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in "".join(blocks("sh")[2:]).splitlines():
-        words = shlex.split(line)
-        if words[0].endswith("pip"):
+def test_shell_blocks_name_flags_and_recipes_that_exist() -> None:
+    for words in pages.commands("".join(blocks("sh")[2:])):
+        if words[0] == "pip":
             assert words[-1].removeprefix(".[").removesuffix("]") in EXTRAS
-            continue
-        if words[0].endswith("fewshot-diti"):
-            with pytest.raises(SystemExit) as exit_:
-                cli.main([words[1], "--help"])
-            assert exit_.value.code == 0
-            text = capsys.readouterr().out
         else:
-            assert words[:2] == [".venv/bin/accelerate", "launch"]
-            command = [sys.executable, str(ROOT / words[2]), "--help"]
-            text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-        for flag in (w for w in words if w.startswith("--")):
-            assert flag in text, f"{flag} of {line!r} is not among the options"
+            unknown = pages.unknown_options(words)
+            assert not unknown, f"{unknown} of {shlex.join(words)} are not among the options"

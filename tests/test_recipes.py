@@ -3,10 +3,8 @@
 import csv
 import importlib
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_together
 
 from fewshot_diti import DiTiClassifier, TrainingConfig
 from fewshot_diti.data import load_fgvc
@@ -94,10 +93,14 @@ def data_flags(recipe, trees):
     return ["--dataset", f"{name}:{trees[name]}"]
 
 
-def run_recipe(monkeypatch, recipe, output_dir, *flags):
-    """Runs a recipe's command line in this process; returns what it wrote to results.json."""
+def start_recipe(monkeypatch, recipe, output_dir, *flags):
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--output_dir", str(output_dir), *flags])
     runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+
+
+def run_recipe(monkeypatch, recipe, output_dir, *flags):
+    """Runs a recipe's command line in this process; returns what it wrote to results.json."""
+    start_recipe(monkeypatch, recipe, output_dir, *flags)
     return json.loads((output_dir / "results.json").read_text())
 
 
@@ -202,19 +205,11 @@ def test_a_resumed_run_scores_only_what_is_missing_and_gives_the_same(finished, 
     assert sorted(part_lines(tmp_path / "out")) == sorted(lines)
 
 
-def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path, monkeypatch):
+def test_two_processes_give_what_one_gives_and_no_image_twice(finished, tmp_path, monkeypatch, capfd):
     flags, _, results = finished
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(RECIPES.parent),
-        "OMP_NUM_THREADS": "1",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    recipe = [str(RECIPES / f"{AIRCRAFT}.py"), "--output_dir", str(tmp_path / "out"), *flags]
-    finished_process = subprocess.run([*torchrun, *recipe], env=environment, capture_output=True, text=True)
-    assert finished_process.returncode == 0, finished_process.stderr
-    assert finished_process.stdout.count("accuracy") == 1
+    capfd.readouterr()
+    run_together(lambda: start_recipe(monkeypatch, AIRCRAFT, tmp_path / "out", *flags))
+    assert capfd.readouterr().out.count("accuracy") == 1
     parts = [part_lines(tmp_path / "out", part) for part in (0, 1)]
     assert [len(part) for part in parts] == [3, 3]
     two = {line["image_id"]: line for line in map(json.loads, parts[0] + parts[1])}

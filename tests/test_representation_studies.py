@@ -19,7 +19,6 @@ from fewshot_diti.representation import DitiConfig, PdaeConfig, Representation
 from fewshot_diti.representation.subsets import even_sizes, sizes_of_stages
 from recipes.pocket.representation import PocketImages, run
 from recipes.representation_diti import DitiTraining, method
-from tests.test_pretraining import data as renders  # noqa: F401, a fixture
 from tests.test_representation import latents_of, shaken
 
 
@@ -65,14 +64,14 @@ def test_before_training_nothing_is_saved(backbone: Backbone) -> None:
     assert set(found) == {"backbone", "features"} and not denoising.saved(found).any()
 
 
-def test_held_out_images_are_read_alone_and_are_the_same(renders: Path) -> None:  # noqa: F811
+def test_held_out_images_are_read_alone_and_are_the_same(renders: Path) -> None:
     images = PocketImages(data=renders, held_out=renders / "held_out.json")
     assert images.load_held_out((16, 32)).fingerprint == images.load((16, 32))[1].fingerprint
 
 
 def test_the_study_of_curves_keeps_its_file_and_draws_the_picture(
     backbone: Backbone,
-    renders: Path,  # noqa: F811
+    renders: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -121,7 +120,7 @@ def test_stages_have_the_published_dimensions_with_and_without_subsets(backbone:
 
 def test_a_recipe_trains_on_the_images_and_keeps_their_latents(
     backbone_folder: Path,
-    renders: Path,  # noqa: F811
+    renders: Path,
     tmp_path: Path,
 ) -> None:
     config = DitiTraining(

@@ -28,7 +28,6 @@ from fewshot_diti.timesteps import relative, trial_weights, weighted_mean
 from recipes.pocket.renders import Renders, as_batch
 from recipes.pocket.siblings import train_siblings
 from tests.test_pretrained_baselines import tiny_siblings
-from tests.test_pretraining import data as renders  # noqa: F401, a fixture
 
 CPU = torch.device("cpu")
 
@@ -100,7 +99,7 @@ def test_witnesses_are_weighed_on_val_images_in_the_order_of_their_classes(
 
 
 def test_a_network_that_sees_latents_sees_what_the_backbone_does(
-    renders: Path,  # noqa: F811
+    renders: Path,
     tmp_path: Path,
     backbone: Backbone,
 ) -> None:

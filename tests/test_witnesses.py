@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,9 +292,12 @@ def test_a_saved_witness_is_refused_on_another_model(
         DiTiClassifier.from_pretrained(tmp_path, backbone)
 
 
-def test_a_network_that_is_broken_is_named(classifier: DiTiClassifier, tests: list[Path]) -> None:
-    classifier._held = deepcopy(classifier._held)
-    broken = classifier._held[1][1]
+def test_a_network_that_is_broken_is_named(
+    backbone: Backbone, pictures: dict[str, list[Path]], tests: list[Path]
+) -> None:
+    scoring = replace(SCORING, witnesses=NAMES[1:2], witness_weights=(1.0,))
+    classifier = make(backbone, scoring=scoring).fit(*shots_of(pictures, CLASSES))
+    [broken] = classifier._held[1]
     broken.learned[FineTuned.HEAD[1]][:] = torch.nan
     with pytest.raises(ValueError, match="'network:test_resnet' gives probabilities that are not a number on image"):
         classifier.predict(tests)

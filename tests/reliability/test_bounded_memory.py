@@ -79,7 +79,7 @@ def test_score_holds_no_images_and_no_results(
 def test_a_server_that_predicts_does_not_grow(
     pair: DiTiClassifier, thorough: bool, record_property: Count, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warm, count = (2000, 100_000) if thorough else (40, 40)  # decisions and readings of the last images are kept
+    warm, count = (2000, 100_000) if thorough else (40, 100)  # decisions and readings of the last images are kept
     if not thorough:
         monkeypatch.setattr(decider, "_REMEMBERED", 16)
 
