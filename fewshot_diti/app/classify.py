@@ -110,8 +110,8 @@ def build(context: Context, examples: Sequence[str]) -> None:
     """
     import gradio as gr
 
-    def run(name: str, path: str | None, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008, gradio's way
-        if (found := context.upload(path)) is None:
+    def run(name: str, file: dict[str, Any] | None, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008, gradio's way
+        if (found := context.upload(file["path"] if file else None)) is None:
             return START, ""
         answer = classify(context.banks[name].classifier, found, report_to(progress))
         return answer.label, answer.reasons
@@ -120,8 +120,6 @@ def build(context: Context, examples: Sequence[str]) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=230, elem_id="picture")
-            # as a path: gradio would decode it before the handler, and say no more than "Error" where it cannot
-            picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
             if examples:
                 gr.Examples([[path] for path in examples], picture, label="Test pictures to try", examples_per_page=12)
         with gr.Column(scale=3):
@@ -129,5 +127,6 @@ def build(context: Context, examples: Sequence[str]) -> None:
     reasons = gr.HTML(elem_id="reasons")
     outputs = [label, reasons]
     asked = [context.chosen, picture]
-    picture.change(context.answering(run), asked, outputs, show_progress_on=label, **QUEUED)
+    # as a file: gradio would decode it before the handler, and say no more than "Error" where it cannot
+    picture.change(context.answering(run), asked, outputs, show_progress_on=label, preprocess=False, **QUEUED)
     context.chosen.change(lambda: (START, ""), None, outputs, **QUICK)
