@@ -149,7 +149,7 @@ def build(context: Context, folder: Path | None) -> None:
 
     gr.Markdown(
         "How accurate the methods of a few-shot table are: mean ± standard deviation over draws of the shots, in %, "
-        "best in bold."
+        "best in bold among those without labels of sibling classes."
     )
     if folder is None:
         gr.Markdown(HOW_TO)

@@ -293,7 +293,7 @@ def build(context: Context, tab: Any) -> None:
             windows = {"little noise": (0, 200), "in between": (200, 600), "much noise": (600, 1000), "all": (0, 1000)}
             with gr.Row():
                 buttons = {gr.Button(text, size="sm", min_width=60): window for text, window in windows.items()}
-    button = gr.Button("Compute the errors: a minute or two", variant="primary", visible=False, elem_id="compute")
+    button = gr.Button("Compute the errors: some minutes", variant="primary", visible=False, elem_id="compute")
     thumbnails, shown = gr.HTML(elem_id="thumbnails"), gr.HTML(waiting, elem_id="window")
     asked = [context.chosen, low, high]
     outputs = [button, thumbnails, shown]

@@ -115,6 +115,8 @@ def _head(shots: Sequence[int]) -> list[str]:
 def rich_table(rows: Sequence[Row], shots: Sequence[int], what: str = "accuracy in %") -> Table:
     """For the screen."""
     caption = f"{what}: mean ± standard deviation over seeds; best in bold"
+    if any(row.supervision for row in rows):
+        caption += " among rows without labels of sibling classes"
     return rich_lines([*_head(shots), "average"], _marked(rows, shots, lambda cell: Text(cell, style="bold")), caption)
 
 
