@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def test_added_classes_are_saved_and_leave_the_others_alone(bank: ServedBank) ->
     listed = classes.put_on_list([], "747-8", pictures_of("747-8", 2))
     told = classes.add_to_bank(bank, listed, lambda share, _: shares.append(share))
     assert "747-8 (2 pictures)" in told and "has 5 classes" in told and str(bank.folder) in told
+    assert re.search(r"Of the 2 added pictures, held out in turn, [012] are right", told)
     after = Bank.from_pretrained(bank.folder)
     assert after.labels == tuple(sorted((*CLASSES, "747-8"))) and after.select(before.labels) == before
     assert bank.classifier.classes_.tolist() == list(after.labels) and len(old.classes_) == len(CLASSES)
