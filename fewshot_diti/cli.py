@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 import torch
 import tyro
@@ -65,19 +66,53 @@ class _Terminated(KeyboardInterrupt):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 (some images could not be scored), 2 (the user's error),
-    130 (interrupted), 141 (who reads the output has gone, as `head` does) or 143 (terminated).
+    130 (interrupted), 141 (nobody reads the output any more, as behind `| head`) or 143 (terminated).
 
     Args:
         arguments: by default those of the process.
     """
     try:
-        try:
-            return _main(arguments)
-        finally:
+        if wrong := _unknown_command(sys.argv[1:] if arguments is None else arguments):
+            print("error:", wrong, file=sys.stderr)
+            return 2
+        status = _main(arguments)
+    except SystemExit:  # of the parser, which has printed its help or what is wrong
+        if not_written := _flush():
+            return not_written
+        raise
+    except OSError as error:  # of the parser's printing
+        status = 0 if isinstance(error, BrokenPipeError) else _tell(error)
+    not_written = _flush()
+    return status or not_written
+
+
+def _unknown_command(arguments: Sequence[str]) -> str:
+    """What is wrong with the name of the command; "" where nothing is."""
+    if not arguments or arguments[0].startswith("-"):
+        return ""
+    known = [x.name for kind in get_args(Command) for x in kind.__metadata__]
+    if arguments[0] in known:
+        return ""
+    meant = difflib.get_close_matches(arguments[0], known, 1)
+    hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(known)}."
+    return f"There is no command {printable_lines(arguments[0])!r}; {hint}"
+
+
+def _flush() -> int:
+    """Writes out what was printed; the exit status where that cannot be done, else 0."""
+    try:
+        if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        return 141
+        return 141 if isinstance(error, BrokenPipeError) else _tell(error)
+    return 0
+
+
+def _tell(error: Exception) -> int:
+    """Prints the error; the exit status."""
+    print("error:", printable_lines(str(error)), file=sys.stderr)
+    return 2
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -112,11 +147,10 @@ def _main(arguments: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
         return 2
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        return _flush() or _tell(error)
     except (ValueError, OSError, TrainingError) as error:
-        print("error:", printable_lines(str(error)), file=sys.stderr)
-        return 2
+        return _tell(error)
     except torch._dynamo.exc.TorchDynamoException as error:
         print(
             "error: torch could not compile the U-Net; install a C++ compiler, or leave --compile out.",

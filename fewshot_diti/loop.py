@@ -230,7 +230,7 @@ def _run_loop(
             ema.copy_to(bare.parameters())
             log({"step": done, **validate(bare)})
             ema.restore(bare.parameters())
-        # behind a line of the log, so that a run that goes on from here writes the means that it would have written
+        # right after a line of the log: started again, the run writes the same means into the next one
         due = done % config.log_every == 0 and time.monotonic() - saved > config.save_seconds
         if accelerator.is_main_process and (due or done == config.steps):
             save_checkpoint(checkpoint, bare, optimizer, ema, done, made_from)

@@ -1,4 +1,7 @@
-"""Work in forks of this process, alone or as the processes of one launch; a fork need not import anything again."""
+"""Work in forks of this process, alone or as the processes of one launch; a fork has all modules already.
+
+The parent computes in one thread (`conftest.py`), so that no pool of threads is lost in the fork.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,9 @@ def start(job: Job, rank: int = 0, processes: int = 1, port: int = 0) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
+        if sys.stdout is not None:
+            with suppress(OSError):
+                sys.stdout.flush()
         os._exit(status)
 
 

@@ -21,6 +21,7 @@ from small_page import CLASSES, LONG, STRANGE, pictures_of, save_bank, save_resu
 from fewshot_diti import Backbone, Bank, DiTiClassifier, cli
 from fewshot_diti.app import classes, classify, results, timesteps
 from fewshot_diti.app.banks import Banks, ServedBank
+from fewshot_diti.app.events import Context
 from fewshot_diti.app.guard import own_folder, sentence
 from fewshot_diti.app.timesteps import TRIALS, KeptErrors
 from fewshot_diti.bank_files import bank_fingerprint
@@ -302,3 +303,11 @@ def test_gradio_is_imported_inside_functions_alone() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found += [str(path) for name in names if name.split(".")[0] in ("gradio", "starlette", "fastapi")]
     assert not found
+
+
+def test_a_request_made_by_hand_names_no_file(bank: ServedBank, tmp_path: Path) -> None:
+    context = Context(banks=Banks(bank), chosen=None, uploads=tmp_path / "uploads", made=tmp_path)
+    assert context.upload(None) is None
+    for file in ("/etc/passwd", {"path": "/etc/passwd"}, {"url": "http://a"}, {"path": 5}, 5, ["a"], "a\0b"):
+        with pytest.raises(ValueError, match=r"was not uploaded|null byte"):
+            context.upload(file)

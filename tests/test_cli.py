@@ -95,13 +95,17 @@ def test_settings_out_of_range_are_refused_with_what_is_allowed(bank: Path, caps
 
 
 def test_a_typo_is_answered_with_the_option_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, meant in (
-        (["train", "DIR", "--ouput_dir", "B", "--concept", "part"], "--output_dir"),
-        (["scroe", "--bank", "B", "a.png"], "score"),
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "DIR", "--ouput_dir", "B", "--concept", "part"])
+    assert exit_.value.code == 2 and "--output_dir" in capsys.readouterr().err
+    for typed, answer in (
+        (["scroe", "--bank", "B", "a.png"], "There is no command 'scroe'; did you mean score?"),
+        (["trian"], "did you mean train?"),
+        (["x\x1b[31m"], "there are demo, check, train,"),
     ):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(command)
-        assert exit_.value.code == 2 and meant in capsys.readouterr().err
+        assert cli.main(typed) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and answer in error and error.count("\n") == 1 and "\x1b" not in error
 
 
 def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
@@ -116,17 +120,24 @@ def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    ours, theirs = os.pipe()
+def test_output_that_cannot_be_written_ends_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, nobody_reads = os.pipe()
     os.close(ours)
+    full = os.open("/dev/full", os.O_WRONLY)
 
-    def helped() -> int:
-        os.dup2(theirs, 1)
+    def printed(where: int | None) -> int:
+        if where is None:
+            sys.stdout = None  # type: ignore[assignment]  # as where it was closed
+            return cli.main(["info", "/nowhere"])
+        os.dup2(where, 1)
         sys.stdout = os.fdopen(1, "w")
         return cli.main(["--help"])
 
-    assert end(start(helped)) == 141
-    os.close(theirs)
+    assert [end(start(lambda x=x: printed(x))) for x in (nobody_reads, full, None)] == [141, 2, 2]
+    error = capfd.readouterr().err
+    assert "Traceback" not in error and error.splitlines()[0] == "error: [Errno 28] No space left on device"
+    os.close(nobody_reads)
+    os.close(full)
 
 
 def test_quiet_commands_print_nothing(

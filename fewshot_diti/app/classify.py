@@ -110,8 +110,8 @@ def build(context: Context, examples: Sequence[str]) -> None:
     """
     import gradio as gr
 
-    def run(name: str, file: dict[str, Any] | None, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008, gradio's way
-        if (found := context.upload(file["path"] if file else None)) is None:
+    def run(name: str, file: Any, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008, gradio's way
+        if (found := context.upload(file)) is None:
             return START, ""
         answer = classify(context.banks[name].classifier, found, report_to(progress))
         return answer.label, answer.reasons

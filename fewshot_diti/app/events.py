@@ -55,11 +55,13 @@ class Context:
 
         return answered
 
-    def upload(self, path: str | None) -> Path | None:
-        """The path of an upload; raises ValueError for any other, which a request made by hand may name."""
-        if path is None:
+    def upload(self, file: Any) -> Path | None:
+        """The path of a file as gradio gives it; raises ValueError for anything but an upload, which a request made by
+        hand may name."""
+        if file is None:
             return None
-        if not Path(path).resolve().is_relative_to(self.uploads.resolve()):
+        path = file.get("path") if isinstance(file, dict) else file
+        if not isinstance(path, str) or not Path(path).resolve().is_relative_to(self.uploads.resolve()):
             raise ValueError("This file was not uploaded here; drop it on the page.")
         return Path(path)
 
