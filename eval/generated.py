@@ -46,7 +46,7 @@ class Config:
     drawn: int = 5
     images: int = 16
     num_inference_steps: int = 25
-    guidance_scale: float = 3.0
+    guidance_scale: float = 1.0
 
 
 def sheet(rows: dict[str, tuple[list[Image.Image], list[Image.Image]]]) -> Image.Image:
