@@ -1,6 +1,7 @@
 """Are probabilities right, and how large are sets of classes? Before and after a temperature from held-out images.
 
-    python -m eval.calibration --errors docs/logs/fewshot/errors --picture docs/calibration.png
+    python -m eval.calibration --errors docs/logs/fewshot/errors --picture docs/calibration.png \
+        --shipped_picture docs/reliability.png
 
 Two sources, both from what `python -m eval.fewshot` left in its folder `errors`. *Class tokens*: what is held out are
 the shots, judged by class tokens that were trained without them, on half of the shots. *fewshot-diti*: what is held out
@@ -55,6 +56,7 @@ class Config:
             file are left out.
         dataset: whose test images these are of.
         picture: PNG of the class tokens' accuracy over confidence.
+        shipped_picture: the same of fewshot-diti as it ships.
         shots, seeds: of the draws.
         coverages: asked of the sets.
     """
@@ -62,6 +64,7 @@ class Config:
     errors: Path
     dataset: str = "bundled"
     picture: Path | None = None
+    shipped_picture: Path | None = None
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     coverages: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -195,6 +198,9 @@ def main(config: Config) -> None:
             if judged
         }
         write_atomically(config.picture, picture(pictured, COLOURS))
+    if config.shipped_picture is not None:
+        joined = {k: {"fewshot-diti": Predictions.join(draws)} for k, draws in shipped.items()}
+        write_atomically(config.shipped_picture, picture(joined, {"fewshot-diti": plots.BLUE}))
 
 
 if __name__ == "__main__":
