@@ -108,8 +108,12 @@ def _locked(lock: Path, place: Path) -> int | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but hidden names, as work that was cut short leaves."""
-    return all(path.name.startswith(".") for path in folder.iterdir())
+    """Whether a folder holds nothing but hidden names and folders that are empty too, as work that was cut short
+    leaves."""
+    return all(
+        path.name.startswith(".") or (path.is_dir() and not path.is_symlink() and is_empty(path))
+        for path in folder.iterdir()
+    )
 
 
 def make_folder(folder: Path) -> None:

@@ -232,3 +232,10 @@ def test_settings_that_no_version_writes_are_one_line(
     capsys.readouterr()
     assert cli.main(["info", str(copy)]) == 2
     assert str(copy) in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_an_export_that_was_cut_short_before_its_first_file_is_completed(bank: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "bolt" / "unet").mkdir(parents=True)
+    command = ["export", str(bank), "--output_dir", str(tmp_path / "out"), "--format", "peft", "--quiet"]
+    assert cli.main(command) == 0
+    assert (tmp_path / "out" / "bolt" / "unet" / "adapter_config.json").is_file()
