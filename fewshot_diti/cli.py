@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         if wrong := _unknown_command(sys.argv[1:] if arguments is None else arguments):
-            print("error:", wrong, file=sys.stderr)
-            return 2
+            return _tell(wrong)
         status = _main(arguments)
     except SystemExit:  # of the parser, which has printed its help or what is wrong
         if not_written := _flush():
@@ -95,7 +94,7 @@ def _unknown_command(arguments: Sequence[str]) -> str:
         return ""
     meant = difflib.get_close_matches(arguments[0], known, 1)
     hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(known)}."
-    return f"There is no command {printable_lines(arguments[0])!r}; {hint}"
+    return f"There is no command {arguments[0]!r}; {hint}"
 
 
 def _flush() -> int:
@@ -109,7 +108,7 @@ def _flush() -> int:
     return 0
 
 
-def _tell(error: Exception) -> int:
+def _tell(error: Exception | str) -> int:
     """Prints the error; the exit status."""
     print("error:", printable_lines(str(error)), file=sys.stderr)
     return 2
