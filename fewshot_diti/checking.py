@@ -6,7 +6,7 @@ Shapes in names: N images, n shots, C classes, D values of a feature.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot_diti.calibration import split_folds
+from fewshot_diti.calibration import K, split_folds
 from fewshot_diti.data import ImageSet, near_duplicates
 from fewshot_diti.discriminant import directions, fit_discriminant
 
@@ -103,32 +103,42 @@ def check_images(
     names = images.class_names
     rows = {name: np.flatnonzero(images.labels == c).tolist() for c, name in enumerate(names)}
     views = {name: features(of_class) for name, of_class in rows.items()}
-    places = {row: (name, place) for name, of_class in rows.items() for place, row in enumerate(of_class)}
-    judged: list[tuple[int, Tensor]] = []
-    several = {name: of_class for name, of_class in rows.items() if len(of_class) > 1}
-    for kept, held in split_folds(several, folds) if several else ():
-        learned = {name: views[name][[places[row][1] for row in kept.get(name, rows[name])]] for name in sorted(rows)}
-        judge = fit_discriminant(learned)
-        for _, row in held:
-            name, place = places[row]
-            judged.append((row, judge.log_probabilities(views[name][place, :1].float())[0].exp()))
+    labels = {row: name for name, of_class in rows.items() for row in of_class}
+    judged = [(rows[name][place], log_p_C.exp()) for name, place, log_p_C in judged_by_others(views, views, folds)]
     order = sorted(rows)
     predicted = {row: order[int(p_C.argmax())] for row, p_C in judged}
     doubts = []
     for row, p_C in judged:
-        label = places[row][0]
+        label = labels[row]
         own = float(p_C[order.index(label)])
         if predicted[row] != label and (p_C.max() >= SURE or p_C.max() >= TIMES * own):
             doubts.append(Doubt(images.names[row], label, predicted[row], own, float(p_C.max())))
     return Findings(
-        accuracy=float(np.mean([predicted[row] == places[row][0] for row, _ in judged])) if judged else None,
+        accuracy=float(np.mean([predicted[row] == labels[row] for row, _ in judged])) if judged else None,
         judged=len(judged),
         doubts=tuple(sorted(doubts, key=lambda doubt: doubt.own)),
         copies=tuple((a, b) for a, b, same in pairs if same),
         copies_between=tuple((a, b) for a, b, same in pairs if not same),
-        confusions=_confusions(predicted, places, rows),
+        confusions=_confusions(predicted, labels, rows),
         wanted=() if unlabelled is None else _wanted(*unlabelled, views, wanted),
     )
+
+
+def judged_by_others(views: Mapping[K, Tensor], asked: Iterable[K], folds: int) -> Iterator[tuple[K, int, Tensor]]:
+    """Images as a discriminant that has not learned them sees them: class, place in it, log-probabilities [C] of the
+    classes in sorted order.
+
+    Args:
+        views: of the images of each class, [n, V, D].
+        asked: classes whose images are held out, in folds; those of one image are learned and not judged.
+        folds: as `split_folds` takes them.
+    """
+    several = {x: range(len(views[x])) for x in asked if len(views[x]) > 1}
+    order = sorted(several)
+    for kept, held in split_folds(several, folds) if several else ():
+        judge = fit_discriminant({x: views[x][kept[x]] if x in kept else views[x] for x in sorted(views)})
+        for c, place in held:
+            yield order[c], place, judge.log_probabilities(views[order[c]][place, :1].float())[0]
 
 
 def find_copies(images: ImageSet) -> list[tuple[int, int]]:
@@ -139,10 +149,10 @@ def find_copies(images: ImageSet) -> list[tuple[int, int]]:
 
 
 def _confusions(
-    predicted: Mapping[int, str], places: Mapping[int, tuple[str, int]], rows: Mapping[str, Sequence[int]]
+    predicted: Mapping[int, str], labels: Mapping[int, str], rows: Mapping[str, Sequence[int]]
 ) -> tuple[Confusion, ...]:
     """Pairs of classes of whose images a quarter or more are taken for the other one."""
-    mistaken = Counter(frozenset((places[row][0], name)) for row, name in predicted.items() if name != places[row][0])
+    mistaken = Counter(frozenset((labels[row], name)) for row, name in predicted.items() if name != labels[row])
     found = []
     for pair, count in mistaken.items():
         first, second = sorted(pair)

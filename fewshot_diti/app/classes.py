@@ -7,20 +7,17 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fewshot_diti.app import markup
 from fewshot_diti.app.banks import Banks, ServedBank
 from fewshot_diti.app.events import QUEUED, QUICK, Context, Report, report_to
 from fewshot_diti.app.guard import KEPT_SECONDS
 from fewshot_diti.bank_files import bank_fingerprint
-from fewshot_diti.checking import find_copies
+from fewshot_diti.checking import find_copies, judged_by_others
 from fewshot_diti.checkpoints import checkpoints_for
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import FROM_PRESET, Label, ScoringConfig
 from fewshot_diti.data import open_image
 from fewshot_diti.data.image_set import image_files_set, normalize_class_name
-from fewshot_diti.discriminant import fit_discriminant
 from fewshot_diti.evaluation.run import fit_and_save
 from fewshot_diti.files import check_writable, is_empty
 from fewshot_diti.lora_files import file_names
@@ -125,18 +122,14 @@ def _held_out(classifier: DiTiClassifier, added: Sequence[Label]) -> str:
     """What to tell of pictures of added classes that are held out, by the features alone: they are fitted in a moment,
     where class tokens would have to be trained again."""
     shots = next((x.shots for x in classifier.decider().witnesses if isinstance(x.witness, UnetWitness)), {})
-    right, asked = 0, 0
-    for label in (x for x in added if len(shots.get(x, ())) > 1):
-        folds = torch.arange(len(shots[label])) % FOLDS
-        for fold in folds.unique():
-            kept, held = shots[label][folds != fold], shots[label][folds == fold, 0]
-            chosen = fit_discriminant({**shots, label: kept}).log_probabilities(held.float()).argmax(1)
-            right, asked = right + int((chosen == list(shots).index(label)).sum()), asked + len(held)
-    if not asked:
+    order = sorted(shots)
+    judged = [x for label in added if label in shots for x in judged_by_others(shots, [label], FOLDS)]
+    right = sum(order[int(log_p_C.argmax())] == label for label, _, log_p_C in judged)
+    if not judged:
         return "There is no held-out accuracy of what was added: try it on pictures that it has not learned from."
     return (
-        f"Of the {counted(asked, 'added picture')}, held out in turn, {right} are right by the features alone; what is "
-        "trained is usually more accurate."
+        f"Of the {counted(len(judged), 'added picture')}, held out in turn, {right} are right by the features alone; "
+        "what is trained is usually more accurate."
     )
 
 
