@@ -36,10 +36,10 @@ from torchvision.transforms import v2
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig, plots
 from fewshot_diti.baselines.imagenet import size_for
 from fewshot_diti.baselines.views import ColourJitter, random_view
-from fewshot_diti.calibration import Fit, shared_errors
 from fewshot_diti.config import Settings
 from fewshot_diti.data.images import as_picture
 from fewshot_diti.files import write_atomically
+from fewshot_diti.folds import Fit, shared_errors
 from fewshot_diti.presets import recommended
 from fewshot_diti.reports import bootstrap_interval
 from fewshot_diti.timesteps import snr

@@ -19,8 +19,8 @@ from rich.table import Table
 from eval.val import draw
 from fewshot_diti import Backbone, DiTiClassifier, ScoringConfig, TrainingConfig
 from fewshot_diti.backbone_files import POCKET
-from fewshot_diti.calibration import Fit, shared_errors
 from fewshot_diti.data import load_images
+from fewshot_diti.folds import Fit, shared_errors
 from fewshot_diti.reports import wilson_interval
 from fewshot_diti.timesteps import weighted_mean
 from fewshot_diti.trials import even_grid

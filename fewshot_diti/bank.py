@@ -35,7 +35,7 @@ from fewshot_diti.data.folders import check_folder
 from fewshot_diti.data.images import ImageGeometry
 from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.lora import Layout, Target, adapted, union_layout
-from fewshot_diti.model_card import model_card
+from fewshot_diti.model_card import model_pages
 from fewshot_diti.progress import Progress
 
 if TYPE_CHECKING:
@@ -211,13 +211,13 @@ class Bank:
         return self.select([x for x in self.labels if (type(x), x) not in gone])
 
     def save_pretrained(
-        self, folder: str | Path, extra: Mapping[str, bytes] | None = None, card: str | None = None
+        self, folder: str | Path, extra: Mapping[str, bytes] | None = None, pages: Mapping[str, bytes] | None = None
     ) -> None:
         """Writes the bank, so that a reader sees the old bank or the new one whenever this is interrupted.
 
         Args:
             extra: further files by name, covered by the same manifest; `bank_files.read_files` reads them.
-            card: README.md; by default `model_card.model_card` of the class tokens alone.
+            pages: for people, by name; by default `model_card.model_pages` of the class tokens alone.
         """
         config = {
             "format": FORMAT,
@@ -235,7 +235,7 @@ class Bank:
             CONFIG: to_json(config),
             **(extra or {}),
         }
-        write_files(folder, contents, model_card(self) if card is None else card)
+        write_files(folder, contents, model_pages(self) if pages is None else pages)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> Bank:

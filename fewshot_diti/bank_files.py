@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 
 from fewshot_diti.files import ANY, alone_in, make_folder, write_atomically
 
-WEIGHTS, CLASSES, CONFIG, SETTINGS, CARD, MANIFEST = (
+WEIGHTS, CLASSES, CONFIG, SETTINGS, CARD, PICTURE, MANIFEST = (
     "class_tokens.safetensors",
     "bank.json",
     "config.json",
     "classifier.json",
     "README.md",
+    "held-out.png",
     "manifest.json",
 )
 FORMAT = 2
@@ -32,16 +33,20 @@ _HEX = 12
 _PENDING = f".{'[0-9a-f]' * _HEX}.*"  # names of files until the manifest names them
 
 
-def write_files(folder: str | Path, contents: Mapping[str, bytes], card: str) -> None:
+def write_files(folder: str | Path, contents: Mapping[str, bytes], pages: Mapping[str, bytes]) -> None:
     """Writes the files of a bank, so that a reader sees the old bank or the new one whenever this is interrupted.
 
     Each file is first written beside the one it replaces, under a hidden name with its hash; the new manifest then
-    makes them the bank, and last they take their names. The model card is for people: no reader needs it. Of several
-    that save into one folder at the same time one waits for the other, and the bank of the last is there.
+    makes them the bank, and last they take their names. Of several that save into one folder at the same time one waits
+    for the other, and the bank of the last is there.
+
+    Args:
+        contents: by name.
+        pages: for people, such as the model card: no reader needs them, and the manifest does not name them.
     """
     folder = Path(folder)
     make_folder(folder)
-    everything = {**contents, CARD: card.encode()}
+    everything = {**contents, **pages}
     facts = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in everything.items()}
     pending = {name: _pending(folder, name, facts[name]) for name in everything}
     files = {name: facts[name] for name in contents}
@@ -54,6 +59,8 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes], card: str) ->
                 pending[name].replace(folder / name)
             except FileNotFoundError:  # another save has cleared it away, where the system has no lock
                 write_atomically(folder / name, content)
+        if PICTURE not in pages:  # that of an earlier save
+            (folder / PICTURE).unlink(missing_ok=True)
         for left_over in (*folder.glob(_PENDING), *folder.glob(f".{_PENDING}.{ANY}")):  # of saves that were killed
             left_over.unlink(missing_ok=True)
 

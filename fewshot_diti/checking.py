@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot_diti.calibration import K, split_folds
 from fewshot_diti.data import ImageSet, near_duplicates
 from fewshot_diti.discriminant import directions, fit_discriminant
+from fewshot_diti.folds import K, split_folds
 
 SURE = 0.9  # probability of another class from which a label is doubted
 TIMES = 50  # as probable as the label: from there on another class makes it doubted, however sure that class is

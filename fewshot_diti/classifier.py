@@ -16,7 +16,7 @@ from fewshot_diti.backbone import Backbone, CompileMode
 from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.backbone_search import find_backbone, remember_folder
 from fewshot_diti.bank import Bank
-from fewshot_diti.calibration import Calibration, Fit, calibrate, uncalibrated
+from fewshot_diti.calibration import Calibration, calibrate, uncalibrated
 from fewshot_diti.checkpoints import Checkpoints
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
@@ -26,6 +26,7 @@ from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.decider import Decider
 from fewshot_diti.distributed import process_state
 from fewshot_diti.encoding import Encoder
+from fewshot_diti.folds import Fit
 from fewshot_diti.hub import saved_folder, upload
 from fewshot_diti.prediction import PredictionMixin
 from fewshot_diti.presets import PRESETS, complete

@@ -26,7 +26,7 @@ from fewshot_diti.bank_files import (
 from fewshot_diti.calibration import Calibration
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.data.folders import check_folder
-from fewshot_diti.model_card import model_card
+from fewshot_diti.model_card import model_pages
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.witnesses import KINDS, FittedWitness, Witness
 
@@ -78,7 +78,7 @@ def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness]
         shots = {f"shots.{c}": shots.contiguous() for c, shots in enumerate(fitted.shots.values())}
         learned = {f"learned.{name}": value.contiguous() for name, value in fitted.learned.items()}
         extra[_witness_file(number)] = save(shots | learned)
-    bank.save_pretrained(folder, extra=extra, card=model_card(bank, saved))
+    bank.save_pretrained(folder, extra=extra, pages=model_pages(bank, saved))
 
 
 def load_classifier(folder: Path) -> tuple[Bank, Saved | None, dict[str, bytes]]:

@@ -12,8 +12,10 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from fewshot_diti.bank_files import CARD, PICTURE
+
 _REPO = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
-_FILES = ["*.json", "*.safetensors", "README.md"]  # of a bank; nothing else is downloaded
+_FILES = ["*.json", "*.safetensors", CARD, PICTURE]  # of a bank; nothing else is downloaded
 
 
 def is_repo(name: str) -> bool:

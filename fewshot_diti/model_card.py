@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from fewshot_diti import plots
+from fewshot_diti.bank_files import CARD, PICTURE
+from fewshot_diti.config import Label
 from fewshot_diti.hub import is_repo
-from fewshot_diti.reports import printable, wilson_interval
+from fewshot_diti.reports import drawn_name, printable, wilson_interval
 
 if TYPE_CHECKING:
     from fewshot_diti.bank import Bank
     from fewshot_diti.classifier_files import Saved
+
+
+Judged = Sequence[tuple[Label, Label]]  # class of each held-out image, and the class that it was taken for
+PICTURED = 40  # classes, at most: more cannot be read
+
+
+def model_pages(bank: Bank, saved: Saved | None = None) -> dict[str, bytes]:
+    """The files by name that go with a bank for people to read: the card, and the picture in it where images were held
+    out.
+
+    Args:
+        saved: of a whole classifier; None: class tokens alone.
+    """
+    judged = saved.calibration.held_out_labels if saved is not None else ()
+    pages = {CARD: model_card(bank, saved).encode()}
+    return pages | ({PICTURE: confusion_picture(judged)} if judged else {})
 
 
 def model_card(bank: Bank, saved: Saved | None = None) -> str:
@@ -61,11 +86,65 @@ def _accuracy(bank: Bank, saved: Saved | None) -> str:
         return "Not known: it was not cross-validated. Test it on images of your own before you rely on it."
     low, high = wilson_interval(round(accuracy * shots), shots)
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
-    return (
+    text = (
         f"{100 * accuracy:.1f} % of {shots} images [{interval}], cross-validated in {saved.settings.scoring.folds} "
         "folds: each image was judged by class tokens that were trained without it, on fewer images than those of this "
         "bank. That is on images like those it learned from, and of the classes at that time."
     )
+    judged = saved.calibration.held_out_labels
+    picture = f"![Held-out images of each class, and what they were taken for]({PICTURE})"
+    return "\n\n".join([text, _by_class(judged), picture]) if judged else text
+
+
+def _by_class(judged: Judged) -> str:
+    """A row for each class: how many of its images were right, and what the others were taken for."""
+    lines = ["| class | right | 95 % interval | taken for |", "|---|---:|---:|---|"]
+    for label, said in _said(judged).items():
+        right, total = said[label], said.total()
+        low, high = wilson_interval(right, total)
+        wrong = ", ".join(f"{_cell(x)} ({n})" for x, n in said.most_common() if x != label)
+        lines.append(f"| {_cell(label)} | {right} of {total} | {100 * low:.0f} to {100 * high:.0f} % | {wrong} |")
+    return "\n".join(lines)
+
+
+def _said(judged: Judged) -> dict[Label, Counter[Label]]:
+    """For each class, how often its images were taken for which."""
+    said: dict[Label, Counter[Label]] = {true: Counter() for true in sorted({true for true, _ in judged})}
+    for true, predicted in judged:
+        said[true][predicted] += 1
+    return said
+
+
+def confusion_picture(judged: Judged) -> bytes:
+    """PNG of how many held-out images of each class were taken for which: right ones blue on the diagonal, wrong ones
+    vermilion. Where there are more classes than can be read, those with the most mistakes."""
+    said = _said(judged)
+    wrong = Counter({x: 0 for x in said})
+    for true, predicted in judged:
+        if true != predicted:
+            wrong.update([true, predicted])
+    shown = sorted(x for x, _ in wrong.most_common(PICTURED))
+    counts = np.array([[said[row][column] for column in shown] for row in shown])
+    shares = counts / np.array([[said[x].total()] for x in shown])
+    diagonal = np.eye(len(shown), dtype=bool)
+    side = 0.32 * len(shown)
+    figure = Figure(figsize=(side + 2.6, side + 2.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for mask, colour in ((diagonal, plots.BLUE), (~diagonal, plots.VERMILION)):
+        colours = LinearSegmentedColormap.from_list(colour, ["white", colour])
+        axes.imshow(np.where(mask & (counts > 0), shares, np.nan), cmap=colours, vmin=0, vmax=1)
+    for y, x in np.argwhere(counts):
+        colour = "white" if shares[y, x] > 0.6 else plots.BLACK
+        axes.text(x, y, str(counts[y, x]), ha="center", va="center", fontsize=8, color=colour)
+    names = [drawn_name(x) for x in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set(xlabel="taken for", ylabel="class")
+    few = f", the {len(shown)} of {len(wrong)} classes most often mistaken" if len(shown) < len(wrong) else ""
+    figure.suptitle(f"held-out images{few}", fontsize=9, color=plots.GREY)
+    axes.spines[:].set(color=plots.PALE)
+    axes.tick_params(length=0)
+    return plots.png(figure)
 
 
 def _training(bank: Bank, saved: Saved | None) -> str:

@@ -201,7 +201,7 @@ def test_files_that_no_version_writes_are_refused_by_name(
     bank.save_pretrained(tmp_path)
     names = ("class_tokens.safetensors", "bank.json", "config.json")
     files = read_files(tmp_path, names) | {name: content}
-    bank_files.write_files(tmp_path, files, "")  # whose manifest agrees
+    bank_files.write_files(tmp_path, files, {})  # whose manifest agrees
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         Bank.from_pretrained(tmp_path)
 

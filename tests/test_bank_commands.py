@@ -228,7 +228,7 @@ def test_settings_that_no_version_writes_are_one_line(
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
-    write_files(copy, contents | {"classifier.json": json.dumps(tree).encode()}, "")
+    write_files(copy, contents | {"classifier.json": json.dumps(tree).encode()}, {})
     capsys.readouterr()
     assert cli.main(["info", str(copy)]) == 2
     assert str(copy) in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -19,9 +19,10 @@ from torch import Tensor
 from fewshot_diti import Backbone, DiTiClassifier
 from fewshot_diti import calibration as calibration_module
 from fewshot_diti.bank import Bank
-from fewshot_diti.calibration import Fit, calibrate, split_folds
+from fewshot_diti.calibration import calibrate
 from fewshot_diti.data import ImageGeometry
 from fewshot_diti.encoding import Encoder, PreparedImage
+from fewshot_diti.folds import Fit, split_folds
 from fewshot_diti.presets import PRESETS, complete
 from fewshot_diti.prompts import Prompts
 from fewshot_diti.temperature import fit_temperature, negative_log_likelihood

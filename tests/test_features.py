@@ -13,10 +13,10 @@ from small_classifier import PREDICTION, SCORING, TRAINING, bank_of, make, shots
 from torch import Tensor
 
 from fewshot_diti import Backbone, DiTiClassifier
-from fewshot_diti.calibration import Fit, judge_held_out, shared_errors, split_folds
 from fewshot_diti.discriminant import fit_discriminant
 from fewshot_diti.elimination import eliminate, exhaustive
 from fewshot_diti.features import block_features
+from fewshot_diti.folds import Fit, judge_held_out, shared_errors, split_folds
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.racing import racing
 from fewshot_diti.temperature import fit_temperature

@@ -11,11 +11,11 @@ from small_grid import QUIET, SCORING, TRAINING
 
 from fewshot_diti import DiTiClassifier, PredictionConfig
 from fewshot_diti.baselines import ClipLora, TipAdapter
-from fewshot_diti.calibration import split_folds
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.methods import METHODS
 from fewshot_diti.evaluation.shipped import prepare_shipped
+from fewshot_diti.folds import split_folds
 from fewshot_diti.presets import recommended
 
 pytestmark = pytest.mark.usefixtures("small_settings")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_classifier import SCORING, make, shots_of
 from test_lora import random_bank
 
 from fewshot_diti import Backbone, Bank
+from fewshot_diti.model_card import _by_class, confusion_picture
 
 ALONE = """---
 library_name: fewshot-diti
@@ -59,6 +63,12 @@ ACCURACY % of 4 images [95 % interval LOW to HIGH], cross-validated in 2 folds: 
 that were trained without it, on fewer images than those of this bank. That is on images like those it learned from, \
 and of the classes at that time.
 
+| class | right | 95 % interval | taken for |
+|---|---:|---:|---|
+ROWS
+
+![Held-out images of each class, and what they were taken for](held-out.png)
+
 ## How it was made
 
 - Backbone `tiny-sd0`, hash `HASH`; it is not part of this folder.
@@ -98,7 +108,11 @@ def test_the_card_of_a_classifier(backbone: Backbone, pictures: dict[str, list[P
     assert classifier.bank_ is not None
     layout, right = classifier.bank_.layout, classifier.calibration_.accuracy
     assert right is not None and len(images) == 4
+    judged = [line.split(" | ") for line in card.splitlines() if " of 2 | " in line]
+    assert [cells[0] for cells in judged] == ["| a320", "| dc-9"]
+    assert sum(int(cells[1].split()[0]) for cells in judged) == round(4 * right)
     filled = {
+        "ROWS": "\n".join(" | ".join(cells) for cells in judged),
         "ACCURACY": f"{100 * right:.1f}",
         "LOW to HIGH": card.partition("95 % interval ")[2].partition("]")[0],
         "HASH": backbone.hash,
@@ -118,4 +132,28 @@ def test_the_card_of_a_classifier(backbone: Backbone, pictures: dict[str, list[P
         expected = expected.replace(name, str(value))
     assert "## How good it is" + card.partition("## How good it is")[2] == expected
     assert card.startswith("---\nlibrary_name: fewshot-diti\npipeline_tag: image-classification\ntags: [")
+    with Image.open(tmp_path / "held-out.png") as picture:
+        assert picture.format == "PNG"
+    classifier.bank_.save_pretrained(tmp_path)  # which knows nothing of held-out images
+    assert not (tmp_path / "held-out.png").exists()
     assert "base_model" not in card and "# 2 classes of aircraft, from a few images each" in card
+
+
+def test_the_card_names_what_each_class_was_taken_for() -> None:
+    judged = [("a|b", "a|b"), ("a|b", "c"), ("a|b", "d"), ("a|b", "c"), ("c", "c"), ("d", "d")]
+    assert _by_class(judged).splitlines()[2:] == [
+        "| a\\|b | 1 of 4 | 5 to 70 % | c (2), d (1) |",
+        "| c | 1 of 1 | 21 to 100 % |  |",
+        "| d | 1 of 1 | 21 to 100 % |  |",
+    ]
+
+
+@pytest.mark.parametrize("classes", [2, 12, 300])
+def test_the_picture_of_confusions_keeps_a_size_that_can_be_read(classes: int) -> None:
+    names = [f"class {c}" for c in range(classes)]
+    judged = [(name, names[(c + (c % 5 == 0)) % classes]) for c, name in enumerate(names)]
+    with Image.open(io.BytesIO(confusion_picture(judged))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert max(pixels.shape[:2]) < 2000
+    assert (pixels[..., 2] - pixels[..., 0]).max() > 100, "blue on the diagonal"
+    assert (pixels[..., 0] - pixels[..., 2]).max() > 100, "vermilion beside it"

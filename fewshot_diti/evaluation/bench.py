@@ -19,7 +19,6 @@ from fewshot_diti.baselines.presets import Preset, preset_of
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
-from fewshot_diti.calibration import Fit, judge_held_out, shared_errors
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings, TrainingConfig
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
@@ -28,6 +27,7 @@ from fewshot_diti.data.arguments import group_shots
 from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
+from fewshot_diti.folds import Fit, judge_held_out, shared_errors
 from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts, generic_prompt

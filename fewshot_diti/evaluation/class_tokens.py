@@ -17,12 +17,12 @@ from fewshot_diti import timesteps
 from fewshot_diti.baselines import TipAdapter
 from fewshot_diti.baselines.base import Baseline
 from fewshot_diti.baselines.views import as_it_is
-from fewshot_diti.calibration import split_folds
 from fewshot_diti.config import Label
 from fewshot_diti.discriminant import fit_discriminant
 from fewshot_diti.evaluation.bench import FOLDS, Bench
 from fewshot_diti.evaluation.kept_errors import DitiErrors
 from fewshot_diti.evaluation.task import Outcome, Task
+from fewshot_diti.folds import split_folds
 from fewshot_diti.temperature import fit_temperature
 from fewshot_diti.weighting import timestep_weights
 

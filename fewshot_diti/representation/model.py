@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.backbone_search import find_backbone, remember_folder
-from fewshot_diti.bank_files import CONFIG, from_fields, read_files, to_json, write_files, written_here
+from fewshot_diti.bank_files import CARD, CONFIG, from_fields, read_files, to_json, write_files, written_here
 from fewshot_diti.data.arguments import as_list
 from fewshot_diti.data.images import ImageGeometry, ImageSource
 from fewshot_diti.encoding import Encoder
@@ -105,7 +105,8 @@ class Representation:
             "history": self.history,
         }
         weights = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
-        write_files(folder, {CONFIG: to_json(config), WEIGHTS: save(weights)}, representation_card(config))
+        pages = {CARD: representation_card(config).encode()}
+        write_files(folder, {CONFIG: to_json(config), WEIGHTS: save(weights)}, pages)
 
     def features(self, images: ImageSource | Iterable[Any]) -> np.ndarray:
         """Features float32 [N, D] of images, each by itself, so that its neighbours cannot change it by a bit.
