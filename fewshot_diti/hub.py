@@ -1,4 +1,9 @@
-"""Saved banks on the Hugging Face hub: found there by `user/repo`, and uploaded."""
+"""Saved banks on the Hugging Face hub: found there by `user/repo`, and uploaded.
+
+The arguments are those of huggingface_hub's ModelHubMixin, which is not used: its `save_pretrained` takes config.json
+away before it writes, so that a save that is cut short loses the bank that was there, and its `from_pretrained` passes
+what config.json holds to the class.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def tidy(axes: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as PNG."""
+    """The picture as PNG. Signs that the font lacks, such as Chinese ones, are boxes."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each sign and size of text
+        FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -103,8 +103,8 @@ def test_explain_writes_a_picture_for_each_image(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     images = [str(shots / part / "0.png") for part in PARTS]
-    command = ["explain", "--bank", str(bank), "--output_dir", str(tmp_path / "why"), *images, str(broken)]
-    assert cli.main(command) == 1
+    command = ["explain", "--bank", str(bank), "--output_dir", str(tmp_path / "why")]
+    assert cli.main([*command, *images, str(broken)]) == 1
     out = capsys.readouterr().out
     assert f"not explained: {broken}" in out
     records = [json.loads(line) for line in (tmp_path / "why" / "explanations.jsonl").read_text().splitlines()]
@@ -112,6 +112,10 @@ def test_explain_writes_a_picture_for_each_image(
     for record in records:
         assert (tmp_path / "why" / record["picture"]).read_bytes().startswith(b"\x89PNG")
         assert set(record["sources"]) == {"class tokens", "features"} and record["label"] in record["neighbours"]
+    before = (tmp_path / "why" / "explanations.jsonl").read_bytes()
+    for again, status in ((images[1], 0), (str(broken), 1)):  # what was explained before stays
+        assert cli.main([*command, again]) == status
+        assert (tmp_path / "why" / "explanations.jsonl").read_bytes() == before
 
 
 def test_explain_writes_over_nothing_but_its_own_files(

@@ -13,7 +13,7 @@ from fake_hub import FakeHub, fake_hub
 from huggingface_hub.errors import HfHubHTTPError
 from small_classifier import SCORING, make, shots_of
 
-from fewshot_diti import Backbone, Bank, DiTiClassifier
+from fewshot_diti import Backbone, Bank, DiTiClassifier, cli
 
 CLASSES = ["a320", "dc-9"]
 
@@ -67,6 +67,17 @@ def test_offline_takes_what_was_downloaded(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     assert Bank.from_pretrained("me/parts") == bank and len(hub.requests) == asked
+
+
+def test_commands_that_read_a_bank_find_it_on_the_hub(
+    hub: FakeHub, classifier: DiTiClassifier, backbone_folder: Path, tests: list[Path], tmp_path: Path
+) -> None:
+    classifier.push_to_hub("me/parts", token="hf_good")
+    assert cli.main(["info", "me/parts"]) == 0
+    assert cli.main(["export", "me/parts", "--output_dir", str(tmp_path / "lora")]) == 0
+    score = ["score", "--bank", "me/parts", "--backbone", str(backbone_folder), "--output", str(tmp_path / "p.csv")]
+    assert cli.main([*score, str(tests[0])]) == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 2
 
 
 def test_what_the_hub_has_not_is_said(hub: FakeHub, classifier: DiTiClassifier, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import DtypeName
-from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
+from fewshot_diti.commands.loading import bank_folder, check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.explain import Explanation
 from fewshot_diti.files import check_writable, write_atomically
@@ -30,10 +30,13 @@ class ExplainConfig:
 
     Attributes:
         images: as `score` takes them.
-        bank: folder that `fewshot-diti train` wrote.
+        bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
         output_dir: folder that gets a PNG for each image, named by the image's file and id, and explanations.jsonl with
-            the figures in it; that of an earlier explain is replaced, and no other file.
+            a line of figures for each PNG. Those of an earlier explain stay, but for images explained again; no other
+            file is replaced.
         top: classes that are named.
+        split: of hub:ID.
+        image_column: of hub:ID, by default image.
         backbone: folder or hub id of the bank's backbone, where it has moved since.
         dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
@@ -47,6 +50,8 @@ class ExplainConfig:
     bank: Path
     output_dir: Path
     top: int = 3
+    split: str | None = None
+    image_column: str | None = None
     backbone: str | None = None
     dtype: DtypeName = "auto"
     batch_size: int | None = None
@@ -66,12 +71,12 @@ def explain(config: ExplainConfig, console: Console) -> int:
     Raises:
         OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
     """
-    images, _ = list_images(config.images)
-    classifier = load_classifier(config.bank, config.backbone, config.dtype, config.batch_size)
+    images, _ = list_images(config.images, config.split, config.image_column)
+    classifier = load_classifier(bank_folder(config.bank), config.backbone, config.dtype, config.batch_size)
     check_can_choose(classifier, config.bank)
     check_writable(config.output_dir)
-    _check_records(config.output_dir / RECORDS)
-    lines: list[str] = []
+    lines = _records(config.output_dir / RECORDS)
+    explained = 0
     try:
         with Progress(len(images), "explanations", "image") as bar:
             for row, path in enumerate(images.names):
@@ -86,24 +91,25 @@ def explain(config: ExplainConfig, console: Console) -> int:
                 [stem] = file_names([Path(path).stem]).values()
                 name = f"{stem}-{image.id[:12]}.png"  # no file of the user's, and the same whenever it is written again
                 write_atomically(config.output_dir / name, explanation.figure())
-                lines.append(json.dumps({"path": path, "picture": name, **_record(explanation)}) + "\n")
+                lines[name] = json.dumps({"path": path, "picture": name, **_record(explanation)}) + "\n"
+                explained += 1
                 label, picture = printable(str(explanation.label)), printable(str(config.output_dir / name))
                 console.out(f"{printable(path)}: {label}, {picture}")
     finally:  # also where it is interrupted, or the disk is full
-        write_atomically(config.output_dir / RECORDS, "".join(lines).encode())
-    return 1 if len(lines) < len(images) else 0
+        write_atomically(config.output_dir / RECORDS, "".join(lines.values()).encode())
+    return 1 if explained < len(images) else 0
 
 
-def _check_records(file: Path) -> None:
-    """Raises a ValueError where a file of the name is there that no `explain` wrote."""
+def _records(file: Path) -> dict[str, str]:
+    """Lines of an earlier explain by their pictures; raises a ValueError where no `explain` wrote the file."""
     if not os.path.lexists(file):
-        return
+        return {}
     try:
-        ours = all("picture" in json.loads(line) for line in file.read_bytes().splitlines())
-    except (OSError, ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{file} is there already and no output of explain; remove it, or pass another --output_dir.")
+        return {str(json.loads(line)["picture"]): line for line in file.read_text("utf-8").splitlines(keepends=True)}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is there already and no output of explain; remove it, or pass another --output_dir."
+        ) from error
 
 
 def _record(x: Explanation) -> dict[str, object]:

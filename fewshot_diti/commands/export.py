@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.bank import Bank
+from fewshot_diti.commands.loading import bank_folder
 from fewshot_diti.config import Label
 from fewshot_diti.lora_files import LoraFormat, export_classes
 from fewshot_diti.reports import printable
@@ -20,7 +21,7 @@ class ExportConfig:
     """Writes class tokens as LoRA files that other tools load at weight 1.
 
     Attributes:
-        bank: folder that `fewshot-diti train` wrote.
+        bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
         output_dir: folder that gets a folder for each class, or with kohya a file for each.
         format: diffusers, kohya (ComfyUI, A1111) or peft.
         classes: which, by default all.
@@ -40,7 +41,7 @@ def export(config: ExportConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank, a class that it does not hold, or a file that is there already.
     """
-    bank = Bank.from_pretrained(config.bank)
+    bank = Bank.from_pretrained(bank_folder(config.bank))
     chosen = labels_of(bank, config.classes) if config.classes else None
     for label, path in export_classes(bank, config.output_dir, config.format, chosen).items():
         console.out(f"{printable(str(label))}: {printable(str(path))}")

@@ -15,6 +15,7 @@ from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import MANIFEST
 from fewshot_diti.classifier_files import Saved, read_classifier
+from fewshot_diti.commands.loading import bank_folder
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable
 
@@ -24,7 +25,7 @@ class InfoConfig:
     """Shows what a bank holds: classes, shots, backbone, size, date, accuracy, and whether its backbone is here.
 
     Attributes:
-        bank: folder that `fewshot-diti train` wrote.
+        bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
         quiet: prints nothing but errors and warnings.
     """
 
@@ -38,14 +39,15 @@ def info(config: InfoConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank in the folder.
     """
-    bank, settings, _ = read_classifier(config.bank)
+    folder = bank_folder(config.bank)
+    bank, settings, _ = read_classifier(folder)
     table = Table("class", "shots", "prompt")
     for token in bank.tokens:
         table.add_row(printable(str(token.label)), str(token.num_shots or "unknown"), printable(token.prompt))
     console.print(table)
     height, width = bank.geometry.size
-    files = [path for path in config.bank.iterdir() if path.is_file()]
-    saved = datetime.fromtimestamp((config.bank / MANIFEST).stat().st_mtime, UTC)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime, UTC)
     lines = {
         "classes": f"{len(bank)}, LoRA of rank {bank.layout.rank} on {len(bank.layout.targets)} layers",
         "images": f"{width} x {height} pixels, {bank.geometry.resize}",

@@ -7,6 +7,16 @@ from pathlib import Path
 
 from fewshot_diti.backbone import CompileMode
 from fewshot_diti.classifier import DiTiClassifier
+from fewshot_diti.hub import saved_folder
+
+
+def bank_folder(bank: Path) -> Path:
+    """The folder of a bank by what a command line calls it: the folder itself, or `user/repo`, downloaded from the hub.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    return saved_folder(bank.as_posix())
 
 
 def load_classifier(

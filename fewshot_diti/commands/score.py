@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
+from fewshot_diti.commands.loading import bank_folder, check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.distributed import process_state
@@ -42,7 +42,7 @@ class ScoreConfig:
     Attributes:
         images: image files, folders that are searched for images at any depth, patterns such as "*.jpg",
             manifest:FILE[@DIR] (a table with the column path), or hub:ID (a data set).
-        bank: folder that `fewshot-diti train` wrote.
+        bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
         output: file of predictions. FILE.jsonl has one JSON line per image: path, image_id, label, probabilities of the
             best classes, margin (second smallest score minus smallest), whether one class was left before the trials
             ran out, evaluations, and the scores of all classes (null off the shortlist); or path and error. FILE.csv
@@ -99,13 +99,14 @@ def score(config: ScoreConfig, console: Console) -> int:
         raise ValueError(
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
-    classifier = load_classifier(config.bank, config.backbone, config.dtype, config.batch_size, config.compile)
+    folder = bank_folder(config.bank)
+    classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size, config.compile)
     check_can_choose(classifier, config.bank)
     least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
     began = monotonic()
     rows, predict = range(len(images)), partial(_predictions, classifier, least)
     asked = "" if least is None else f" least similarity {least}"
-    found = predict_images(classifier, rows, images.decode, predict, parts, config.bank, asked)
+    found = predict_images(classifier, rows, images.decode, predict, parts, folder, asked)
     seconds = monotonic() - began
     scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
     if process_state().is_main_process:
