@@ -5,7 +5,8 @@
 A bank of the few-shot classes judges their test images (known), images of the four variants that pre-training leaves
 out (unknown, and much like them), and crops of the photographs that come with scikit-learn (no aircraft). AUROC is the
 chance that a known image has a higher score than an unknown one; the area under OSCR counts known images with the right
-label alone.
+label alone. "Both" is the highest probability times the share of the shots that are no more similar to another shot
+than the image is to its nearest one.
 
 Shapes in names: N images.
 """
@@ -35,7 +36,7 @@ from fewshot_diti.scoring import Scorer
 from recipes.pocket.renders import HELD_OUT, load_renders, split_held_out
 
 RESAMPLES = 1000
-COLOURS = (plots.BLUE, plots.GREEN, plots.VERMILION)  # of the scores
+COLOURS = (plots.BLUE, plots.GREEN, plots.VERMILION, plots.BLACK)  # of the scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,12 @@ def judge(classifier: DiTiClassifier, images: Sequence[ImageSource]) -> Judged:
     decider = classifier.decider()
     probabilities_NC = classifier.predict_proba(images)
     best_N = probabilities_NC.argmax(1)
+    similarities_N = decider.similarities(images, classifier.current_prediction())
+    usual_n = decider.familiarity.usual()
     found = {
         "highest probability": probabilities_NC.max(1),
-        "similarity of the nearest shot": decider.similarities(images, classifier.current_prediction()),
+        "similarity of the nearest shot": similarities_N,
+        "both": probabilities_NC.max(1) * (1 + (usual_n < similarities_N[:, None]).sum(1)) / (len(usual_n) + 1),
         "class token against none": against_none(classifier, images, best_N),
     }
     return Judged(found, classifier.classes_[best_N])

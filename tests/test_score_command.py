@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_score_scores_the_rest_when_an_image_is_broken_and_names_it_at_the_end(
     *_, named, last = capsys.readouterr().out.splitlines()
     assert named == f"not scored: {first['error']}"
     assert last.startswith("1 image scored in") and last.endswith("; 1 not scored.") and "images/s" in last
+    assert re.search(r"of them \d undecided when the trials ran out, 0 rejected", last)
 
 
 def test_score_scores_the_rest_where_paths_lead_nowhere(

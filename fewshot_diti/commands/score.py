@@ -115,7 +115,7 @@ def score(config: ScoreConfig, console: Console) -> int:
     console.print(prediction_table(list(islice(scored.usable(), SHOWN))))
     counts = Counter[str]()
     for record in scored.usable():
-        counts.update(scored=1, undecided=not record["decided"], rejected=record.get("rejected", False))
+        counts.update(scored=1, undecided=int(not record["decided"]), rejected=int(record.get("rejected", False)))
         if record.get("rejected"):
             console.out(f"like none of the shots: {printable(record['path'])}")
     if counts["scored"] > SHOWN:
