@@ -1,7 +1,7 @@
 """Are probabilities right, and how large are sets of classes? Before and after a temperature from held-out images.
 
     python -m eval.calibration --errors docs/logs/fewshot/errors --picture docs/calibration.png \
-        --shipped_picture docs/reliability.png
+        --shipped_picture docs/reliability.png --levels_picture docs/levels.png
 
 Two sources, both from what `python -m eval.fewshot` left in its folder `errors`. *Class tokens*: what is held out are
 the shots, judged by class tokens that were trained without them, on half of the shots. *fewshot-diti*: what is held out
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fewshot_diti import plots
 from fewshot_diti.conformal import prediction_sets
-from fewshot_diti.data import load_images
+from fewshot_diti.data import ImageSet, load_images
+from fewshot_diti.evaluation.hierarchy import level_probabilities, levels_of
 from fewshot_diti.evaluation.reliability import (
     Predictions,
     calibration_figures,
@@ -36,6 +37,7 @@ from fewshot_diti.evaluation.reliability import (
     expected_calibration_error,
     picture,
 )
+from fewshot_diti.evaluation.summary import draw_levels
 from fewshot_diti.files import write_atomically
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.temperature import fit_temperature
@@ -45,6 +47,8 @@ PRESET, FITTED = "preset", "fitted"
 COLOURS = {PRESET: plots.ORANGE, FITTED: plots.BLUE}
 SPLITS = 20
 TINY = np.finfo(np.float64).tiny
+Levels = Mapping[str, Sequence[str]]
+ByShots = dict[int, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Config:
         dataset: whose test images these are of.
         picture: PNG of the class tokens' accuracy over confidence.
         shipped_picture: the same of fewshot-diti as it ships.
+        levels_picture: PNG of its accuracy on the classes and on groups of them, such as families.
         shots, seeds: of the draws.
         coverages: asked of the sets.
     """
@@ -65,6 +70,7 @@ class Config:
     dataset: str = "bundled"
     picture: Path | None = None
     shipped_picture: Path | None = None
+    levels_picture: Path | None = None
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     coverages: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -168,12 +174,41 @@ def sets_table(title: str, by_shots: Mapping[int, Sequence[Judged]], coverages: 
     return table
 
 
+def by_level(test: ImageSet, levels: Levels, shipped: Mapping[int, Sequence[np.ndarray]]) -> dict[str, ByShots]:
+    """Accuracy in % on the classes and on groups of them, by title and shots, a value a draw.
+
+    Args:
+        levels: the group of each class by the name of a level.
+        shipped: probabilities [N, C] of each draw, by shots.
+    """
+    of_classes = {f"{len(test.class_names)} classes": test.class_names}
+    found: dict[str, ByShots] = {}
+    for title, groups_C in (of_classes | {f"{x}, {len(set(of))} groups": of for x, of in levels.items()}).items():
+        true_N = np.array(groups_C)[test.labels]
+        found[title] = {}
+        for k, draws in shipped.items():
+            found[title][k] = []
+            for probabilities_NC in draws:
+                names, p_NG = level_probabilities(probabilities_NC, groups_C)
+                found[title][k].append(100 * float((np.array(names)[p_NG.argmax(1)] == true_N).mean()))
+    return found
+
+
+def levels_table(found: Mapping[str, ByShots]) -> Table:
+    """Mean and standard deviation over draws."""
+    shots = next(iter(found.values()))
+    table = Table("accuracy, %", *(f"{k} shots, {len(draws)} draws" for k, draws in shots.items()))
+    for title, by_shots in found.items():
+        table.add_row(title, *(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" for x in by_shots.values()))
+    return table
+
+
 def main(config: Config) -> None:
     """Prints the tables, and draws the picture."""
     test = load_images(config.dataset, "test")
     labels_N, rng = torch.from_numpy(test.labels), np.random.default_rng(0)
     sources: dict[str, dict[int, list[Judged]]] = {"class tokens": {}, "fewshot-diti": {}}
-    shipped: dict[int, list[Predictions]] = {}
+    shipped: dict[int, list[np.ndarray]] = {}
     for k in config.shots:
         for seed in config.seeds:
             errors, kept = (config.errors / f"{kind}-{k}-{seed}.safetensors" for kind in ("diti", "shipped"))
@@ -182,11 +217,14 @@ def main(config: Config) -> None:
                 sources["class tokens"].setdefault(k, []).extend(found)
             if kept.is_file():
                 probabilities_NC = load_file(kept)["probabilities"]
-                shipped.setdefault(k, []).append(Predictions.of(test.labels, probabilities_NC.numpy()))
+                shipped.setdefault(k, []).append(probabilities_NC.numpy())
                 found = of_classifier(probabilities_NC, labels_N, k * len(test.class_names), rng)
                 sources["fewshot-diti"].setdefault(k, []).extend(found)
     console = Console(width=120)
-    console.print(pooled_table(shipped))
+    draws = {k: [Predictions.of(test.labels, x) for x in found] for k, found in shipped.items()}
+    levels = by_level(test, levels_of(load_images(config.dataset, "train"), test), shipped)
+    console.print(pooled_table(draws))
+    console.print(levels_table(levels))
     for title, by_shots in sources.items():
         known = {k: judged for k, judged in by_shots.items() if judged}
         console.print(calibration_table(title, known))
@@ -199,8 +237,10 @@ def main(config: Config) -> None:
         }
         write_atomically(config.picture, picture(pictured, COLOURS))
     if config.shipped_picture is not None:
-        joined = {k: {"fewshot-diti": Predictions.join(draws)} for k, draws in shipped.items()}
+        joined = {k: {"fewshot-diti": Predictions.join(parts)} for k, parts in draws.items()}
         write_atomically(config.shipped_picture, picture(joined, {"fewshot-diti": plots.BLUE}))
+    if config.levels_picture is not None:
+        write_atomically(config.levels_picture, draw_levels(levels, list(shipped), "fewshot-diti"))
 
 
 if __name__ == "__main__":

@@ -280,11 +280,26 @@ def test_calibration_is_read_from_what_a_table_left(
     save_file(kept, tmp_path / "diti-2-1.safetensors")
     save_file({"probabilities": probabilities}, tmp_path / "shipped-1-1.safetensors")
     picture = tmp_path / "c.png"
-    config = calibration.Config(errors=tmp_path, dataset=f"folder:{data}", picture=picture)
+    config = calibration.Config(
+        errors=tmp_path, dataset=f"folder:{data}", picture=picture, levels_picture=tmp_path / "levels.png"
+    )
     calibration.main(config)
     out = capsys.readouterr().out
     assert "class tokens: sets of classes" in out and "fewshot-diti: sets of classes" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG") and (tmp_path / "levels.png").exists()
+
+
+def test_accuracy_at_a_level_counts_a_sibling_as_right() -> None:
+    images = load_images("bundled", "test")
+    few = images.subset(np.flatnonzero(np.isin(images.label_names, ["A319", "A320", "E-170"])))
+    with pytest.warns(UserWarning, match="left out"):
+        test = few.without_empty_classes()
+    levels = {"maker": ["Airbus", "Airbus", "Embraer"]}
+    wrong_NC = np.full((len(test), 3), 0.1)
+    wrong_NC[test.labels == 0, 1] = wrong_NC[test.labels == 1, 0] = wrong_NC[test.labels == 2, 0] = 0.8
+    found = calibration.by_level(test, levels, {4: [wrong_NC]})
+    assert found["3 classes"] == {4: [0.0]}
+    assert found["maker, 2 groups"] == {4: [pytest.approx(100 * 2 / 3)]}
 
 
 def test_maps_are_measured_against_masks(bank: Path, quick_train: None) -> None:

@@ -36,12 +36,17 @@ def levels_picture(grid: Grid, records: Records, method: str) -> bytes:
     """PNG of one method's accuracy over shots: of the classes, and at each level."""
     names = {"": f"{len(grid.test.class_names)} classes"}
     names |= {level: f"{level}, {len(set(groups))} groups" for level, groups in grid.levels.items()}
-    rows = [
-        table.Row(name=name, accuracy={k: _accuracy(records, method, k, level) for k in grid.config.shots})
-        for level, name in names.items()
-    ]
-    colours = dict(zip(names.values(), _COLOURS, strict=False))
-    return table.plot(rows, grid.config.shots, colours, ylabel=f"accuracy of {method} (%)")
+    found = {
+        name: {k: _accuracy(records, method, k, level) for k in grid.config.shots} for level, name in names.items()
+    }
+    return draw_levels(found, grid.config.shots, method)
+
+
+def draw_levels(accuracy: Mapping[str, Mapping[int, list[float]]], shots: Sequence[int], method: str) -> bytes:
+    """As `levels_picture`, of accuracies in % by the title of a level and the number of shots, a value a draw."""
+    rows = [table.Row(name=name, accuracy=of_level) for name, of_level in accuracy.items()]
+    colours = dict(zip(accuracy, _COLOURS, strict=False))
+    return table.plot(rows, shots, colours, ylabel=f"accuracy of {method} (%)")
 
 
 def calibration(grid: Grid, records: Records) -> Table | None:
