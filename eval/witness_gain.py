@@ -25,7 +25,7 @@ from fewshot_diti import plots
 from fewshot_diti.evaluation.config import GridConfig
 from fewshot_diti.evaluation.grid import Grid
 from fewshot_diti.evaluation.kept_errors import save_errors
-from fewshot_diti.evaluation.run import classify
+from fewshot_diti.evaluation.predicting import classify
 from fewshot_diti.evaluation.shipped import shipped_file, trained_classifier
 from fewshot_diti.evaluation.task import Task
 from fewshot_diti.files import write_atomically

@@ -18,7 +18,8 @@ from fewshot_diti.baselines.probe import NearestNeighbour
 from fewshot_diti.config import ScoringConfig
 from fewshot_diti.data import ImageSet, Shots, load_bundled, sample_shots, seen_attribute
 from fewshot_diti.devices import TrainingDtype
-from fewshot_diti.evaluation.run import BANK, FewShotRun, begin, classify, learn
+from fewshot_diti.evaluation.predicting import BANK, classify
+from fewshot_diti.evaluation.run import FewShotRun, begin, learn
 from fewshot_diti.evaluation.task import Task, make_task
 from fewshot_diti.files import write_atomically
 from fewshot_diti.reports import MethodResult, accuracy_table, predictions_picture

@@ -23,7 +23,7 @@ from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.distributed import process_state
 from fewshot_diti.encoding import PreparedImage
-from fewshot_diti.evaluation.run import predict_images
+from fewshot_diti.evaluation.predicting import predict_images
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import check_suffix, encode_predictions

@@ -14,7 +14,8 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.config import FROM_PRESET, ScoringConfig, TrainingConfig
 from fewshot_diti.evaluation.bench import Bench
 from fewshot_diti.evaluation.kept_errors import save_errors
-from fewshot_diti.evaluation.run import BANK, classify, learn, settle
+from fewshot_diti.evaluation.predicting import BANK, classify
+from fewshot_diti.evaluation.run import learn, settle
 from fewshot_diti.evaluation.task import Outcome, Task, fingerprint
 from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import PRESETS
