@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -30,6 +32,7 @@ FORMAT = 2
 T = TypeVar("T")
 _FILE = ("sha256", "size")  # what the manifest holds for each file
 _HEX = 12
+_HEAD = b"---\nlibrary_name: fewshot-diti\n"  # of every card; version 0.4 recorded no hashes of them
 _PENDING = f".{'[0-9a-f]' * _HEX}.*"  # names of files until the manifest names them
 
 
@@ -42,27 +45,66 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes], pages: Mappin
 
     Args:
         contents: by name.
-        pages: for people, such as the model card: no reader needs them, and the manifest does not name them.
+        pages: for people, such as the model card: no reader needs them. One that somebody has changed since it was
+            written, to add a licence, say, stays as it is, with a warning.
     """
     folder = Path(folder)
     make_folder(folder)
-    everything = {**contents, **pages}
-    facts = {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in everything.items()}
-    pending = {name: _pending(folder, name, facts[name]) for name in everything}
+    facts = {n: {"sha256": _sha256(c), "size": len(c)} for n, c in {**contents, **pages}.items()}
     files = {name: facts[name] for name in contents}
     with alone_in(folder):
+        before = _pages(folder)
+        kept = [name for name in pages if _is_foreign(folder, name, before)]
+        everything = {**contents, **{name: content for name, content in pages.items() if name not in kept}}
+        pending = {name: _pending(folder, name, facts[name]) for name in everything}
         for name, content in everything.items():
             write_atomically(pending[name], content)
-        write_atomically(folder / MANIFEST, to_json({"format": FORMAT, "files": files, "checksum": _checksum(files)}))
+        hashes = {name: "" if name in kept else facts[name]["sha256"] for name in pages}
+        manifest = {"format": FORMAT, "files": files, "checksum": _checksum(files), "pages": hashes}
+        write_atomically(folder / MANIFEST, to_json(manifest))
         for name, content in everything.items():
             try:
                 pending[name].replace(folder / name)
             except FileNotFoundError:  # another save has cleared it away, where the system has no lock
                 write_atomically(folder / name, content)
-        if PICTURE not in pages:  # that of an earlier save
-            (folder / PICTURE).unlink(missing_ok=True)
+        for name in set(before or ()) - set(pages):  # of an earlier save that had more of them
+            if not _is_foreign(folder, name, before):
+                (folder / name).unlink(missing_ok=True)
         for left_over in (*folder.glob(_PENDING), *folder.glob(f".{_PENDING}.{ANY}")):  # of saves that were killed
             left_over.unlink(missing_ok=True)
+    for name in kept:
+        warnings.warn(
+            f"{folder / name} was not written here, or was changed since, and stays as it is; remove it to get a new "
+            "one with the next save.",
+            stacklevel=3,
+        )
+
+
+def _pages(folder: Path) -> dict[str, str] | None:
+    """Hashes of the pages that the last save wrote, by name, "" of one that it left alone; None where nothing is known,
+    as of a bank of version 0.4."""
+    try:
+        pages = json.loads((folder / MANIFEST).read_bytes())["pages"]
+        return {name: hash for name, hash in pages.items() if Path(name).name == name and isinstance(hash, str)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _is_foreign(folder: Path, name: str, before: dict[str, str] | None) -> bool:
+    """Whether there is a page that no save wrote, or that was changed since."""
+    try:
+        there = (folder / name).read_bytes()
+    except OSError:
+        return False
+    if before is None:
+        return not there.startswith(_HEAD)
+    hash = before.get(name, "")
+    # a save that was cut short behind its manifest left the page of the one before it
+    return _sha256(there) != hash and not _pending(folder, name, {"sha256": hash}).exists()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def cut_short(folder: Path) -> bool:
@@ -137,6 +179,8 @@ def bank_fingerprint(folder: str | Path) -> str:
 
 def _manifest(folder: Path, what: str) -> Path:
     """The manifest; raises FileNotFoundError where there is none."""
+    if not os.path.lexists(folder):
+        raise FileNotFoundError(f"There is no folder {folder}; check the path.")
     if not (path := folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}, so no complete {what}; save_pretrained writes one.")
     return path
@@ -190,7 +234,7 @@ def _read_named(path: Path, content: bytes, names: Iterable[str] | None, what: s
             with suppress(FileNotFoundError):  # a save renames it in this moment
                 if candidate.is_file():
                     found.append(candidate.read_bytes())
-        whole = [c for c in found if hashlib.sha256(c).hexdigest() == files[name]["sha256"]]
+        whole = [c for c in found if _sha256(c) == files[name]["sha256"]]
         if not whole:
             raise ValueError(
                 f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
@@ -202,7 +246,7 @@ def _read_named(path: Path, content: bytes, names: Iterable[str] | None, what: s
 
 def _checksum(files: Mapping[str, Any]) -> str:
     """Of what a manifest says, so that a name that was damaged is not taken for a file that was never there."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(files, sort_keys=True).encode())
 
 
 def _pending(folder: Path, name: str, file: Mapping[str, Any]) -> Path:

@@ -56,7 +56,8 @@ class Calibration:
             were asked for. No accuracy can be above it. The temperature is fitted on all classes, with the shortlist
             or without.
         held_out: probability of its own class for each held-out shot; none where no folds were asked for.
-        held_out_labels: their own class, and the one that each was taken for; none in banks of old.
+        held_out_labels: the class of each of them and the one that was predicted; none in banks of version 0.4.
+        folds: in which they were held out, at most as many as the largest class has shots; 0 in banks of version 0.4.
     """
 
     timesteps: tuple[int, ...]
@@ -69,6 +70,7 @@ class Calibration:
     shortlist_recall: float | None = None
     held_out: tuple[float, ...] = ()
     held_out_labels: tuple[tuple[Label, Label], ...] = ()
+    folds: int = 0
 
     def __post_init__(self) -> None:
         if len(self.timesteps) != len(self.weights) or not all(t >= 0 for t in self.timesteps):
@@ -122,7 +124,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
     alone, mix, temperature = _mix(fit.backbone, without_folds(scoring, fit.backbone, most_shots(fit.groups)))
     accuracy = recall = None
     held: tuple[float, ...] = ()
-    told: tuple[tuple[Label, Label], ...] = ()
+    predicted: tuple[tuple[Label, Label], ...] = ()
     if scoring.folds:
         prediction = fit.settings.prediction
         log_p = []
@@ -152,7 +154,7 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
             scores = scores + off_the_list
         order, winners = sorted(fit.groups), scores.argmin(1)
         accuracy = float((winners == truth).double().mean())
-        told = tuple((order[c], order[w]) for c, w in zip(truth.tolist(), winners.tolist(), strict=True))
+        predicted = tuple((order[c], order[w]) for c, w in zip(truth.tolist(), winners.tolist(), strict=True))
     return Calibration(
         timesteps=tuple(grid.tolist()),
         weights=tuple(weights.tolist()),
@@ -163,7 +165,8 @@ def calibrate(fit: Fit, bank: Bank, witnesses: Sequence[FittedWitness] = ()) -> 
         accuracy=accuracy,
         shortlist_recall=recall,
         held_out=held,
-        held_out_labels=told,
+        held_out_labels=predicted,
+        folds=min(scoring.folds, most_shots(fit.groups)) if held else 0,
     )
 
 

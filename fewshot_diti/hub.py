@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from fewshot_diti.bank_files import CARD, PICTURE
 
@@ -60,10 +65,11 @@ def saved_folder(
             force_download=force_download,
             allow_patterns=_FILES,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
             f"There is no folder {name_or_path}, and no repository of that name{f' ({revision})' if revision else ''} "
-            f"that can be had from the hub: {error}"
+            f"that can be had from the hub: {reason}"
         ) from error
     return Path(folder)
 

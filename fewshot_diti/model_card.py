@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fewshot_diti.classifier_files import Saved
 
 
-Judged = Sequence[tuple[Label, Label]]  # class of each held-out image, and the class that it was taken for
+Judged = Sequence[tuple[Label, Label]]  # the class of each held-out image, and the one that was predicted
 PICTURED = 40  # classes, at most: more cannot be read
 
 
@@ -86,49 +86,64 @@ def _accuracy(bank: Bank, saved: Saved | None) -> str:
         return "Not known: it was not cross-validated. Test it on images of your own before you rely on it."
     low, high = wilson_interval(round(accuracy * shots), shots)
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    folds = saved.calibration.folds or saved.settings.scoring.folds
     text = (
-        f"{100 * accuracy:.1f} % of {shots} images [{interval}], cross-validated in {saved.settings.scoring.folds} "
-        "folds: each image was judged by class tokens that were trained without it, on fewer images than those of this "
-        "bank. That is on images like those it learned from, and of the classes at that time."
+        f"{100 * accuracy:.1f} % of {shots} images [{interval}], cross-validated in {folds} folds: each image was "
+        "judged by class tokens that were trained without it, on fewer images than those of this bank. That is on "
+        "images like those it learned from, and of the classes at that time."
     )
     judged = saved.calibration.held_out_labels
-    picture = f"![Held-out images of each class, and what they were taken for]({PICTURE})"
-    return "\n\n".join([text, _by_class(judged), picture]) if judged else text
+    if not judged:
+        return text
+    picture = f"![Held-out images of each class, and the classes that they were predicted as]({PICTURE})"
+    return "\n\n".join([text, *_changes(bank, judged), _by_class(judged), picture])
+
+
+def _changes(bank: Bank, judged: Judged) -> list[str]:
+    """A sentence on the classes that were added and removed since images were held out, where there are any."""
+    then, now = {true for true, _ in judged}, set(bank.labels)
+    parts = [
+        f"{what} since then: {', '.join(_cell(x) for x in sorted(labels))}."
+        for what, labels in (("Added", now - then), ("Removed", then - now))
+        if labels
+    ]
+    return [" ".join(parts)] if parts else []
 
 
 def _by_class(judged: Judged) -> str:
-    """A row for each class: how many of its images were right, and what the others were taken for."""
-    lines = ["| class | right | 95 % interval | taken for |", "|---|---:|---:|---|"]
-    for label, said in _said(judged).items():
-        right, total = said[label], said.total()
+    """A row for each class: how many of its images were right, and what the others were predicted as."""
+    lines = ["| class | right | 95 % interval | predicted as |", "|---|---:|---:|---|"]
+    for label, counts in _counts(judged).items():
+        right, total = counts[label], counts.total()
         low, high = wilson_interval(right, total)
-        wrong = ", ".join(f"{_cell(x)} ({n})" for x, n in said.most_common() if x != label)
+        wrong = ", ".join(f"{_cell(x)} ({n})" for x, n in counts.most_common() if x != label)
         lines.append(f"| {_cell(label)} | {right} of {total} | {100 * low:.0f} to {100 * high:.0f} % | {wrong} |")
     return "\n".join(lines)
 
 
-def _said(judged: Judged) -> dict[Label, Counter[Label]]:
-    """For each class, how often its images were taken for which."""
-    said: dict[Label, Counter[Label]] = {true: Counter() for true in sorted({true for true, _ in judged})}
+def _counts(judged: Judged) -> dict[Label, Counter[Label]]:
+    """For each class, how often its images were predicted as which."""
+    counts: dict[Label, Counter[Label]] = {true: Counter() for true in sorted({true for true, _ in judged})}
     for true, predicted in judged:
-        said[true][predicted] += 1
-    return said
+        counts[true][predicted] += 1
+    return counts
 
 
 def confusion_picture(judged: Judged) -> bytes:
-    """PNG of how many held-out images of each class were taken for which: right ones blue on the diagonal, wrong ones
-    vermilion. Where there are more classes than can be read, those with the most mistakes."""
-    said = _said(judged)
-    wrong = Counter({x: 0 for x in said})
+    """PNG of how many held-out images of each class were predicted as which: right ones blue on the diagonal, wrong
+    ones vermilion. Where there are more classes than can be read, those with the most mistakes."""
+    by_class = _counts(judged)
+    wrong = Counter({x: 0 for x in by_class})
     for true, predicted in judged:
         if true != predicted:
             wrong.update([true, predicted])
     shown = sorted(x for x, _ in wrong.most_common(PICTURED))
-    counts = np.array([[said[row][column] for column in shown] for row in shown])
-    shares = counts / np.array([[said[x].total()] for x in shown])
+    counts = np.array([[by_class[row][column] for column in shown] for row in shown])
+    shares = counts / np.array([[by_class[x].total()] for x in shown])
     diagonal = np.eye(len(shown), dtype=bool)
-    side = 0.32 * len(shown)
-    figure = Figure(figsize=(side + 2.6, side + 2.4), dpi=110, layout="constrained")
+    names = [drawn_name(x) for x in shown]
+    side = max(1.5, 0.32 * len(shown)) + 0.08 * max(map(len, names)) + 0.9  # inches, with the names and titles
+    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
     axes = figure.subplots()
     for mask, colour in ((diagonal, plots.BLUE), (~diagonal, plots.VERMILION)):
         colours = LinearSegmentedColormap.from_list(colour, ["white", colour])
@@ -136,10 +151,9 @@ def confusion_picture(judged: Judged) -> bytes:
     for y, x in np.argwhere(counts):
         colour = "white" if shares[y, x] > 0.6 else plots.BLACK
         axes.text(x, y, str(counts[y, x]), ha="center", va="center", fontsize=8, color=colour)
-    names = [drawn_name(x) for x in shown]
     axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.set(xlabel="taken for", ylabel="class")
+    axes.set(xlabel="predicted as", ylabel="class")
     few = f", the {len(shown)} of {len(wrong)} classes most often mistaken" if len(shown) < len(wrong) else ""
     figure.suptitle(f"held-out images{few}", fontsize=9, color=plots.GREY)
     axes.spines[:].set(color=plots.PALE)

@@ -208,8 +208,55 @@ def test_files_that_no_version_writes_are_refused_by_name(
 
 def test_the_model_card_is_for_people_and_may_be_edited(bank: Bank, tmp_path: Path) -> None:
     bank.save_pretrained(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("tags:", "license: cc-by-4.0\ntags:"))
+    mine = card.read_bytes()
     assert_same(Bank.from_pretrained(tmp_path), bank)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"README\.md was not written here, or was changed since, and stays"):
+            bank.save_pretrained(tmp_path)
+        assert card.read_bytes() == mine
+    card.unlink()
+    bank.save_pretrained(tmp_path)
+    assert "license" not in card.read_text()
+    bank.select(bank.labels[:1]).save_pretrained(tmp_path)  # one that nobody has changed is written anew
+    assert "# 1 classes" in card.read_text()
+
+
+def test_a_save_leaves_pages_alone_that_are_not_its_own(bank: Bank, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("of a project")
+    (tmp_path / "held-out.png").write_bytes(b"of a project")
+    with pytest.warns(UserWarning, match="stays as it is"):
+        bank.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "of a project"
+    assert (tmp_path / "held-out.png").read_bytes() == b"of a project"
+
+
+def test_the_card_of_version_0_4_is_written_anew(bank: Bank, tmp_path: Path) -> None:
+    bank.select(bank.labels[:1]).save_pretrained(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    del manifest["pages"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    bank.save_pretrained(tmp_path)
+    assert f"# {len(bank)} classes" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_is_written_anew_where_a_save_was_cut_short_before_it(
+    bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.save_pretrained(tmp_path)
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target.name == "README.md":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupted)
+        bank.select(bank.labels[:1]).save_pretrained(tmp_path)
+    bank.select(bank.labels[:2]).save_pretrained(tmp_path)
+    assert "# 2 classes" in (tmp_path / "README.md").read_text()
 
 
 def test_extra_files_are_covered_by_the_manifest(bank: Bank, tmp_path: Path) -> None:

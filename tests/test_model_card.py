@@ -63,11 +63,11 @@ ACCURACY % of 4 images [95 % interval LOW to HIGH], cross-validated in 2 folds: 
 that were trained without it, on fewer images than those of this bank. That is on images like those it learned from, \
 and of the classes at that time.
 
-| class | right | 95 % interval | taken for |
+| class | right | 95 % interval | predicted as |
 |---|---:|---:|---|
 ROWS
 
-![Held-out images of each class, and what they were taken for](held-out.png)
+![Held-out images of each class, and the classes that they were predicted as](held-out.png)
 
 ## How it was made
 
@@ -139,7 +139,7 @@ def test_the_card_of_a_classifier(backbone: Backbone, pictures: dict[str, list[P
     assert "base_model" not in card and "# 2 classes of aircraft, from a few images each" in card
 
 
-def test_the_card_names_what_each_class_was_taken_for() -> None:
+def test_the_card_names_what_each_class_was_predicted_as() -> None:
     judged = [("a|b", "a|b"), ("a|b", "c"), ("a|b", "d"), ("a|b", "c"), ("c", "c"), ("d", "d")]
     assert _by_class(judged).splitlines()[2:] == [
         "| a\\|b | 1 of 4 | 5 to 70 % | c (2), d (1) |",

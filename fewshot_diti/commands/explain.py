@@ -12,10 +12,11 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import DtypeName
-from fewshot_diti.commands.loading import bank_folder, check_can_choose, check_counts, load_classifier
+from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.explain import Explanation
 from fewshot_diti.files import check_writable, write_atomically
+from fewshot_diti.hub import saved_folder
 from fewshot_diti.lora_files import file_names
 from fewshot_diti.progress import Progress
 from fewshot_diti.reports import printable
@@ -47,7 +48,7 @@ class ExplainConfig:
     """
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
-    bank: Path
+    bank: str
     output_dir: Path
     top: int = 3
     split: str | None = None
@@ -72,7 +73,7 @@ def explain(config: ExplainConfig, console: Console) -> int:
         OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
     """
     images, _ = list_images(config.images, config.split, config.image_column)
-    classifier = load_classifier(bank_folder(config.bank), config.backbone, config.dtype, config.batch_size)
+    classifier = load_classifier(saved_folder(config.bank), config.backbone, config.dtype, config.batch_size)
     check_can_choose(classifier, config.bank)
     check_writable(config.output_dir)
     lines = _records(config.output_dir / RECORDS)

@@ -10,8 +10,8 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.bank import Bank
-from fewshot_diti.commands.loading import bank_folder
 from fewshot_diti.config import Label
+from fewshot_diti.hub import saved_folder
 from fewshot_diti.lora_files import LoraFormat, export_classes
 from fewshot_diti.reports import printable
 
@@ -28,7 +28,7 @@ class ExportConfig:
         quiet: prints nothing but errors and warnings.
     """
 
-    bank: Annotated[Positional[Path], arg(metavar="BANK")]
+    bank: Annotated[Positional[str], arg(metavar="BANK")]
     output_dir: Path
     format: LoraFormat = "diffusers"
     classes: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ def export(config: ExportConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank, a class that it does not hold, or a file that is there already.
     """
-    bank = Bank.from_pretrained(bank_folder(config.bank))
+    bank = Bank.from_pretrained(saved_folder(config.bank))
     chosen = labels_of(bank, config.classes) if config.classes else None
     for label, path in export_classes(bank, config.output_dir, config.format, chosen).items():
         console.out(f"{printable(str(label))}: {printable(str(path))}")

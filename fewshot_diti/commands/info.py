@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from fewshot_diti.backbone_search import find_backbone
 from fewshot_diti.bank import Bank
 from fewshot_diti.bank_files import MANIFEST
 from fewshot_diti.classifier_files import Saved, read_classifier
-from fewshot_diti.commands.loading import bank_folder
+from fewshot_diti.hub import saved_folder
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable
 
@@ -29,7 +28,7 @@ class InfoConfig:
         quiet: prints nothing but errors and warnings.
     """
 
-    bank: Annotated[Positional[Path], arg(metavar="BANK")]
+    bank: Annotated[Positional[str], arg(metavar="BANK")]
     quiet: bool = False
 
 
@@ -39,20 +38,19 @@ def info(config: InfoConfig, console: Console) -> None:
     Raises:
         OSError, ValueError: no whole bank in the folder.
     """
-    folder = bank_folder(config.bank)
-    bank, settings, _ = read_classifier(folder)
+    folder = saved_folder(config.bank)
+    bank, settings, contents = read_classifier(folder)
     table = Table("class", "shots", "prompt")
     for token in bank.tokens:
         table.add_row(printable(str(token.label)), str(token.num_shots or "unknown"), printable(token.prompt))
     console.print(table)
     height, width = bank.geometry.size
-    files = [path for path in folder.iterdir() if path.is_file()]
     saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime, UTC)
     lines = {
         "classes": f"{len(bank)}, LoRA of rank {bank.layout.rank} on {len(bank.layout.targets)} layers",
         "images": f"{width} x {height} pixels, {bank.geometry.resize}",
-        "size": f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB",
-        "written": f"{saved:%Y-%m-%d %H:%M} UTC",
+        "size": f"{sum(map(len, contents.values())) / 1e6:.1f} MB",
+        "written": f"{saved:%Y-%m-%d %H:%M} UTC, by the date of its files",
         "accuracy": _accuracy(settings),
         "witnesses": ", ".join(settings.settings.scoring.witnesses if settings else ()) or "none",
         "backbone": f"{bank.backbone_name}, hash {bank.backbone_hash}; {_whereabouts(bank)}",
@@ -65,10 +63,12 @@ def _accuracy(saved: Saved | None) -> str:
     """What cross-validation said."""
     if saved is None:
         return "not known: these are class tokens alone, without a classifier's settings"
-    if saved.calibration.accuracy is None:
+    calibration = saved.calibration
+    if calibration.accuracy is None:
         return "not cross-validated"
-    folds = counted(saved.settings.scoring.folds, "fold")
-    return f"{100 * saved.calibration.accuracy:.1f} % of the shots, cross-validated in {folds} when it was trained"
+    folds = counted(calibration.folds or saved.settings.scoring.folds, "fold")
+    shots = counted(len(calibration.held_out), "shot") if calibration.held_out else "the shots"
+    return f"{100 * calibration.accuracy:.1f} % of {shots}, cross-validated in {folds} when it was trained"
 
 
 def _whereabouts(bank: Bank) -> str:

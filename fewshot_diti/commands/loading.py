@@ -7,16 +7,6 @@ from pathlib import Path
 
 from fewshot_diti.backbone import CompileMode
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.hub import saved_folder
-
-
-def bank_folder(bank: Path) -> Path:
-    """The folder of a bank by what a command line calls it: the folder itself, or `user/repo`, downloaded from the hub.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    return saved_folder(bank.as_posix())
 
 
 def load_classifier(
@@ -45,7 +35,7 @@ def check_counts(config: object, *names: str) -> None:
             raise ValueError(f"{name}={value}; pass a whole number of at least 1{more}.")
 
 
-def check_can_choose(classifier: DiTiClassifier, folder: Path) -> None:
+def check_can_choose(classifier: DiTiClassifier, folder: str | Path) -> None:
     """Raises a ValueError where there are fewer than two classes to choose among."""
     if len(classes := classifier.classes_.tolist()) < 2:
         raise ValueError(f"{folder} holds the classes {classes}; scoring takes two or more to choose among.")

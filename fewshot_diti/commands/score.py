@@ -18,13 +18,14 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
 from fewshot_diti.classifier import DiTiClassifier
-from fewshot_diti.commands.loading import bank_folder, check_can_choose, check_counts, load_classifier
+from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.distributed import process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.predicting import predict_images
 from fewshot_diti.files import write_atomically
+from fewshot_diti.hub import saved_folder
 from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import check_suffix, encode_predictions
 from fewshot_diti.progress import counted
@@ -66,7 +67,7 @@ class ScoreConfig:
     """
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
-    bank: Path
+    bank: str
     output: Path = Path("predictions.jsonl")
     top_k: int = 3
     reject: float | None = None
@@ -99,7 +100,7 @@ def score(config: ScoreConfig, console: Console) -> int:
         raise ValueError(
             f"--output {config.output} is there already and no output of score; remove it, or name another file."
         )
-    folder = bank_folder(config.bank)
+    folder = saved_folder(config.bank)
     classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size, config.compile)
     check_can_choose(classifier, config.bank)
     least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
