@@ -40,6 +40,7 @@ from fewshot_diti.evaluation.reliability import (
 from fewshot_diti.evaluation.summary import draw_levels
 from fewshot_diti.files import write_atomically
 from fewshot_diti.presets import PRESETS
+from fewshot_diti.progress import counted
 from fewshot_diti.temperature import fit_temperature
 from fewshot_diti.timesteps import relative, trial_weights, weighted_mean
 
@@ -197,9 +198,12 @@ def by_level(test: ImageSet, levels: Levels, shipped: Mapping[int, Sequence[np.n
 def levels_table(found: Mapping[str, ByShots]) -> Table:
     """Mean and standard deviation over draws."""
     shots = next(iter(found.values()))
-    table = Table("accuracy, %", *(f"{k} shots, {len(draws)} draws" for k, draws in shots.items()))
+    table = Table(
+        "accuracy, %", *(f"{counted(k, 'shot')}, {counted(len(draws), 'draw')}" for k, draws in shots.items())
+    )
     for title, by_shots in found.items():
-        table.add_row(title, *(f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" for x in by_shots.values()))
+        spread = {k: f" ± {np.std(x, ddof=1):.1f}" if len(x) > 1 else "" for k, x in by_shots.items()}
+        table.add_row(title, *(f"{np.mean(x):.1f}{spread[k]}" for k, x in by_shots.items()))
     return table
 
 

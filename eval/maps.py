@@ -147,24 +147,16 @@ def main(config: Config) -> None:
             cells.append(f"{100 * column.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]")
         table.add_row(name, *cells)
     table.add_row("area of the object", f"{100 * np.mean(areas):.0f}", f"{100 * np.mean(areas):.0f}")
-    counted = Table(
-        "a tenth of the picture, by",
-        "blurred: gap falls by, 1e-4",
-        "more than at random, % of images",
-        "alone left sharp: gap rises by, 1e-4",
-        "more than at random, % of images ",
-    )
-    for name in falls:
-        cells = []
-        for of in (falls, rises):
+    parts = Table("a tenth of the picture", "by", "the gap changes by, 1e-4", "more than at random, % of images")
+    for what, of in (("blurred: the gap falls", falls), ("alone left sharp: the gap rises", rises)):
+        for name in of:
             changes = np.array(of[name])
             low, high = bootstrap_interval(changes, groups)
             more = 100 * np.mean(changes > np.array(of["at random"]))
-            cells += [f"{1e4 * changes.mean():.1f} [{1e4 * low:.1f}, {1e4 * high:.1f}]", f"{more:.0f}"]
-        counted.add_row(name, *cells)
+            parts.add_row(what, name, f"{1e4 * changes.mean():.1f} [{1e4 * low:.1f}, {1e4 * high:.1f}]", f"{more:.0f}")
     console = Console(width=120)
     console.print(table)
-    console.print(counted)
+    console.print(parts)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from platformdirs import user_cache_path
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.backbone_files import POCKET
+from fewshot_diti.devices import as_dtype, default_device
 from fewshot_diti.files import write_atomically
 
 SEARCH_PATH = "FEWSHOT_DITI_BACKBONES"  # an environment variable
@@ -30,7 +31,9 @@ def find_backbone(public_name: str, hash: str, hint: str | Path | None = None, *
 
     Raises:
         FileNotFoundError: none of them is that backbone.
+        ValueError: there is no such dtype.
     """
+    as_dtype(options.get("dtype", "auto"), default_device())  # one that does not exist is not the fault of any folder
     # a single word is no hub id, but the last part of a folder's path
     named = [public_name] if "/" in public_name or public_name == POCKET or Path(public_name).is_dir() else []
     tried = []

@@ -143,6 +143,8 @@ class Bank:
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises a ValueError that names both when the backbone is not the one the bank was trained on."""
+        if not isinstance(backbone, Backbone):
+            raise TypeError(f"{backbone!r} is no Backbone; load one with Backbone.from_pretrained.")
         if backbone.hash != self.backbone_hash:
             raise ValueError(
                 f"The bank was trained on backbone {self.backbone_name!r} (hash {self.backbone_hash}), not on "

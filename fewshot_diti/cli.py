@@ -60,6 +60,13 @@ Command = (
 )
 
 
+class _Console(Console):
+    """Leaves a closed pipe to `main`; rich's own would end with status 1, which says that images are broken."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: the command ends as it does where the user interrupts it."""
 
@@ -131,7 +138,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         with _terminable(), silent(command.quiet):
             quiet = command.quiet or not process_state().is_main_process
-            console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+            console = _Console(quiet=quiet, markup=False, emoji=False, highlight=False)
             return _run(command, console) or 0
     except _Terminated:
         print("terminated", file=sys.stderr)

@@ -47,10 +47,12 @@ def import_lora(
 
     Raises:
         FileNotFoundError: no such file, or no LoRA in the folder.
-        ValueError: no LoRA for linear layers of this backbone, naming the file, what does not fit and why.
+        ValueError: no LoRA for linear layers of this backbone, naming the file, what does not fit and why, or a prompt
+            that is longer than the text encoder reads.
     """
     if not files:
         raise ValueError("There are no LoRA files to import.")
+    backbone.tokenize([prompts.of_class(label) for label in files])
     read = {label: read_lora(backbone, path) for label, path in files.items()}
     rank = max(a.shape[0] for adapters in read.values() for a, _ in adapters.values())
     targets = dict.fromkeys(target for adapters in read.values() for target in adapters)

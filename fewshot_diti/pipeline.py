@@ -46,6 +46,7 @@ class ImageClassificationPipeline:
         top_k: int | None = 5,
         batch_size: int = 16,
         timeout: float | None = None,
+        num_workers: int | None = None,
         **unknown: Any,
     ) -> Answer | list[Answer] | Iterator[Answer]:
         """One answer for one image, a list of them for a list, an iterator of them for a generator or a data set.
@@ -56,13 +57,17 @@ class ImageClassificationPipeline:
             top_k: classes that are named, at most; None: all.
             batch_size: images that are read together where they come from an iterator.
             timeout: of a download, in seconds.
+            num_workers: has no effect; code written for transformers passes it.
 
         Raises:
             ValueError: an image cannot be read, an URL is not allowed, or an argument that this pipeline does not have,
                 such as function_to_apply.
         """
         if unknown:
-            raise ValueError(f"This pipeline has no {', '.join(unknown)}; its scores are probabilities already.")
+            raise ValueError(
+                f"This pipeline takes no {', '.join(unknown)}; it takes images, top_k, batch_size and timeout, and its "
+                "scores are probabilities already."
+            )
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}; pass a whole number of at least 1, or None for all classes.")
         given = images if inputs is None else inputs

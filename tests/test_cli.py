@@ -120,20 +120,21 @@ def test_a_signal_to_end_gives_status_143_and_an_interrupt_130(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_output_that_cannot_be_written_ends_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_that_cannot_be_written_ends_without_a_traceback(bank: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ours, nobody_reads = os.pipe()
     os.close(ours)
     full = os.open("/dev/full", os.O_WRONLY)
 
-    def printed(where: int | None) -> int:
+    def printed(where: int | None, *command: str) -> int:
         if where is None:
             sys.stdout = None  # type: ignore[assignment]  # as where it was closed
             return cli.main(["info", "/nowhere"])
         os.dup2(where, 1)
         sys.stdout = os.fdopen(1, "w")
-        return cli.main(["--help"])
+        return cli.main(command or ["--help"])
 
     assert [end(start(lambda x=x: printed(x))) for x in (nobody_reads, full, None)] == [141, 2, 2]
+    assert end(start(lambda: printed(nobody_reads, "info", str(bank)))) == 141
     error = capfd.readouterr().err
     assert "Traceback" not in error and error.splitlines()[0] == "error: [Errno 28] No space left on device"
     os.close(nobody_reads)

@@ -146,5 +146,10 @@ def test_classes_of_any_name_are_shown_exported_and_imported(
             assert cli.main(command) == 0
             assert {path: path.stat().st_size for path in out.rglob("*") if path.is_file()} == made
         again = import_(place, str(tmp_path / f"again-{part[0][:3].replace('/', '')}"))
-        assert cli.main([again[0], *(f"{name}={path}" for name, path in loaded.items()), *again[1:]]) == 0
-        assert Bank.from_pretrained(again[-1]).labels == part
+        long = [name for name in part if len(name) > 100]  # more than the text encoder reads
+        if long:
+            assert cli.main([again[0], *(f"{name}={path}" for name, path in loaded.items()), *again[1:]]) == 2
+            assert "tokens" in capsys.readouterr().err and not Path(again[-1]).exists()
+        named = [f"{name}={path}" for name, path in loaded.items() if name not in long]
+        assert cli.main([again[0], *named, *again[1:]]) == 0
+        assert Bank.from_pretrained(again[-1]).labels == tuple(name for name in part if name not in long)

@@ -116,6 +116,20 @@ def test_explain_writes_a_picture_for_each_image(
     for again, status in ((images[1], 0), (str(broken), 1)):  # what was explained before stays
         assert cli.main([*command, again]) == status
         assert (tmp_path / "why" / "explanations.jsonl").read_bytes() == before
+    for name in ("x", "y"):  # one picture under two names
+        (tmp_path / name).mkdir()
+        shutil.copy(images[0], tmp_path / name / "z.png")
+    assert cli.main([*command, str(tmp_path / "x"), str(tmp_path / "y")]) == 0
+    assert (tmp_path / "why" / "explanations.jsonl").read_text().count("z.png") == 2
+    other = DiTiClassifier.from_pretrained(bank)
+    other.remove_classes(other.classes_[:1].tolist())
+    other.save_pretrained(tmp_path / "other")
+    pictures = set((tmp_path / "why").glob("*.png"))
+    again = ["explain", "--bank", str(tmp_path / "other"), "--output_dir", str(tmp_path / "why"), images[0]]
+    assert cli.main(again) == 0  # another bank writes beside the first
+    assert len(set((tmp_path / "why").glob("*.png")) - pictures) == 1
+    records = [json.loads(line) for line in (tmp_path / "why" / "explanations.jsonl").read_text().splitlines()]
+    assert len(records) == len(images) + 3 and len({record["bank"] for record in records}) == 2
 
 
 def test_explain_writes_over_nothing_but_its_own_files(

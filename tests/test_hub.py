@@ -77,6 +77,7 @@ def test_commands_that_read_a_bank_find_it_on_the_hub(
     assert cli.main(["export", "me/parts", "--output_dir", str(tmp_path / "lora")]) == 0
     score = ["score", "--bank", "me/parts", "--backbone", str(backbone_folder), "--output", str(tmp_path / "p.csv")]
     assert cli.main([*score, str(tests[0])]) == 0
+    assert cli.main(["info", "./me/parts"]) == 2  # a path, not a repository
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 2
 
 
@@ -90,6 +91,8 @@ def test_what_the_hub_has_not_is_said(hub: FakeHub, classifier: DiTiClassifier, 
         Bank.from_pretrained("me/parts", revision="v2")
     with pytest.raises(HfHubHTTPError):
         bank.push_to_hub("me/other", token="hf_bad")
+    with pytest.raises(FileNotFoundError, match=r"^There is no folder user/repo\.git, and no repo[^\n]*$"):
+        Bank.from_pretrained("user/repo.git")
     asked = len(hub.requests)
     for path in (str(tmp_path / "gone"), "../me/parts", "me/parts/more", "gone"):
         with pytest.raises(FileNotFoundError, match="There is no folder"):

@@ -107,9 +107,20 @@ def test_what_an_url_gives_is_read_as_files_are(classifier: DiTiClassifier, test
         server.shutdown()
 
 
+def test_what_has_a_length_and_rows_is_a_list_of_images(pipe: ImageClassificationPipeline, tests: list[Path]) -> None:
+    class Rows:  # as `KeyDataset` of transformers
+        def __len__(self) -> int:
+            return len(tests)
+
+        def __getitem__(self, row: int) -> str:
+            return str(tests[row])
+
+    assert pipe(Rows(), num_workers=2) == pipe([str(path) for path in tests])
+
+
 def test_arguments_that_it_has_not_are_refused(pipe: ImageClassificationPipeline, tests: list[Path]) -> None:
     for options, text in (
-        ({"function_to_apply": "sigmoid"}, "has no function_to_apply"),
+        ({"function_to_apply": "sigmoid"}, "takes no function_to_apply"),
         ({"top_k": 0}, "top_k=0"),
         ({"inputs": None}, "No images"),
     ):

@@ -12,10 +12,12 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import DtypeName
+from fewshot_diti.bank_files import bank_fingerprint
 from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
+from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
 from fewshot_diti.explain import Explanation
-from fewshot_diti.files import check_writable, write_atomically
+from fewshot_diti.files import alone_in, check_writable, write_atomically
 from fewshot_diti.hub import saved_folder
 from fewshot_diti.lora_files import file_names
 from fewshot_diti.progress import Progress
@@ -32,9 +34,9 @@ class ExplainConfig:
     Attributes:
         images: as `score` takes them.
         bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
-        output_dir: folder that gets a PNG for each image, named by the image's file and id, and explanations.jsonl with
-            a line of figures for each PNG. Those of an earlier explain stay, but for images explained again; no other
-            file is replaced.
+        output_dir: folder that gets a PNG for each image, named by the image's file and id and by the bank, and
+            explanations.jsonl with a line of figures for each image. Those of an earlier explain stay, but for images
+            explained again by the same bank; no other file is replaced.
         top: classes that are named.
         split: of hub:ID.
         image_column: of hub:ID, by default image.
@@ -72,42 +74,48 @@ def explain(config: ExplainConfig, console: Console) -> int:
     Raises:
         OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
     """
-    images, _ = list_images(config.images, config.split, config.image_column)
-    classifier = load_classifier(saved_folder(config.bank), config.backbone, config.dtype, config.batch_size)
+    images, others = list_images(config.images, config.split, config.image_column)
+    folder = saved_folder(config.bank)
+    bank = bank_fingerprint(folder)
+    classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size)
     check_can_choose(classifier, config.bank)
     check_writable(config.output_dir)
-    lines = _records(config.output_dir / RECORDS)
+    records = config.output_dir / RECORDS
+    _lines(records)
     explained = 0
-    try:
-        with Progress(len(images), "explanations", "image") as bar:
-            for row, path in enumerate(images.names):
-                try:
-                    image = classifier.encoder_.prepare(images.decode(row))
-                    explanation = classifier.explain(image, config.top)
-                except (OSError, ValueError) as error:
-                    console.out(f"not explained: {printable(str(error))}")
-                    continue
-                finally:
-                    bar.update()
-                [stem] = file_names([Path(path).stem]).values()
-                name = f"{stem}-{image.id[:12]}.png"  # no file of the user's, and the same whenever it is written again
-                write_atomically(config.output_dir / name, explanation.figure())
-                lines[name] = json.dumps({"path": path, "picture": name, **_record(explanation)}) + "\n"
-                explained += 1
-                label, picture = printable(str(explanation.label)), printable(str(config.output_dir / name))
-                console.out(f"{printable(path)}: {label}, {picture}")
-    finally:  # also where it is interrupted, or the disk is full
-        write_atomically(config.output_dir / RECORDS, "".join(lines.values()).encode())
+    with Progress(len(images), "explanations", "image") as bar:
+        for row, path in enumerate(images.names):
+            try:
+                image = classifier.encoder_.prepare(images.decode(row))
+                explanation = classifier.explain(image, config.top)
+            except (OSError, ValueError) as error:
+                console.out(f"not explained: {printable(str(error))}")
+                continue
+            [stem] = file_names([Path(path).stem]).values()
+            # no file of the user's, and the same whenever it is written again
+            name = f"{stem}-{image.id[:12]}-{bank[:8]}.png"
+            write_atomically(config.output_dir / name, explanation.figure())
+            record = {"path": path, "picture": name, "bank": bank, **_record(explanation)}
+            with alone_in(config.output_dir):  # another explain may write there too
+                lines = _lines(records) | {(path, name): json.dumps(record)}
+                write_atomically(records, "".join(f"{line}\n" for line in lines.values()).encode())
+            explained += 1
+            bar.update()
+            label, picture = printable(str(explanation.label)), printable(str(config.output_dir / name))
+            console.out(f"{printable(path)}: {label}, {picture}")
+    if others:
+        console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
     return 1 if explained < len(images) else 0
 
 
-def _records(file: Path) -> dict[str, str]:
-    """Lines of an earlier explain by their pictures; raises a ValueError where no `explain` wrote the file."""
+def _lines(file: Path) -> dict[tuple[str, str], str]:
+    """What is known of each image and its picture; raises a ValueError where no `explain` wrote the file."""
     if not os.path.lexists(file):
         return {}
     try:
-        return {str(json.loads(line)["picture"]): line for line in file.read_text("utf-8").splitlines(keepends=True)}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        records = [(json.loads(line), line) for line in file.read_text("utf-8").splitlines()]
+        return {(str(record["path"]), str(record["picture"])): line for record, line in records}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{file} is there already and no output of explain; remove it, or pass another --output_dir."
         ) from error

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -21,7 +20,7 @@ from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images
-from fewshot_diti.distributed import process_state
+from fewshot_diti.distributed import gather, process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.predicting import predict_images
 from fewshot_diti.files import write_atomically
@@ -105,10 +104,16 @@ def score(config: ScoreConfig, console: Console) -> int:
     check_can_choose(classifier, config.bank)
     least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
     began = monotonic()
-    rows, predict = range(len(images)), partial(_predictions, classifier, least)
+    predicted = 0
+
+    def predict(some: Sequence[PreparedImage]) -> list[Record]:
+        nonlocal predicted
+        predicted += len(some)
+        return _predictions(classifier, least, some)
+
     asked = "" if least is None else f" least similarity {least}"
-    found = predict_images(classifier, rows, images.decode, predict, parts, folder, asked)
-    seconds = monotonic() - began
+    found = predict_images(classifier, range(len(images)), images.decode, predict, parts, folder, asked)
+    seconds, predicted = monotonic() - began, sum(gather([predicted]))
     scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
     if process_state().is_main_process:
         label_type = type(classifier.classes_.tolist()[0])
@@ -127,8 +132,11 @@ def score(config: ScoreConfig, console: Console) -> int:
             console.out(f"not scored: {printable(record['error'])}")
     if others:
         console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
+    known = counts["scored"] - predicted
+    without = f" without the {known} that were known already" if known > 0 else ""
+    speed = f"{predicted / seconds:.1f} images/s{without}"
     console.out(
-        f"{counted(counts['scored'], 'image')} scored in {seconds:.0f} s ({counts['scored'] / seconds:.1f} images/s), "
+        f"{counted(counts['scored'], 'image')} scored in {seconds:.0f} s ({speed}), "
         f"of them {counts['undecided']} undecided when the trials ran out, {counts['rejected']} rejected; "
         f"{len(found) - counts['scored']} not scored."
     )

@@ -150,7 +150,7 @@ def train(config: TrainConfig, console: Console) -> None:
     warn_of_near_duplicates(shots, val)
     counts = {name: int((shots.labels == c).sum()) for c, name in enumerate(shots.class_names)}
     fewest, most = min(counts.values()), max(counts.values())
-    number = f"{fewest} shots" if fewest == most else f"{fewest} to {most} shots"
+    number = counted(fewest, "shot") if fewest == most else f"{fewest} to {most} shots"
     console.out(f"{len(counts)} classes, {number} each: {printable(', '.join(counts))}")
     if config.backbone == POCKET:
         console.out(_POCKET_ONLY)

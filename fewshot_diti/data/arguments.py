@@ -32,7 +32,8 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any] | 
 
     One image is a path, encoded bytes, a PIL image, a DecodedImage, or an array of pixels [H, W] or [H, W, channels].
     Many are a list, tuple, pandas Series, array of paths, array of pixels [N, H, W, 3], a `datasets.Dataset` with one
-    column of images, or a DataFrame with a column path or image (or one column). A generator and a
+    column of images, a DataFrame with a column path or image (or one column), or what else has a length and rows, such
+    as a data set of torch. A generator and a
     `datasets.IterableDataset` are read while they are worked through, and not kept.
 
     Raises:
@@ -51,7 +52,10 @@ def as_list(images: ImageSource | Iterable[Any]) -> tuple[bool, Sequence[Any] | 
     elif hasattr(images, "columns"):
         images = _paths_of(images)
     if isinstance(images, Set | Mapping):
-        raise ValueError(f"The images are in a {type(images).__name__}; pass a list, which has an order.")
+        row = "; of a row of a data set pass row['image']" if isinstance(images, Mapping) else ""
+        raise ValueError(f"The images are in a {type(images).__name__}; pass a list, which has an order{row}.")
+    if not isinstance(images, Iterable) and hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+        images = [images[row] for row in range(len(images))]  # as torch's data sets, and KeyDataset of transformers
     if not isinstance(images, Iterable):
         raise TypeError(f"Images cannot be a {type(images).__name__}; pass an image, or a list of images.")
     if isinstance(images, Iterator):

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, where its default is unchanged
 MAX_SIDE = 65_535  # JPEG's limit; Pillow keeps a pointer for each row
+_LONGEST = 4096  # path that a message holds, in characters: longer ones are data by mistake
 MAX_FILE_BYTES = 2**30
 _LARGE = 2**25  # pixels above which a file must hold at least one byte for each _PIXELS_PER_BYTE
 _PIXELS_PER_BYTE = 1000
@@ -49,7 +50,9 @@ def read_file(path: str | Path) -> bytes:
             ) from error
         raise FileNotFoundError(f"There is no image file {path}; check the path.") from error
     except (OSError, ValueError) as error:  # no permission, links in a circle, a name too long, a NUL in it
-        raise ValueError(f"{path} cannot be read ({error}); replace it, or leave it out.") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        shown = path if len(str(path)) <= _LONGEST else f"{str(path)[:60]}\u2026 ({len(str(path))} characters)"
+        raise ValueError(f"{shown} cannot be read ({reason}); replace it, or leave it out.") from error
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
             raise ValueError(f"{path} is a folder that cannot be listed; change its permissions, or leave it out.")
