@@ -238,7 +238,8 @@ def _read_named(path: Path, content: bytes, names: Iterable[str] | None, what: s
         if not whole:
             raise ValueError(
                 f"{folder / name} ({len(found[-1]) if found else 0} bytes) is not the file of {files[name]['size']} "
-                f"bytes with the hash that {MANIFEST} names; it was changed or cut short. Save or copy the {what} again."
+                f"bytes with the hash that {MANIFEST} names; it was changed or cut short. Save or copy the {what} "
+                "again."
             )
         contents[name] = whole[0]
     return contents

@@ -34,6 +34,7 @@ from fewshot_diti.data.sources import training_splits
 from fewshot_diti.devices import TrainingDtype
 from fewshot_diti.evaluation.run import fit_and_save
 from fewshot_diti.files import check_writable, is_empty
+from fewshot_diti.progress import counted
 from fewshot_diti.reports import printable, wilson_interval
 from fewshot_diti.trackers import TrackerName, Trackers, check_trackers
 from fewshot_diti.validation import validation_losses, validation_table
