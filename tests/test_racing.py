@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_elimination import classify, lookup
 
-from fewshot_diti.elimination import eliminate
+from fewshot_diti.elimination import count_evaluations, eliminate
 from fewshot_diti.racing import Look, chances_of_least, final_means, nested_order, racing
 
 
@@ -27,6 +27,7 @@ def test_every_beginning_of_the_nested_order_is_spread_evenly(trials):
 def test_a_race_does_all_trials_in_growing_rounds_and_stops_when_one_class_is_left():
     looks = racing(40, confidence=0.9)
     assert [len(look.trial_positions) for look in looks] == [2, 2, 2, 2, 4, 6, 8, 12, 2]
+    assert count_evaluations(looks, 12) == 40 * 12  # at most: no class is dropped for certain
     assert [look.error_rate for look in looks[:-1]] == pytest.approx([0.1 / 8] * 8)
     errors_CS = torch.rand(12, 40, generator=torch.Generator().manual_seed(0)) * 0.01
     errors_CS[1:] += torch.arange(1, 12)[:, None]

@@ -218,6 +218,38 @@ def test_trial_weights_are_looked_up_and_an_error_names_window_and_timesteps():
         ts.trial_weights(weights_T, torch.tensor([300, 500, 700]))
     with pytest.raises(ValueError, match="from 0 to 999"):
         ts.trial_weights(weights_T, torch.tensor([0, T]))
+    with pytest.raises(ValueError, match="from 0 to 999"):
+        ts.trial_weights(weights_T, torch.tensor([100.0, 150.0]))
+    with pytest.raises(ValueError, match="the 2 trials have t from 300 to 500"):  # of the second image
+        ts.trial_weights(weights_T, torch.tensor([[100, 150], [300, 500]]))
+
+
+def test_an_even_density_has_the_mean_one_over_the_timesteps_asked_for():
+    weights_T = ts.window(ABAR, 150, 200).float()
+    density_T = ts.where_weighted(weights_T, 100, 200)
+    assert density_T.dtype == torch.float64
+    assert density_T[100:200].mean() == 1 and (density_T[150:200] == 2).all()
+    assert density_T.sum() == 100
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_errors_of_another_shape_or_without_any_are_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"errors have shape {shape}")):
+        ts.weighted_mean(torch.ones(shape), torch.ones(4))
+
+
+def test_spread_takes_two_classes_and_not_one():
+    steps = torch.tensor([100, 500])
+    errors = torch.rand(5, 2, 2, generator=torch.Generator().manual_seed(2))
+    expected = 1 / errors.double().std(dim=1, correction=0).mean(dim=0)
+    torch.testing.assert_close(ts.spread(errors, steps, T)[steps], expected)
+    with pytest.raises(ValueError, match="errors of 1 class have no spread"):
+        ts.spread(errors[:, :1], steps, T)
+
+
+def test_a_weighting_is_written_as_it_is_read():
+    assert str(ts.parse_weighting("window( 0,300 )")) == "window(0, 300)"
+    assert str(ts.parse_weighting("pdae(0.25)")) == "pdae(0.25)"
 
 
 @pytest.mark.parametrize(
