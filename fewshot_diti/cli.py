@@ -60,11 +60,15 @@ Command = (
 )
 
 
+class _NobodyReads(BrokenPipeError):
+    """The output goes into a pipe that was closed."""
+
+
 class _Console(Console):
-    """Leaves a closed pipe to `main`; rich's own would end with status 1, which says that images are broken."""
+    """Rich's own ends with status 1 where a pipe was closed, which says that images are broken."""
 
     def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
+        raise _NobodyReads
 
 
 class _Terminated(KeyboardInterrupt):
@@ -153,6 +157,9 @@ def _main(arguments: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
         return 2
+    except _NobodyReads:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
     except BrokenPipeError as error:
         return _flush() or _tell(error)
     except (ValueError, OSError, TrainingError) as error:

@@ -133,8 +133,13 @@ def test_output_that_cannot_be_written_ends_without_a_traceback(bank: Path, capf
         sys.stdout = os.fdopen(1, "w")
         return cli.main(command or ["--help"])
 
+    def stopped_reading() -> int:  # rich tells that a write failed, and nothing is left to be written
+        cli.info = lambda _, console: console.on_broken_pipe()  # type: ignore[assignment]  # in a process of its own
+        return cli.main(["info", str(bank)])
+
     assert [end(start(lambda x=x: printed(x))) for x in (nobody_reads, full, None)] == [141, 2, 2]
     assert end(start(lambda: printed(nobody_reads, "info", str(bank)))) == 141
+    assert end(start(stopped_reading)) == 141
     error = capfd.readouterr().err
     assert "Traceback" not in error and error.splitlines()[0] == "error: [Errno 28] No space left on device"
     os.close(nobody_reads)
