@@ -309,5 +309,5 @@ def test_a_request_made_by_hand_names_no_file(bank: ServedBank, tmp_path: Path) 
     context = Context(banks=Banks(bank), chosen=None, uploads=tmp_path / "uploads", made=tmp_path)
     assert context.upload(None) is None
     for file in ("/etc/passwd", {"path": "/etc/passwd"}, {"url": "http://a"}, {"path": 5}, 5, ["a"], "a\0b"):
-        with pytest.raises(ValueError, match=r"was not uploaded|null byte"):
+        with pytest.raises(ValueError, match="was not uploaded"):
             context.upload(file)

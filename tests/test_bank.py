@@ -7,6 +7,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_a_bank_comes_back_bit_for_bit(backbone: Backbone, tmp_path: Path, label
     assert_same(Bank.from_pretrained(tmp_path), bank)
     assert [type(x) for x in Bank.from_pretrained(tmp_path).labels] == [type(x) for x in labels]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*FILES, "README.md", "manifest.json"))
+
+
+def test_a_bank_keeps_the_scale_of_its_adapters_and_what_wrote_it(bank: Bank, tmp_path: Path) -> None:
+    halved = replace(bank, layout=replace(bank.layout, alpha=bank.layout.rank / 2))
+    halved.save_pretrained(tmp_path)
+    assert Bank.from_pretrained(tmp_path).layout.scale == 0.5
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    assert config["format"] == 2
+    assert config["versions"] == {p: metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft")}
+
+
+def test_banks_are_equal_where_all_that_they_hold_is(bank: Bank) -> None:
+    assert bank == replace(bank, rows=bank.rows.clone())
+    assert bank != replace(bank, rows=bank.rows + 1)
+    assert bank != replace(bank, backbone_hash="another")
+    assert bank != replace(bank, layout=replace(bank.layout, alpha=1.5))
+    assert bank != bank.rows
 
 
 @pytest.mark.parametrize("name", FILES)
