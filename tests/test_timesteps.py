@@ -249,6 +249,7 @@ def test_spread_takes_two_classes_and_not_one():
 
 def test_a_weighting_is_written_as_it_is_read():
     assert str(ts.parse_weighting("window( 0,300 )")) == "window(0, 300)"
+    assert str(ts.parse_weighting("window(1,301)")) == "window(1, 301)"
     assert str(ts.parse_weighting("pdae(0.25)")) == "pdae(0.25)"
 
 
