@@ -29,7 +29,7 @@ from torch import Tensor
 from fewshot_diti import plots
 from fewshot_diti.conformal import prediction_sets
 from fewshot_diti.data import ImageSet, load_images
-from fewshot_diti.evaluation.hierarchy import level_probabilities, levels_of
+from fewshot_diti.evaluation.hierarchy import level_probabilities, level_titles, levels_of
 from fewshot_diti.evaluation.reliability import (
     Predictions,
     calibration_figures,
@@ -182,17 +182,15 @@ def by_level(test: ImageSet, levels: Levels, shipped: Mapping[int, Sequence[np.n
         levels: the group of each class by the name of a level.
         shipped: probabilities [N, C] of each draw, by shots.
     """
-    of_classes = {f"{len(test.class_names)} classes": test.class_names}
-    found: dict[str, ByShots] = {}
-    for title, groups_C in (of_classes | {f"{x}, {len(set(of))} groups": of for x, of in levels.items()}).items():
-        true_N = np.array(groups_C)[test.labels]
-        found[title] = {}
-        for k, draws in shipped.items():
-            found[title][k] = []
-            for probabilities_NC in draws:
-                names, p_NG = level_probabilities(probabilities_NC, groups_C)
-                found[title][k].append(100 * float((np.array(names)[p_NG.argmax(1)] == true_N).mean()))
-    return found
+
+    def accuracy(probabilities_NC: np.ndarray, groups_C: Sequence[str]) -> float:
+        names, p_NG = level_probabilities(probabilities_NC, groups_C)
+        return 100 * float((np.array(names)[p_NG.argmax(1)] == np.array(groups_C)[test.labels]).mean())
+
+    return {
+        title: {k: [accuracy(x, levels.get(level, test.class_names)) for x in draws] for k, draws in shipped.items()}
+        for level, title in level_titles(test.class_names, levels).items()
+    }
 
 
 def levels_table(found: Mapping[str, ByShots]) -> Table:

@@ -114,9 +114,14 @@ def _flush() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        _drop_output()
         return 141 if isinstance(error, BrokenPipeError) else _tell(error)
     return 0
+
+
+def _drop_output() -> None:
+    """From here on what is printed goes nowhere: the interpreter flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(error: Exception | str) -> int:
@@ -158,7 +163,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         )
         return 2
     except _NobodyReads:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        _drop_output()
         return 141
     except BrokenPipeError as error:
         return _flush() or _tell(error)

@@ -61,7 +61,7 @@ class Context:
         if file is None:
             return None
         path = file.get("path") if isinstance(file, dict) else file
-        # a NUL is told in other words by other versions of Python
+        # Python versions differ in their error for a NUL
         if not isinstance(path, str) or "\0" in path or not Path(path).resolve().is_relative_to(self.uploads.resolve()):
             raise ValueError("This file was not uploaded here; drop it on the page.")
         return Path(path)

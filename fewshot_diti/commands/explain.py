@@ -81,7 +81,7 @@ def explain(config: ExplainConfig, console: Console) -> int:
     check_can_choose(classifier, config.bank)
     check_writable(config.output_dir)
     records = config.output_dir / RECORDS
-    _lines(records)
+    _lines(records)  # refuses a file of another origin before any work
     explained = 0
     with Progress(len(images), "explanations", "image") as bar:
         for row, path in enumerate(images.names):

@@ -5,7 +5,7 @@ Shapes in names: N images, C classes, G groups of classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,16 @@ def level_probabilities(probabilities_NC: np.ndarray, groups_C: Sequence[str]) -
         )
     names, places_C = np.unique(list(groups_C), return_inverse=True)
     return tuple(names.tolist()), probabilities_NC @ np.eye(len(names))[places_C]
+
+
+def level_titles(class_names: Sequence[str], levels: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What pictures and tables call the levels: the classes themselves (""), and each group of them by its name.
+
+    Args:
+        levels: the group of each class by the name of a level.
+    """
+    groups = {level: f"{level}, {len(set(of_classes))} groups" for level, of_classes in levels.items()}
+    return {"": f"{len(class_names)} classes", **groups}
 
 
 def levels_of(*parts: ImageSet) -> dict[str, tuple[str, ...]]:

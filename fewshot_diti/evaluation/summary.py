@@ -10,6 +10,7 @@ import numpy as np
 from fewshot_diti import plots
 from fewshot_diti.evaluation import table
 from fewshot_diti.evaluation.grid import Grid, Run
+from fewshot_diti.evaluation.hierarchy import level_titles
 from fewshot_diti.evaluation.methods import supervision
 from fewshot_diti.evaluation.reliability import BINS, Predictions
 from fewshot_diti.evaluation.shift import Table
@@ -34,10 +35,9 @@ def accuracy_rows(grid: Grid, records: Records, level: str = "") -> list[table.R
 
 def levels_picture(grid: Grid, records: Records, method: str) -> bytes:
     """PNG of one method's accuracy over shots: of the classes, and at each level."""
-    names = {"": f"{len(grid.test.class_names)} classes"}
-    names |= {level: f"{level}, {len(set(groups))} groups" for level, groups in grid.levels.items()}
+    titles = level_titles(grid.test.class_names, grid.levels)
     found = {
-        name: {k: _accuracy(records, method, k, level) for k in grid.config.shots} for level, name in names.items()
+        title: {k: _accuracy(records, method, k, level) for k in grid.config.shots} for level, title in titles.items()
     }
     return draw_levels(found, grid.config.shots, method)
 
