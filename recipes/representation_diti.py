@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.representation import DitiConfig, Latents
-from fewshot_diti.representation.methods import Mode
+from fewshot_diti.representation.pdae import Mode
 from fewshot_diti.representation.subsets import Stages
 from fewshot_diti.representation.training import choose_sizes
 from recipes.pocket.representation import PocketTraining, main

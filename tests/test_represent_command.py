@@ -57,7 +57,7 @@ def test_latents_are_encoded_once_and_one_image_of_twenty_is_not_trained_on(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "pca"), "pass one of ('pdae', 'diti')"),
+        (("--method", "pca"), "pass one of ('pdae', 'diti', 'simclr', 'tcvae')"),
         (("--dims", "100"), "pass a multiple of it"),
         (("--stages", "published"), "have 512 dimensions, not 64"),
         (("--steps", "0"), "steps=0; pass a whole number of at least 1"),

@@ -16,9 +16,10 @@ from fewshot_diti.hashes import hash_backbone
 from fewshot_diti.representation import DitiConfig, Latents, PdaeConfig, Representation, RepresentationTraining, train
 from fewshot_diti.representation.encoder import LatentEncoder
 from fewshot_diti.representation.estimator import GradientEstimator, frozen_pass
-from fewshot_diti.representation.methods import METHODS, PdaeNetwork, from_dict, to_dict
+from fewshot_diti.representation.methods import METHODS, from_dict, to_dict
 from fewshot_diti.representation.model import embed
 from fewshot_diti.representation.objectives import denoising_error, posterior_mean_gap
+from fewshot_diti.representation.pdae import PdaeNetwork
 from fewshot_diti.representation.sampling import exchanged, invert, sample
 from fewshot_diti.representation.training import choose_sizes
 from fewshot_diti.timesteps import pdae_weights
@@ -335,7 +336,7 @@ def test_settings_of_a_method_survive_json(method: PdaeConfig | DitiConfig) -> N
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="known are pdae, diti"):
+    with pytest.raises(ValueError, match="known are pdae, diti, simclr, tcvae"):
         from_dict({"method": "pca"})
     with pytest.raises(ValueError, match="dims=0"):
         PdaeConfig(dims=0)

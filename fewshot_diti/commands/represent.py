@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,10 +28,20 @@ from fewshot_diti.presets import PRESETS
 from fewshot_diti.progress import Progress, counted
 from fewshot_diti.prompts import generic_prompt
 from fewshot_diti.reports import printable
-from fewshot_diti.representation import DitiConfig, Latents, PdaeConfig, Representation, RepresentationTraining, train
+from fewshot_diti.representation import (
+    DitiConfig,
+    Latents,
+    Representation,
+    RepresentationTraining,
+    SimclrConfig,
+    TcvaeConfig,
+    train,
+)
 from fewshot_diti.representation.latents import kept_latents
-from fewshot_diti.representation.methods import METHODS, MethodConfig, Mode
-from fewshot_diti.representation.subsets import Stages
+from fewshot_diti.representation.methods import METHODS, MethodConfig
+from fewshot_diti.representation.pdae import Mode
+from fewshot_diti.representation.simclr import views_of
+from fewshot_diti.representation.subsets import PUBLISHED_DIMS, Stages
 from fewshot_diti.representation.training import FOLDER, choose_sizes
 
 LATENTS = "latents.safetensors"  # in output_dir
@@ -44,14 +55,16 @@ class RepresentTrainConfig:
     Attributes:
         images: as `score` takes them.
         output_dir: gets the checkpoint, the log, and the folder representation. Started again, the run goes on.
-        method: pdae, or diti, which ties dimensions to timesteps.
+        method: pdae; diti, which ties dimensions to timesteps; simclr, which compares versions of an image; or tcvae,
+            a variational autoencoder.
         concept: what all images show, such as bird; by default the backbone's, if it has one.
-        dims: width of the feature.
+        dims: width of the feature; by default 512, and 64 of tcvae.
         stages: of diti, how many dimensions the timesteps get: snr as published, by the signal-to-noise ratio;
             published by the timesteps themselves; loss in proportion to the backbone's weighted error; even.
         mode: of diti: base, or stop_grad, in which a timestep teaches the encoder its own dimensions alone.
+        beta: of tcvae, the weight of the total correlation.
         steps: of training.
-        batch_size: images per step.
+        batch_size: images per step; by default 32, and 256 of simclr and tcvae.
         lr: learning rate.
         resize: how images get the backbone's size.
         backbone: pocket, folder or hub id.
@@ -66,11 +79,12 @@ class RepresentTrainConfig:
     output_dir: Path
     method: str = "diti"
     concept: str | None = None
-    dims: int = 512
+    dims: int | None = None
     stages: Stages = "snr"
     mode: Mode = "base"
+    beta: float = 6.0
     steps: int = 3_000
-    batch_size: int = 32
+    batch_size: int | None = None
     lr: float = 5e-4
     resize: ResizeRule = "crop"
     backbone: str = POCKET
@@ -124,12 +138,13 @@ def represent_train(config: RepresentTrainConfig, console: Console) -> None:
     concept = config.concept or PRESETS[backbone.kind].concept
     prompt = generic_prompt(concept) if concept else ""
     geometry = ImageGeometry(size=backbone.image_size, resize=config.resize)
-    seen, unseen = encode_once(images, Encoder(backbone, geometry, prompt), config.output_dir / LATENTS)
+    encoder, views = Encoder(backbone, geometry, prompt), config.method == SimclrConfig.name
+    seen, unseen = encode_once(images, encoder, config.output_dir / LATENTS, views=views)
     training = RepresentationTraining(
         output_dir=config.output_dir,
         prompt=prompt,
         steps=config.steps,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or METHODS[config.method].batch_size,
         lr=config.lr,
         seed=config.seed,
         mixed_precision="no" if backbone.dtype == torch.float32 else "bf16",
@@ -166,8 +181,11 @@ def represent_features(config: RepresentFeaturesConfig, console: Console) -> int
     return 1 if failed else 0
 
 
-def encode_once(images: ImageSet, encoder: Encoder, cache: Path) -> tuple[Latents, Latents]:
+def encode_once(images: ImageSet, encoder: Encoder, cache: Path, *, views: bool = False) -> tuple[Latents, Latents]:
     """Latents of the images that are trained on, and of every 20th image, which is not; kept in a file.
+
+    Args:
+        views: whether versions of each image are encoded too.
 
     Raises:
         OSError, ValueError: an image cannot be read, or there is only one.
@@ -178,17 +196,21 @@ def encode_once(images: ImageSet, encoder: Encoder, cache: Path) -> tuple[Latent
         "backbone": encoder.backbone.hash,
         "geometry": json.dumps(encoder.geometry.to_dict()),
         "images": " ".join(images.ids),
+        "views": str(views),
     }
 
-    def encode() -> tuple[Tensor, Tensor]:
-        found = []
+    def encode() -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = defaultdict(list)
         with Progress(len(images), "latents", "image") as bar:
             for row in range(len(images)):
                 pixels = encoder.prepare(images.decode(row)).values_CHW
-                found.append(encoder.backbone.encode_images(pixels[None]))
+                mean, std = encoder.backbone.encode_images(pixels[None])
+                found["mean"].append(mean[0])
+                found["std"].append(std[0])
+                if views:
+                    found["views"].append(encoder.backbone.encode_images(views_of(pixels, images.ids[row]))[0].half())
                 bar.update()
-        mean, std = (torch.cat(x) for x in zip(*found, strict=True))
-        return mean, std
+        return {name: torch.stack(parts) for name, parts in found.items()}
 
     latents = kept_latents(cache, made_from, encode)
     unseen = torch.arange(len(images)) % _UNSEEN == 0
@@ -196,6 +218,10 @@ def encode_once(images: ImageSet, encoder: Encoder, cache: Path) -> tuple[Latent
 
 
 def _method(config: RepresentTrainConfig, backbone: Backbone, seen: Latents, prompt: str) -> MethodConfig:
-    if config.method == PdaeConfig.name:
-        return PdaeConfig(dims=config.dims)
-    return DitiConfig(sizes=choose_sizes(config.stages, config.dims, backbone, seen, prompt), mode=config.mode)
+    if config.method == DitiConfig.name:
+        sizes = choose_sizes(config.stages, config.dims or sum(PUBLISHED_DIMS), backbone, seen, prompt)
+        return DitiConfig(sizes=sizes, mode=config.mode)
+    given: dict[str, Any] = {} if config.dims is None else {"dims": config.dims}
+    if config.method == TcvaeConfig.name:
+        given["beta"] = config.beta
+    return METHODS[config.method](**given)

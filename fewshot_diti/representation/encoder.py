@@ -1,4 +1,4 @@
-"""The network that makes a feature of an image: PDAE's stacked convolutions on the latent.
+"""The network that makes a feature of an image, PDAE's stacked convolutions on the latent, and its mirror.
 
 Shapes in names: B batch, c, h, w latents, D width of the feature.
 """
@@ -8,9 +8,17 @@ from __future__ import annotations
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from fewshot_diti.backbone import Backbone
+
 _FIRST, _REST = 128, 256  # channels
 _GROUPS, _HEADS = 32, 4
 _LAST_SIDE = 2  # latent positions along the shorter side that are left for the linear layer
+
+
+def latent_shape(backbone: Backbone) -> tuple[int, tuple[int, int]]:
+    """c and (h, w) of the backbone's latents."""
+    height, width = (side // backbone.vae_scale_factor for side in backbone.image_size)
+    return backbone.latent_channels, (height, width)
 
 
 class LatentEncoder(nn.Module):
@@ -24,6 +32,7 @@ class LatentEncoder(nn.Module):
 
     def __init__(self, channels: int, size: tuple[int, int], dims: int) -> None:
         super().__init__()
+        self.dims = dims
         attention = Attention(
             _FIRST,
             heads=_HEADS,
@@ -38,10 +47,9 @@ class LatentEncoder(nn.Module):
             attention,
             *_halved(_FIRST, _REST),
         ]
-        height, width = (-(-side // 4) for side in size)
-        while min(height, width) > _LAST_SIDE:
+        *_, (height, width) = sizes = _sizes(size)
+        for _ in sizes[3:]:
             layers += _halved(_REST, _REST)
-            height, width = -(-height // 2), -(-width // 2)
         layers += [nn.GroupNorm(_GROUPS, _REST), nn.SiLU(), nn.Flatten(), nn.Linear(_REST * height * width, dims)]
         self.layers = nn.Sequential(*layers)
 
@@ -58,3 +66,39 @@ def _halved(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
         nn.SiLU(),
         nn.Conv2d(channels, out_channels, 3, stride=2, padding=1),
     )
+
+
+class LatentDecoder(nn.Module):
+    """The mirror of `LatentEncoder`: a latent from a feature.
+
+    Args:
+        channels: c of a latent.
+        size: (h, w) of a latent.
+        dims: D.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], dims: int) -> None:
+        super().__init__()
+        *larger, (height, width) = _sizes(size)
+        layers: list[nn.Module] = [nn.Linear(dims, _REST * height * width), nn.Unflatten(1, (_REST, height, width))]
+        before = _REST
+        for place, side in reversed([*enumerate(larger)]):
+            after = _REST if place > 1 else _FIRST
+            layers += [nn.GroupNorm(_GROUPS, before), nn.SiLU(), nn.Upsample(side)]
+            layers += [nn.Conv2d(before, after, 3, padding=1)]
+            before = after
+        layers += [nn.GroupNorm(_GROUPS, before), nn.SiLU(), nn.Conv2d(before, channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z_BD: Tensor) -> Tensor:
+        """Scaled latents [B, c, h, w]."""
+        latents_Bchw: Tensor = self.layers(z_BD)
+        return latents_Bchw
+
+
+def _sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(h, w) of a latent and after each halving, two or more, until the shorter side is small."""
+    found = [size]
+    while len(found) < 3 or min(found[-1]) > _LAST_SIDE:
+        found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
+    return found

@@ -1,6 +1,6 @@
 """Latents of the images that a representation is learned from, encoded once.
 
-Shapes in names: N images, B batch, c, h, w latents.
+Shapes in names: N images, V views, B batch, c, h, w latents.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ class Latents:
 
     Attributes:
         mean_Nchw, std_Nchw: of the VAE's posterior, on the CPU.
+        views_NVchw: means of versions of each image, for methods that compare these (`simclr.views_of`).
 
     Raises:
-        ValueError: no image, or two different shapes.
+        ValueError: no image, two different shapes, or views of another number of images.
     """
 
     mean_Nchw: Tensor
     std_Nchw: Tensor
+    views_NVchw: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.mean_Nchw) or self.mean_Nchw.shape != self.std_Nchw.shape:
@@ -37,6 +39,8 @@ class Latents:
             raise ValueError(
                 f"Latents with shapes {shapes[0]} and {shapes[1]}; give two of the same, of 1 image or more."
             )
+        if self.views_NVchw is not None and len(self.views_NVchw) != len(self):
+            raise ValueError(f"Views of {len(self.views_NVchw)} images beside latents of {len(self)}; give the same.")
 
     def __len__(self) -> int:
         return len(self.mean_Nchw)
@@ -46,6 +50,8 @@ class Latents:
         """A hash of all values, 16 hex characters."""
         digest = hashlib.sha256(self.mean_Nchw.contiguous().numpy().data)
         digest.update(self.std_Nchw.contiguous().numpy().data)
+        if self.views_NVchw is not None:
+            digest.update(self.views_NVchw.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
     def spread(self, count: int) -> Latents:
@@ -59,18 +65,18 @@ class Latents:
 
     def rows(self, rows: Tensor) -> Latents:
         """Those at some positions, or where a mask says so."""
-        return Latents(mean_Nchw=self.mean_Nchw[rows], std_Nchw=self.std_Nchw[rows])
+        views = None if self.views_NVchw is None else self.views_NVchw[rows]
+        return Latents(mean_Nchw=self.mean_Nchw[rows], std_Nchw=self.std_Nchw[rows], views_NVchw=views)
 
 
-def kept_latents(cache: Path, made_from: Mapping[str, str], encode: Callable[[], tuple[Tensor, Tensor]]) -> Latents:
-    """What `encode` gives, means and standard deviations [N, c, h, w], kept as float16 in a file.
+def kept_latents(cache: Path, made_from: Mapping[str, str], encode: Callable[[], dict[str, Tensor]]) -> Latents:
+    """What `encode` gives, kept as float16 in a file: the fields of `Latents` without their shapes.
 
     Args:
         made_from: identifies images and autoencoder; a file that was made from others, or is damaged, is replaced.
     """
     kept = kept_tensors(cache, made_from)
-    if kept is not None and kept.keys() == {"mean", "std"} and all(x.isfinite().all() for x in kept.values()):
-        return Latents(mean_Nchw=kept["mean"], std_Nchw=kept["std"])
-    mean, std = (x.half().contiguous() for x in encode())
-    keep_tensors(cache, {"mean": mean, "std": std}, made_from)
-    return Latents(mean_Nchw=mean, std_Nchw=std)
+    if kept is None or not {"mean", "std"} <= kept.keys() or not all(x.isfinite().all() for x in kept.values()):
+        kept = {name: tensor.half().contiguous() for name, tensor in encode().items()}
+        keep_tensors(cache, kept, made_from)
+    return Latents(mean_Nchw=kept["mean"], std_Nchw=kept["std"], views_NVchw=kept.get("views"))

@@ -1,86 +1,44 @@
-"""The methods that learn a representation: settings and network of each, registered by name in `METHODS`.
-
-Shapes in names: B batch, c, h, w latents, D width of the feature, T timesteps of the schedule.
-"""
+"""The methods that learn a representation: settings of each, registered by name in `METHODS`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
-
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar, TypeAlias, get_args
 
 from fewshot_diti.backbone import Backbone
 from fewshot_diti.bank_files import from_fields
-from fewshot_diti.representation.encoder import LatentEncoder
-from fewshot_diti.representation.estimator import FrozenPass, GradientEstimator, at_timesteps
-from fewshot_diti.representation.objectives import denoising_error
+from fewshot_diti.representation.pdae import DitiNetwork, Mode, PdaeNetwork
+from fewshot_diti.representation.simclr import SimclrNetwork
 from fewshot_diti.representation.subsets import Subsets
-from fewshot_diti.timesteps import pdae_weights
+from fewshot_diti.representation.tcvae import TcvaeNetwork
 
-Mode = Literal["base", "stop_grad"]
+Network: TypeAlias = PdaeNetwork | SimclrNetwork | TcvaeNetwork
 
 
-class PdaeNetwork(nn.Module):
-    """What PDAE trains (Zhang et al., PDAE, NeurIPS 2022): an encoder E, and G, which shifts the backbone's prediction.
+class MethodConfig:
+    """Settings of a method.
 
-    The predicted noise is eps_theta - sqrt(1 - abar_t) G(x_t, t, z), z = E(x_0), in training and in sampling.
-
-    Args:
-        dims: D.
+    Attributes:
+        name: in `METHODS`.
+        batch_size: images per step where the user says nothing.
+        dims: width of the feature.
     """
 
-    def __init__(self, backbone: Backbone, dims: int) -> None:
-        super().__init__()
-        self.sigmas_T: Tensor
-        self.weights_T: Tensor
-        height, width = (side // backbone.vae_scale_factor for side in backbone.image_size)
-        self.encoder = LatentEncoder(backbone.latent_channels, (height, width), dims)
-        self.estimator = GradientEstimator(backbone.unet, dims)
-        abar_T = backbone.alphas_cumprod
-        self.register_buffer("sigmas_T", (1 - abar_T).sqrt().float(), persistent=False)
-        self.register_buffer("weights_T", pdae_weights(abar_T).float(), persistent=False)
-        # as the backbone's: convolutions on a CPU are faster so, and a loaded network computes what a trained one did
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    name: ClassVar[str]
+    batch_size: ClassVar[int] = 32
+    dims: int
 
-    def forward(self, latents_Bchw: Tensor, frozen: FrozenPass, timesteps_B: Tensor) -> Tensor:
-        """Predicted noise [B, c, h, w] of noisy latents with the features of `latents_Bchw`, the VAE's means."""
-        return self.predict_noise(frozen, timesteps_B, self.encoder(latents_Bchw))
+    def build(self, backbone: Backbone) -> Network:
+        """The network before training."""
+        raise NotImplementedError
 
-    def predict_noise(self, frozen: FrozenPass, timesteps_B: Tensor, z_BD: Tensor) -> Tensor:
-        """Predicted noise [B, c, h, w] with given features."""
-        sigma = at_timesteps(self.sigmas_T, timesteps_B, frozen.noise_Bchw)
-        return frozen.noise_Bchw - sigma * self.estimator(frozen.calls, self.visible(z_BD, timesteps_B))
-
-    def visible(self, z_BD: Tensor, timesteps_B: Tensor) -> Tensor:
-        """What G sees of the features at the timesteps: all of it."""
-        return z_BD
-
-    def loss(self, predicted_Bchw: Tensor, noise_Bchw: Tensor, timesteps_B: Tensor) -> Tensor:
-        """lambda_t times the denoising error, [B]."""
-        return self.weights_T[timesteps_B] * denoising_error(predicted_Bchw, noise_Bchw)
-
-
-class DitiNetwork(PdaeNetwork):
-    """PDAE whose G sees at t the features of the subsets up to that of t alone (Yue et al., DiTi, ICLR 2024, eq. 5).
-
-    Args:
-        mode: "base", or "stop_grad", in which the loss at t teaches E the dimensions of the subset of t alone.
-    """
-
-    def __init__(self, backbone: Backbone, subsets: Subsets, mode: Mode) -> None:
-        super().__init__(backbone, subsets.dims)
-        self.subsets, self.mode = subsets, mode
-
-    def visible(self, z_BD: Tensor, timesteps_B: Tensor) -> Tensor:
-        """z of the own and the earlier subsets, 0 elsewhere."""
-        own_BD, earlier_BD = self.subsets.own(timesteps_B), self.subsets.earlier(timesteps_B)
-        return z_BD * own_BD + (z_BD.detach() if self.mode == "stop_grad" else z_BD) * earlier_BD
+    def subsets(self, backbone: Backbone) -> Subsets | None:
+        """Dimensions by timestep, of a method that ties them."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class PdaeConfig:
+class PdaeConfig(MethodConfig):
     """Settings of PDAE.
 
     Attributes:
@@ -94,20 +52,15 @@ class PdaeConfig:
     dims: int = 512
 
     def __post_init__(self) -> None:
-        if self.dims < 1:
-            raise ValueError(f"dims={self.dims}; pass 1 or more.")
+        _check_dims(self.dims)
 
     def build(self, backbone: Backbone) -> PdaeNetwork:
         """The network before training."""
         return PdaeNetwork(backbone, self.dims)
 
-    def subsets(self, backbone: Backbone) -> Subsets | None:
-        """Dimensions by timestep, of a method that ties them."""
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class DitiConfig:
+class DitiConfig(MethodConfig):
     """Settings of DiTi.
 
     Attributes:
@@ -127,7 +80,7 @@ class DitiConfig:
             raise ValueError(f"mode={self.mode!r}; pass one of {get_args(Mode)}.")
 
     @property
-    def dims(self) -> int:
+    def dims(self) -> int:  # type: ignore[override]
         """Width of the feature."""
         return sum(self.sizes)
 
@@ -140,13 +93,66 @@ class DitiConfig:
         return Subsets(sizes=self.sizes, num_timesteps=backbone.num_train_timesteps)
 
 
-MethodConfig = PdaeConfig | DitiConfig
-METHODS: dict[str, type[PdaeConfig] | type[DitiConfig]] = {x.name: x for x in (PdaeConfig, DitiConfig)}
+@dataclass(frozen=True, kw_only=True)
+class SimclrConfig(MethodConfig):
+    """Settings of SimCLR.
+
+    Attributes:
+        dims: width of the feature.
+        temperature: of the softmax over the other images of a batch.
+
+    Raises:
+        ValueError: fewer than 1 dimension, or a temperature that is not above 0.
+    """
+
+    name: ClassVar[str] = "simclr"
+    batch_size: ClassVar[int] = 256
+    dims: int = 512
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_dims(self.dims)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}; pass a number above 0.")
+
+    def build(self, backbone: Backbone) -> SimclrNetwork:
+        """The network before training."""
+        return SimclrNetwork(backbone, self.dims, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TcvaeConfig(MethodConfig):
+    """Settings of the beta-TCVAE.
+
+    Attributes:
+        dims: width of the feature.
+        beta: weight of the total correlation; 1 makes it a plain variational autoencoder.
+
+    Raises:
+        ValueError: fewer than 1 dimension, or a negative weight.
+    """
+
+    name: ClassVar[str] = "tcvae"
+    batch_size: ClassVar[int] = 256
+    dims: int = 64
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        _check_dims(self.dims)
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta={self.beta}; pass 0 or more.")
+
+    def build(self, backbone: Backbone) -> TcvaeNetwork:
+        """The network before training."""
+        return TcvaeNetwork(backbone, self.dims, self.beta)
+
+
+METHODS: dict[str, type[MethodConfig]] = {x.name: x for x in (PdaeConfig, DitiConfig, SimclrConfig, TcvaeConfig)}
 
 
 def to_dict(method: MethodConfig) -> dict[str, Any]:
     """The settings with the method's name, as JSON writes them."""
-    return {"method": method.name, **asdict(method)}
+    return {"method": method.name, **asdict(method)}  # type: ignore[call-overload]
 
 
 def from_dict(fields: dict[str, Any]) -> MethodConfig:
@@ -160,3 +166,8 @@ def from_dict(fields: dict[str, Any]) -> MethodConfig:
     if name not in METHODS:
         raise ValueError(f"Method {name!r} of representation learning; known are {', '.join(METHODS)}.")
     return from_fields(METHODS[name], {k: v for k, v in fields.items() if k != "method"})
+
+
+def _check_dims(dims: int) -> None:
+    if dims < 1:
+        raise ValueError(f"dims={dims}; pass 1 or more.")

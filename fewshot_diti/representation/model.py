@@ -22,7 +22,8 @@ from fewshot_diti.encoding import Encoder
 from fewshot_diti.hub import saved_folder
 from fewshot_diti.representation.card import representation_card
 from fewshot_diti.representation.estimator import FrozenPass, frozen_pass
-from fewshot_diti.representation.methods import MethodConfig, PdaeNetwork, from_dict, to_dict
+from fewshot_diti.representation.methods import MethodConfig, Network, from_dict, to_dict
+from fewshot_diti.representation.pdae import PdaeNetwork
 
 WEIGHTS = "representation.safetensors"
 _WHAT = "representation"
@@ -44,7 +45,7 @@ class Representation:
         self,
         backbone: Backbone,
         method: MethodConfig,
-        network: PdaeNetwork,
+        network: Network,
         *,
         prompt: str,
         geometry: ImageGeometry,
@@ -135,17 +136,22 @@ class Representation:
     @torch.no_grad()
     def encode(self, latents_Bchw: Tensor) -> Tensor:
         """Features float32 [B, D] of scaled latents, the VAE's means."""
-        found: Tensor = self.network.encoder(latents_Bchw.to(self.backbone.device, torch.float32))
-        return found
+        return self.network.encode(latents_Bchw.to(self.backbone.device, torch.float32))
 
     def predict_noise(self, noisy_Bchw: Tensor, timesteps_B: Tensor, z_BD: Tensor) -> Tensor:
-        """Noise float32 [B, c, h, w] that the backbone predicts in noisy latents with these features."""
+        """Noise float32 [B, c, h, w] that the backbone predicts in noisy latents with these features.
+
+        Raises:
+            ValueError: the method learns features alone.
+        """
         frozen = frozen_pass(self.backbone, noisy_Bchw, timesteps_B, self.text_1LW)
         return self.predict_from(frozen, timesteps_B, z_BD)
 
     @torch.no_grad()
     def predict_from(self, frozen: FrozenPass, timesteps_B: Tensor, z_BD: Tensor) -> Tensor:
         """`predict_noise` from a pass of the backbone that was done already, for one feature after another."""
+        if not isinstance(self.network, PdaeNetwork):
+            raise ValueError(f"A representation learned by {self.method.name!r} has features and restores nothing.")
         dtype = self.backbone.dtype
         # hooks of G see every call, those of other threads too
         with self.backbone.lock, torch.autocast(self.backbone.device.type, dtype, enabled=dtype != torch.float32):

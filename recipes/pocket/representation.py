@@ -18,6 +18,7 @@ from fewshot_diti.hashes import hash_weights
 from fewshot_diti.representation import Latents, Representation, RepresentationTraining, train
 from fewshot_diti.representation.latents import kept_latents
 from fewshot_diti.representation.methods import MethodConfig
+from fewshot_diti.representation.simclr import views_of
 from recipes.pocket.captions import GENERIC_CAPTION
 from recipes.pocket.renders import HELD_OUT, Renders, as_batch, load_renders, split_held_out
 
@@ -45,14 +46,21 @@ class PocketImages:
         """The second of what `load` gives, without reading the first."""
         return load_renders(self.data, size, json.loads(self.held_out.read_text()))
 
-    def encode(self, backbone: Backbone, renders: Renders, name: str) -> Latents:
-        """Latents of some of the images, encoded once and kept under that name."""
+    def encode(self, backbone: Backbone, renders: Renders, name: str, *, views: bool = False) -> Latents:
+        """Latents of some of the images, with views of each or without, encoded once and kept under that name."""
         made_from = {"autoencoder": hash_weights(backbone.vae), "images": renders.fingerprint}
+        name = f"{name}-views" if views else name
 
-        def encode() -> tuple[Tensor, Tensor]:
+        def encode() -> dict[str, Tensor]:
             found = [backbone.encode_images(as_batch(p, backbone.device)) for p in renders.pixels_NCHW.split(64)]
             mean, std = (torch.cat(x) for x in zip(*found, strict=True))
-            return mean, std
+            if not views:
+                return {"mean": mean, "std": std}
+            copies = []
+            for row, pixels in enumerate(renders.pixels_NCHW):
+                (image,) = as_batch(pixels[None], torch.device("cpu"))
+                copies.append(backbone.encode_images(views_of(image, f"render {row}"))[0].half())
+            return {"mean": mean, "std": std, "views": torch.stack(copies)}
 
         return kept_latents(self.latents / f"latents-{name}.safetensors", made_from, encode)
 
@@ -63,9 +71,11 @@ class PocketTraining(RepresentationTraining, PocketImages):
 
     Attributes:
         backbone: "pocket", or the folder of a Stable Diffusion that was trained on these images.
+        views: whether the method compares versions of each image.
     """
 
     backbone: str = POCKET
+    views: bool = False
     prompt: str = GENERIC_CAPTION
 
 
@@ -77,7 +87,7 @@ def run(config: Config, method_of: Callable[[Config, Backbone, Latents], MethodC
     dtype = "float32" if config.mixed_precision == "no" else "bfloat16"
     backbone = Backbone.from_pretrained(config.backbone, dtype=dtype)
     images = zip(config.load(backbone.image_size), ("train", "held-out"), strict=True)
-    seen, unseen = (config.encode(backbone, renders, name) for renders, name in images)
+    seen, unseen = (config.encode(backbone, renders, name, views=config.views) for renders, name in images)
     return train(backbone, method_of(config, backbone, seen), seen, unseen, config)
 
 

@@ -130,7 +130,7 @@ def test_damaged_caches_are_made_again(
     whole = prior_latents(backbone, "a part", 1, backbone.image_size, cache=tmp_path / "prior")
     file = next((tmp_path / "prior").rglob("*.safetensors"))
     latents, wrong, tried = tmp_path / "latents" / "x.safetensors", 0, 0
-    encoded = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2)
+    encoded = {"mean": torch.randn(3, 4, 2, 2), "std": torch.rand(3, 4, 2, 2)}
     first = kept_latents(latents, {"from": "here"}, lambda: encoded)
     contents = {file: file.read_bytes(), latents: latents.read_bytes()}
     for path, count in ((file, 60 if thorough else 4), (latents, 5000 if thorough else 100)):

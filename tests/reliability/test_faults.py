@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cases import CASES, Case, Whole, fast, made, prepare  # noqa: F401, fixtures
-from faults import KINDS, FailingFiles
+from faults import KINDS, FailingFiles, hidden
 
 from fewshot_diti.files import write_atomically
 
@@ -45,7 +45,7 @@ def test_a_command_whose_write_fails_loses_nothing_and_ends_well_when_started_ag
     assert len(points) > 3, "nothing is written"
     if not thorough:
         points = random.Random(name).sample(points, min(FEW, len(points)))
-    left = []
+    left, waiting = [], 0
     for kind, number in points:
         prepare(case, folder)
         capsys.readouterr()
@@ -56,8 +56,13 @@ def test_a_command_whose_write_fails_loses_nothing_and_ends_well_when_started_ag
         assert status in (0, 2) and "Traceback" not in said, where
         assert status == 0 or any("rror" in line for line in said.splitlines()), where
         # status 0: the fault was none, such as a folder that need not be made
-        left += whole.ends_well((lambda: case.run(folder)) if status else None, where)
+        found = whole.ends_well((lambda: case.run(folder)) if status else None, where)
+        if found and status == 0 and kind in ("unlink", "rmdir"):  # what could not be removed waits for the next run
+            waiting += 1
+            found = hidden(folder) if case.run(folder) == 0 else []
+        left += [f"{x} after {where}" for x in found]
     assert not left
     record_property("faults injected", len(points))
     record_property("lost", 0)
+    record_property("hidden until the next run", waiting)
     record_property("left over", len(left))

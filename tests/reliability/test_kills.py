@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cases import CASES, Case, Whole, fast, made, prepare  # noqa: F401, fixtures
-from processes import end, start
+from processes import end, start, start_together
 
 OFTEN = ("train", "add", "score to JSON", "represent train", "eval", "a recipe", "pre-training")  # in CI too
 
@@ -43,5 +43,38 @@ def test_a_killed_command_loses_nothing_and_ends_well_when_started_again(
         left += whole.ends_well(again, f"a kill after {moment:.2f} of {seconds:.2f} s")
     assert not left
     record_property("kills", kills)
+    record_property("lost", 0)
+    record_property("left over", len(left))
+
+
+def test_two_killed_processes_go_on_together_where_they_were(
+    made: dict[str, Case],  # noqa: F811
+    tmp_path: Path,
+    thorough: bool,
+    record_property: Any,
+) -> None:
+    case, folder, draw = made["train"], tmp_path / "work", random.Random(2)
+
+    def launch() -> list[int]:
+        return start_together(lambda: case.run(folder), 2)
+
+    def status_of(children: list[int]) -> int:
+        return next((status for status in list(map(end, children)) if status), 0)
+
+    began = time.monotonic()
+    whole = Whole.of(case, folder, lambda: status_of(launch()))
+    seconds, kills, left = time.monotonic() - began, 0, []
+    while kills < (50 if thorough else 1):
+        prepare(case, folder)
+        children, moment = launch(), draw.uniform(0, seconds)
+        time.sleep(moment)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        killed = status_of(children) != 0
+        kills += killed
+        again = (lambda: status_of(launch())) if killed else None
+        left += whole.ends_well(again, f"a kill of both after {moment:.2f} of {seconds:.2f} s")
+    assert not left
+    record_property("launches killed", kills)
     record_property("lost", 0)
     record_property("left over", len(left))
