@@ -31,8 +31,8 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         " --concept --trials --training_share --max_test_images --shift --group --output_dir --quick"
         " --dry_run --against --quiet",
         "represent": "",
-        "represent train": "--output_dir --method --concept --dims --stages --mode --beta --steps --batch_size --lr --resize"
-        " --backbone --dtype --seed --quiet",
+        "represent train": "--output_dir --method --concept --dims --stages --mode --beta --steps --batch_size --lr"
+        " --resize --backbone --dtype --seed --quiet",
         "represent features": "--representation --output --backbone --dtype --quiet",
         "export": "--output_dir --format --classes --quiet",
         "import": "--output_dir --prompt --backbone --concept --resize --quiet",
