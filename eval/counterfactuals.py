@@ -63,17 +63,15 @@ def stage_bands(representation: Representation) -> dict[str, slice]:
     Raises:
         ValueError: it has another number of dimensions than these.
     """
+    if representation.method.subsets(representation.backbone) is not None:
+        return representation.stages()
+    dims = np.cumsum([0, *PUBLISHED_DIMS]).tolist()
+    if representation.method.dims != dims[-1]:
+        raise ValueError(
+            f"{representation.method.name} with {representation.method.dims} dimensions; pass one with {dims[-1]}."
+        )
     ends = (0, *ends_of_equal_snr(representation.backbone.alphas_cumprod))
-    if representation.method.subsets(representation.backbone) is None:
-        dims = np.cumsum([0, *PUBLISHED_DIMS]).tolist()
-        if representation.method.dims != dims[-1]:
-            raise ValueError(
-                f"{representation.method.name} with {representation.method.dims} dimensions; pass one with {dims[-1]}."
-            )
-        slices = [slice(a, b) for a, b in pairwise(dims)]
-    else:
-        slices = [representation.subset(a, b) for a, b in pairwise(ends)]
-    return {f"t {a} to {b - 1}": band for (a, b), band in zip(pairwise(ends), slices, strict=True)}
+    return {f"t {t} to {u - 1}": slice(i, j) for (t, u), (i, j) in zip(pairwise(ends), pairwise(dims), strict=True)}
 
 
 def counterfactuals(

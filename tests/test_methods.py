@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_grid import QUIET, SCORING, TRAINING
 
-from fewshot_diti import DiTiClassifier, PredictionConfig
-from fewshot_diti.baselines import ClipLora, TipAdapter
+from fewshot_diti import Backbone, DiTiClassifier, PredictionConfig
+from fewshot_diti.baselines import ClipLora, LogisticProbe, TipAdapter
+from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.commands.evaluate import EvalConfig, evaluate
+from fewshot_diti.data import ImageGeometry
 from fewshot_diti.evaluation.grid import Grid
-from fewshot_diti.evaluation.methods import METHODS
+from fewshot_diti.evaluation.methods import LEARNED, METHODS
 from fewshot_diti.evaluation.shipped import prepare_shipped
 from fewshot_diti.folds import split_folds
 from fewshot_diti.presets import recommended
+from fewshot_diti.representation import DitiConfig, Representation, TcvaeConfig
+from fewshot_diti.representation.subsets import even_sizes
 
 pytestmark = pytest.mark.usefixtures("small_settings")
 
@@ -31,7 +37,7 @@ def test_the_trained_baselines_run(config: EvalConfig, monkeypatch: pytest.Monke
 
 
 def test_test_labels_take_no_part_in_any_row(config: EvalConfig) -> None:
-    names = tuple(name for name, method in METHODS.items() if not method.trains_a_network)
+    names = tuple(name for name, method in METHODS.items() if not method.trains_a_network and name not in LEARNED)
     said: list[dict[str, np.ndarray]] = []
     for permuted in (False, True):
         grid = Grid(replace(config, methods=names, shots=(2,), output_dir=config.output_dir / str(permuted)))
@@ -123,3 +129,44 @@ def test_class_tokens_and_clip_are_mixed_as_sure_as_held_out_shots_allow(config:
     w = chosen["clip_weight"]
     mixed = -(1 - w) * scores / tokens["chosen"]["temperature"] + w * of_clip
     assert [p["label"] for p in record["predictions"]] == [task.class_names[c] for c in mixed.argmax(1)]
+
+
+def test_rows_of_representations_are_logistic_regression_on_their_features(
+    config: EvalConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    folders = []
+    for method in (TcvaeConfig(dims=6), DitiConfig(sizes=even_sizes(64))):
+        torch.manual_seed(0)
+        learned = Representation(
+            backbone,
+            method,
+            method.build(backbone),
+            prompt="a part",
+            geometry=ImageGeometry(size=backbone.image_size),
+            history={},
+        )
+        learned.save_pretrained(tmp_path / method.name)
+        folders.append(str(tmp_path / method.name))
+    names = ("linear-tcvae", "linear-diti")
+    few = replace(config, methods=names, against=names[0], shots=(2,), representations=tuple(folders))
+    grid = Grid(few)
+    assert grid.run_missing() == []
+    task = grid.task(2, 1)
+    tcvae = Representation.from_pretrained(folders[0], backbone)
+    probe = LogisticProbe({"all": KeptFeatures(tcvae.features)}, recolour=grid.bench.recolour, seed=1)
+    probe.fit(task.shot_images(), task.shot_labels())
+    record = grid.record(grid.runs()[0])
+    assert record is not None and record["chosen"] == {"chosen_": "all", "strength_": probe.strength_}
+    truth = [task.class_names[label] for label in task.test.labels]
+    right = probe.predict(task.test_images()) == truth
+    assert record["accuracy"] == pytest.approx(right.mean())
+    stages = grid.bench.learned_features("diti")
+    whole, first = (stages[name](task.shot_images()) for name in ("all", "t 0 to 31"))
+    assert whole.shape[1] == 64 and np.array_equal(first, whole[:, : first.shape[1]])
+    assert sum(stages[name](task.shot_images()).shape[1] for name in stages if name != "all") == 64
+
+
+def test_a_row_without_its_representation_is_refused(config: EvalConfig) -> None:
+    with pytest.raises(ValueError, match=r"linear-simclr needs features .* --method simclr makes one"):
+        replace(config, methods=("linear-simclr",), against="linear-simclr")
+    assert not set(LEARNED) & set(EvalConfig().methods)

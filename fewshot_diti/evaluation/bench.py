@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from fewshot_diti.baselines.base import KeptFeatures
 from fewshot_diti.baselines.clip import OpenClip, prompt_templates
 from fewshot_diti.baselines.imagenet import ImageNetwork, size_for
 from fewshot_diti.baselines.presets import Preset, preset_of
+from fewshot_diti.baselines.probe import Features
 from fewshot_diti.baselines.unet_features import UnetFeatures
 from fewshot_diti.baselines.views import ColourJitter
 from fewshot_diti.baselines.zero_shot import zero_shot_bank
@@ -24,6 +27,7 @@ from fewshot_diti.config import Label, PredictionConfig, ScoringConfig, Settings
 from fewshot_diti.cost import seconds_of_an_evaluation, training_evaluations
 from fewshot_diti.data import ImageGeometry, ImageSet
 from fewshot_diti.data.arguments import group_shots
+from fewshot_diti.data.images import ImageSource
 from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
@@ -31,6 +35,7 @@ from fewshot_diti.folds import Fit, judge_held_out, shared_errors
 from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts, generic_prompt
+from fewshot_diti.representation import Representation
 from fewshot_diti.trials import even_grid
 from fewshot_diti.witnesses import Witness, make_witness
 
@@ -49,6 +54,7 @@ class Bench:
         trials: S of the diffusion methods, over all timesteps; None: 16 for the pocket, else what is recommended.
         training_share: of the steps that class tokens and networks are trained for.
         folder: where errors are kept.
+        representations: folders of learned representations, of each method one.
     """
 
     def __init__(
@@ -63,13 +69,16 @@ class Bench:
         folder: Path,
         dtype: DtypeName = "auto",
         training_share: float = 1.0,
+        representations: Sequence[str] = (),
     ) -> None:
+        self._representations, self._learned = representations, dict[str, Representation]()
         self._names = {"backbone": backbone, "clip": clip, "network": network, "siblings": siblings}
         self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
         self._training_share = training_share
         self._shot_features: dict[tuple[int, int], dict[Label, Tensor]] = {}
         self._witnesses: dict[str, Witness] = {}
+        self._learned_features: dict[str, KeptFeatures] = {}
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -130,6 +139,30 @@ class Bench:
     def unet_features(self) -> UnetFeatures:
         """Features of the backbone's U-Net."""
         return UnetFeatures(self.backbone, self.geometry, generic_prompt(self.concept))
+
+    def representation(self, method: str) -> Representation:
+        """The one that was learned by this method.
+
+        Raises:
+            OSError, ValueError: one of the folders cannot be loaded, or none was learned so.
+        """
+        if not self._learned:
+            loaded = (Representation.from_pretrained(folder, self.backbone) for folder in self._representations)
+            self._learned = {x.method.name: x for x in loaded}
+        if method not in self._learned:
+            known = ", ".join(self._learned) or "none"
+            raise ValueError(f"No representation learned by {method!r}, only {known}; pass its folder too.")
+        return self._learned[method]
+
+    def learned_features(self, method: str) -> dict[str, Features]:
+        """Its features: all dimensions, and where these are tied to timesteps, those of each stage; errors the same."""
+        representation = self.representation(method)
+        if method not in self._learned_features:
+            self._learned_features[method] = KeptFeatures(representation.features)
+        kept = self._learned_features[method]
+        tied = representation.method.subsets(self.backbone) is not None
+        stages = representation.stages() if tied else {}
+        return {"all": kept} | {name: partial(_columns, kept, dims) for name, dims in stages.items()}
 
     def shot_features(self, task: Task) -> dict[Label, Tensor]:
         """The U-Net's features of the shots and of copies of them, as the classifier keeps them."""
@@ -305,3 +338,7 @@ class Bench:
         version = metadata.version("fewshot-diti")
         backbone = f"{self.backbone.hash} in {self.backbone.dtype}"
         return {"fewshot_diti": version, "backbone": backbone, "settings": settings, "images": " ".join(images)}
+
+
+def _columns(features: Features, dims: slice, images: Sequence[ImageSource], *, keep: bool = True) -> np.ndarray:
+    return features(images, keep=keep)[:, dims]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fewshot_diti.backbone import POCKET, DtypeName
 from fewshot_diti.baselines.imagenet import PACKAGED
-from fewshot_diti.evaluation.methods import METHODS, SIBLINGS
+from fewshot_diti.evaluation.methods import LEARNED, METHODS, SIBLINGS
 
 AIRLINE = "airline"  # the attribute of the bundled images that a livery is
 
@@ -29,7 +29,9 @@ class GridConfig:
         network: as `ImageNetwork` takes it.
         siblings: a network trained with labels of sibling classes, as `ImageNetwork` takes it; by default the pocket's
             for the pocket, else none.
-        methods: rows, keys of `METHODS`; by default all, `siblings` where there is such a network.
+        representations: folders that `represent train` wrote, for the rows `linear-pdae`, `linear-simclr` and so on.
+        methods: rows, keys of `METHODS`; by default all but those of representations, `siblings` where there is such a
+            network.
         shots, seeds: columns, and draws of each.
         shots_file: the shots, as `Shots.save` wrote them or as a published list of paths, instead of draws; `shots` is
             then the number per class in it, and seeds move training and scoring alone.
@@ -48,7 +50,8 @@ class GridConfig:
 
     Raises:
         ValueError: an unknown method, a number below 1, nothing to run or something twice, the row `siblings` without a
-            network, other data without a concept, or both a shift and a group.
+            network, that of a representation without a folder, other data without a concept, or both a shift and a
+            group.
     """
 
     dataset: str = "bundled"
@@ -57,6 +60,7 @@ class GridConfig:
     clip: str | None = None
     network: str = PACKAGED
     siblings: str | None = None
+    representations: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -79,7 +83,7 @@ class GridConfig:
         if self.group is not None and self.shift != "none":
             raise ValueError(f"shift={self.shift!r} is the group {AIRLINE!r}; pass it or group={self.group!r}.")
         if not self.methods:
-            usable = (m for m in METHODS if self.has_siblings or m != SIBLINGS)
+            usable = (m for m in METHODS if m not in LEARNED and (self.has_siblings or m != SIBLINGS))
             object.__setattr__(self, "methods", tuple(usable))
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
@@ -88,6 +92,11 @@ class GridConfig:
             raise ValueError(
                 "The row siblings needs a network that was trained with labels of sibling classes; pass "
                 "siblings=local-dir:FOLDER (recipes/pocket/siblings.py trains one), or other methods."
+            )
+        if not self.representations and (lacking := [m for m in self.methods if m in LEARNED]):
+            raise ValueError(
+                f"The row {lacking[0]} needs features that were learned without labels; pass representations=FOLDER "
+                f"(fewshot-diti represent train --method {LEARNED[lacking[0]]} makes one), or other methods."
             )
         for name in ("methods", "shots", "seeds"):
             values = getattr(self, name)

@@ -102,6 +102,7 @@ class Grid:
             trials=config.trials,
             training_share=config.training_share,
             folder=config.folder / "errors",
+            representations=config.representations,
         )
 
     def runs(self) -> list[Run]:

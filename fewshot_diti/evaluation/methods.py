@@ -28,11 +28,15 @@ from fewshot_diti.evaluation.class_tokens import (
 )
 from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
+from fewshot_diti.hashes import hash_weights
 from fewshot_diti.presets import PRESETS
+from fewshot_diti.representation.methods import METHODS as REPRESENTATIONS
+from fewshot_diti.representation.methods import to_dict
 
 _ON_UNET = ("linear-sd", "ncm-sd", "lda-sd")  # beside the rows that read class tokens or prompts
 SHIPPED = "fewshot-diti"  # the classifier as it ships
 SIBLINGS = "siblings"  # needs a network that a user may not have
+LEARNED = {f"linear-{name}": name for name in REPRESENTATIONS}  # need a representation that the user has learned
 SMALL_T, LARGE_T = 0.3, 0.5  # of the schedule: below the one, from the other
 
 Settings = dict[str, Any]
@@ -153,6 +157,16 @@ def _logistic(
     return Method(run=of_baseline(make, evaluations=evaluations), settings=settings, supervision=supervision)
 
 
+def _linear_on_learned(method: str) -> Method:
+    """Logistic regression on the features of a representation that was learned by this method."""
+
+    def settings(bench: Bench, num_shots: int, seed: int) -> Settings:
+        learned = bench.representation(method)
+        return {"representation": to_dict(learned.method) | {"weights": hash_weights(learned.network)}}
+
+    return _logistic(lambda bench: bench.learned_features(method), settings)
+
+
 def _judged_by(bench: Bench, weighting: str) -> Settings:
     return {"weighting": weighting, "temperature": bench.recommended.temperature, "folds": FOLDS}
 
@@ -214,6 +228,7 @@ METHODS: dict[str, Method] = {
         lambda bench: {"ImageNet": bench.network_features}, lambda bench, _, __: {"network": bench.network.described}
     ),
     "finetune": Method(run=of_baseline(_fine_tuned), settings=_tuning_settings, trains_a_network=True),
+    **{name: _linear_on_learned(method) for name, method in LEARNED.items()},
     SIBLINGS: _logistic(
         lambda bench: {"siblings": bench.siblings_features},
         lambda bench, _, __: {"network": bench.siblings.described},

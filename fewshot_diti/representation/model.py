@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fewshot_diti.representation.card import representation_card
 from fewshot_diti.representation.estimator import FrozenPass, frozen_pass
 from fewshot_diti.representation.methods import MethodConfig, Network, from_dict, to_dict
 from fewshot_diti.representation.pdae import PdaeNetwork
+from fewshot_diti.representation.subsets import ends_of_equal_snr
 
 WEIGHTS = "representation.safetensors"
 _WHAT = "representation"
@@ -132,6 +134,12 @@ class Representation:
         if subsets is None:
             raise ValueError(f"A representation learned by {self.method.name!r} ties no dimensions to timesteps.")
         return subsets.band(start, end)
+
+    def stages(self) -> dict[str, slice]:
+        """The dimensions of the published stages, by the timesteps at which this backbone's schedule has the published
+        signal-to-noise ratios; errors as `subset`."""
+        ends = (0, *ends_of_equal_snr(self.backbone.alphas_cumprod))
+        return {f"t {a} to {b - 1}": self.subset(a, b) for a, b in pairwise(ends)}
 
     @torch.no_grad()
     def encode(self, latents_Bchw: Tensor) -> Tensor:
