@@ -28,8 +28,8 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         " --quiet",
         "explain": "--bank --output_dir --top --split --image_column --backbone --dtype --batch_size --quiet",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --representations --methods --shots"
-        " --seeds --shots_file --concept --trials --training_share --max_test_images --shift --group --output_dir --quick"
-        " --dry_run --against --quiet",
+        " --seeds --shots_file --concept --trials --training_share --max_test_images --shift --group --output_dir"
+        " --quick --dry_run --against --quiet",
         "represent": "",
         "represent train": "--output_dir --method --concept --dims --stages --mode --beta --steps --batch_size --lr"
         " --resize --backbone --dtype --seed --quiet",
