@@ -33,11 +33,15 @@ class Case:
         run: the command on a folder; its exit status.
         prepare: what is in the folder before.
         again: exit statuses of the command started again; 2 where it says that the work is done already.
+        failed: exit statuses where a write fails; 1 where a table says which of its runs failed.
+        repeats: whether the command does all its work once more where it is done.
     """
 
     run: Callable[[Path], int]
     prepare: Callable[[Path], None] = lambda folder: None
     again: tuple[int, ...] = (0,)
+    failed: tuple[int, ...] = (2,)
+    repeats: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +147,9 @@ def made(
     return {
         "train": Case(run=command(*train)),
         "train over a bank": Case(run=command(*train), prepare=copy_of(older)),
-        "add": Case(run=command("add", "OUT/bank", str(more), "--backbone", sd), prepare=copy_of(bank), again=(0, 2)),
-        "add on the page": Case(run=add_on_the_page, prepare=copy_of(bank)),
+        "add": Case(run=command("add", "OUT/bank", str(more), "--backbone", sd), prepare=copy_of(bank), again=(0, 2),
+                    repeats=False),
+        "add on the page": Case(run=add_on_the_page, prepare=copy_of(bank), repeats=False),
         "score to JSON": Case(run=command(*score, "OUT/p.jsonl")),
         "score to CSV": Case(run=command(*score, "OUT/p.csv")),
         "score to Parquet": Case(run=command(*score, "OUT/p.parquet")),
@@ -161,8 +166,8 @@ def made(
             run=command("represent", "features", str(images), "--representation", f"{learned}/r/representation",
                         "--backbone", sd, "--dtype", "float32", "--output", "OUT/f.npz")
         ),
-        "eval": Case(run=command(*evaluate, "--output_dir", "OUT/e")),
-        "a recipe": Case(run=recipe),
+        "eval": Case(run=command(*evaluate, "--output_dir", "OUT/e"), failed=(1, 2), repeats=False),
+        "a recipe": Case(run=recipe, repeats=False),
         "pre-training": Case(run=pretraining),
     }  # fmt: skip
 
