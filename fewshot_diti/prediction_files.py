@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,50 @@ def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[
 
 
 def _parquet(rows: Iterator[Mapping[str, Any]], columns: Sequence[str], label_type: type) -> Iterator[bytes]:
-    schema, buffer = pa.schema([(name, _type(name, label_type)) for name in columns]), io.BytesIO()
-    with pq.ParquetWriter(buffer, schema) as writer:
+    schema = pa.schema([(name, _type(name, label_type)) for name in columns])
+
+    def tables() -> Iterator[pa.Table]:
         while some := list(islice(rows, _ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(some, schema))
-    yield buffer.getvalue()
+            yield pa.Table.from_pylist(some, schema)
+
+    return parquet_pieces(chain([schema.empty_table()], tables()))
+
+
+def parquet_pieces(tables: Iterable[pa.Table]) -> Iterator[bytes]:
+    """A Parquet file of tables of one schema, the first of which may be empty, in pieces as they are written."""
+    sink = _Pieces()
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(sink, first.schema) as writer:
+        for table in chain([first], tables):
+            if len(table):
+                writer.write_table(table)
+            yield sink.taken()
+    yield sink.taken()
+
+
+class _Pieces(io.RawIOBase):
+    """What is written, until it is taken."""
+
+    def __init__(self) -> None:
+        self._waiting, self._size = bytearray(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, content: Any) -> int:
+        self._waiting += content
+        self._size += len(content)
+        return len(content)
+
+    def taken(self) -> bytes:
+        """What was written since the last call."""
+        content = bytes(self._waiting)
+        self._waiting.clear()
+        return content
 
 
 def _row(record: Mapping[str, Any], top_k: int) -> dict[str, Any]:

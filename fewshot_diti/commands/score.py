@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -16,10 +18,11 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
+from fewshot_diti.bank_files import bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
-from fewshot_diti.data.unlabelled import list_images
+from fewshot_diti.data.unlabelled import list_images, list_shard
 from fewshot_diti.distributed import gather, process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.predicting import predict_images
@@ -29,7 +32,9 @@ from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import check_suffix, encode_predictions
 from fewshot_diti.progress import counted
 from fewshot_diti.reports import prediction_table, printable
+from fewshot_diti.shards import Shard, finish, finished, merge
 
+PARQUET = ".parquet"
 SHOWN = 100  # images in the table on the terminal
 
 
@@ -43,12 +48,17 @@ class ScoreConfig:
         images: image files, folders that are searched for images at any depth, patterns such as "*.jpg",
             manifest:FILE[@DIR] (a table with the column path), or hub:ID (a data set).
         bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
-        output: file of predictions. FILE.jsonl has one JSON line per image: path, image_id, label, probabilities of the
-            best classes, margin (second smallest score minus smallest), whether one class was left before the trials
-            ran out, evaluations, and the scores of all classes (null off the shortlist); or path and error. FILE.csv
-            and FILE.parquet have one row per image, without the scores. What is not there gets no row. Only an earlier
-            output of score is replaced. Beside it, in FILE.parts, each process keeps what it has scored, so that the
-            same command goes on where it was cut short.
+        output: file of predictions, by default predictions.jsonl. FILE.jsonl has one JSON line per image: path,
+            image_id, label, probabilities of the best classes, margin (second smallest score minus smallest), whether
+            one class was left before the trials ran out, evaluations, and the scores of all classes (null off the
+            shortlist); or path and error. FILE.csv and FILE.parquet have one row per image, without the scores. What
+            is not there gets no row. Only an earlier output of score is replaced. Beside it, in FILE.parts, each
+            process keeps what it has scored, so that the same command goes on where it was cut short.
+        shard: scores the share i/n of the images, such as 3/16, into a file of its own in the folder output, by
+            default predictions. Images belong to shards by their names, so that jobs on any machines need not know
+            each other. A shard that is there is skipped. The images are one folder, manifest:FILE or hub:ID.
+        merge: folder of shards: joins them into the file output, by default predictions.parquet in that folder, and
+            checks that each image stands once. Takes no images and no bank.
         top_k: how many of the best classes are named, with their probabilities.
         reject: share of images like the shots that may be taken for something unknown, such as 0.01; what is less like
             every shot than that is marked as rejected. By default nothing is. Needs the witness features.
@@ -66,8 +76,10 @@ class ScoreConfig:
     """
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
-    bank: str
-    output: Path = Path("predictions.jsonl")
+    bank: str | None = None
+    output: Path | None = None
+    shard: str | None = None
+    merge: Path | None = None
     top_k: int = 3
     reject: float | None = None
     split: str | None = None
@@ -80,26 +92,75 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "batch_size", "top_k")
+        if self.merge is not None:
+            if self.images or self.bank or self.shard:
+                raise ValueError("merge joins shards that were scored; pass it with output alone, or not at all.")
+            if self.merged.suffix != PARQUET:
+                raise ValueError(f"output={self.output}; shards are merged into a file that ends in {PARQUET}.")
+            return
         if not self.images:
             raise ValueError("No images; name image files or folders.")
+        if self.bank is None:
+            raise ValueError("No bank; pass the folder that train wrote.")
         if self.reject is not None and not 0 < self.reject < 1:
             raise ValueError(f"reject={self.reject}; pass a share between 0 and 1, such as 0.01.")
-        check_suffix(self.output)
+        if self.part is None:
+            check_suffix(self.file)
+
+    @property
+    def part(self) -> Shard | None:
+        """The shard that is to be scored; None where all images are."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    @property
+    def file(self) -> Path:
+        """The file of predictions."""
+        if self.part is not None:
+            return self.part.file(self.folder)
+        return self.output or Path("predictions.jsonl")
+
+    @property
+    def folder(self) -> Path:
+        """That of the shards."""
+        return self.output or Path("predictions")
+
+    @property
+    def merged(self) -> Path:
+        """The file that the shards are merged into."""
+        return self.output or (self.merge or Path()) / "predictions.parquet"
 
 
 def score(config: ScoreConfig, console: Console) -> int:
     """Scores images over the processes, prints the table, writes the file; returns 1 where an image is broken.
 
     Raises:
-        OSError, ValueError: an image path, the bank or its backbone cannot be loaded.
+        OSError, ValueError: an image path, the bank or its backbone cannot be loaded; or shards cannot be merged.
     """
-    images, others = list_images(config.images, config.split, config.image_column)
-    parts = config.output.with_name(f"{config.output.name}.parts")
-    if os.path.lexists(config.output) and not (config.output.is_file() and parts.is_dir()):
+    if config.merge is not None:
+        return _merge(config.merge, config.merged, console)
+    assert config.bank is not None, "refused before"
+    folder, shard = saved_folder(config.bank), config.part
+    others: list[Path] = []
+    parts = config.file.with_name(f"{config.file.name}.parts")
+    if shard is None:
+        images, others = list_images(config.images, config.split, config.image_column)
+    else:
+        made_by = {
+            "fewshot_diti": metadata.version("fewshot-diti"),
+            "bank": bank_fingerprint(folder),
+            "dtype": config.dtype,
+            "reject": config.reject,
+            "top_k": config.top_k,
+        }
+        if (known := finished(config.folder, shard, made_by)) is not None:
+            _remove(parts)  # a job that was killed in its last moment has left them
+            console.out(f"shard {shard} is there already: {config.file}")
+            return 1 if known["failed"] or known["missing"] else 0
+        images, listing = list_shard(config.images, shard, config.split, config.image_column)
+    if shard is None and os.path.lexists(config.file) and not (config.file.is_file() and parts.is_dir()):
         raise ValueError(
-            f"--output {config.output} is there already and no output of score; remove it, or name another file."
+            f"--output {config.file} is there already and no output of score; remove it, or name another file."
         )
-    folder = saved_folder(config.bank)
     classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size, config.compile)
     check_can_choose(classifier, config.bank)
     least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
@@ -115,25 +176,15 @@ def score(config: ScoreConfig, console: Console) -> int:
     found = predict_images(classifier, range(len(images)), images.decode, predict, parts, folder, asked)
     seconds, predicted = monotonic() - began, sum(gather([predicted]))
     scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
+    counts = scored.counts()
     if process_state().is_main_process:
         label_type = type(classifier.classes_.tolist()[0])
-        write_atomically(config.output, encode_predictions(scored, config.output.suffix, scored.top_k, label_type))
-    console.print(prediction_table(list(islice(scored.usable(), SHOWN))))
-    counts = Counter[str]()
-    for record in scored.usable():
-        counts.update(scored=1, undecided=int(not record["decided"]), rejected=int(record.get("rejected", False)))
-        if record.get("rejected"):
-            console.out(f"like none of the shots: {printable(record['path'])}")
-    if counts["scored"] > SHOWN:
-        console.out(f"and {counts['scored'] - SHOWN} images more, which stand in the file alone")
-    console.out(f"predictions: {config.output}")
-    for record in found:
-        if "error" in record:
-            console.out(f"not scored: {printable(record['error'])}")
-    if others:
-        console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
-    known = counts["scored"] - predicted
-    without = f" without the {known} that were known already" if known > 0 else ""
+        write_atomically(config.file, encode_predictions(scored, config.file.suffix, scored.top_k, label_type))
+        if shard is not None:
+            finish(config.folder, shard, made_by, listing, counts)
+    _report(config, scored, counts, others, console)
+    known_before = counts["scored"] - predicted
+    without = f" without the {known_before} that were known already" if known_before > 0 else ""
     speed = f"{predicted / seconds:.1f} images/s{without}"
     console.out(
         f"{counted(counts['scored'], 'image')} scored in {seconds:.0f} s ({speed}), "
@@ -141,7 +192,44 @@ def score(config: ScoreConfig, console: Console) -> int:
         f"{len(found) - counts['scored']} not scored."
     )
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
+    if shard is not None:
+        _remove(parts)
     return 1 if counts["scored"] < len(found) else 0
+
+
+def _report(
+    config: ScoreConfig, scored: _Scored, counts: Mapping[str, int], others: Sequence[Path], console: Console
+) -> None:
+    """Prints the first images, what was rejected or not scored, and where the predictions are."""
+    console.print(prediction_table(list(islice(scored.usable(), SHOWN))))
+    for record in scored.usable() if counts["rejected"] else ():
+        if record.get("rejected"):
+            console.out(f"like none of the shots: {printable(record['path'])}")
+    if counts["scored"] > SHOWN:
+        console.out(f"and {counts['scored'] - SHOWN} images more, which stand in the file alone")
+    console.out(f"predictions: {config.file}")
+    for record in scored.found if counts["failed"] or counts["missing"] else ():
+        if "error" in record:
+            console.out(f"not scored: {printable(record['error'])}")
+    if others:
+        console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _remove(parts: Path) -> None:
+    """Removes what a shard's rows were made from, once they are safe."""
+    if process_state().is_main_process:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _merge(folder: Path, output: Path, console: Console) -> int:
+    """Joins shards; returns 1 where some of their images could not be scored."""
+    counts = merge(folder, output)
+    console.out(f"predictions: {output}")
+    console.out(
+        f"{counted(counts['scored'], 'image')} scored, of them {counts['undecided']} undecided when the trials ran "
+        f"out, {counts['rejected']} rejected; {counts['failed']} could not be read, {counts['missing']} are not there."
+    )
+    return 1 if counts["failed"] or counts["missing"] else 0
 
 
 class _Scored:
@@ -160,6 +248,18 @@ class _Scored:
 
     def usable(self) -> Iterator[Record]:
         return (record for record in self if "error" not in record)
+
+    def counts(self) -> Counter[str]:
+        """Images by what became of them."""
+        counts = Counter[str]()
+        for record in self.found:
+            if "error" in record:
+                counts.update(missing=int(bool(record.get("missing"))), failed=int(not record.get("missing")))
+            else:
+                counts.update(
+                    scored=1, undecided=int(not record["decided"]), rejected=int(record.get("rejected", False))
+                )
+        return counts
 
 
 def _predictions(classifier: DiTiClassifier, least: float | None, images: Sequence[PreparedImage]) -> list[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
@@ -108,7 +108,12 @@ def is_image(path: Path) -> bool:
 
 
 def visible_files(root: Path) -> list[Path]:
-    """All files below a folder in alphabetical order, without hidden and system files and folders, and saved banks.
+    """`walk_files` in alphabetical order."""
+    return sorted(walk_files(root))
+
+
+def walk_files(root: Path) -> Iterator[Path]:
+    """All files below a folder, one at a time, without hidden and system files and folders, and saved banks.
 
     Each folder is listed once. Links to folders are followed, after the folders that lie there themselves, except to a
     folder that they stand in. Nothing that lies in the folder is an error here: links to nothing, named pipes and
@@ -117,7 +122,6 @@ def visible_files(root: Path) -> list[Path]:
     Raises:
         OSError: the folder itself cannot be listed.
     """
-    found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     folders, links = [root], list[Path]()
     while folders or links:
@@ -129,7 +133,7 @@ def visible_files(root: Path) -> list[Path]:
         except OSError:
             if folder == root:
                 raise
-            found.append(folder)
+            yield folder
             continue
         if (status.st_dev, status.st_ino) in seen or (folder != root and _is_bank(folder)):
             continue
@@ -139,12 +143,11 @@ def visible_files(root: Path) -> list[Path]:
             if not _is_visible(entry.name):
                 continue
             if not os.path.isdir(path):
-                found.append(path)
+                yield path
             elif not entry.is_symlink():
                 folders.append(path)
             elif not folder.resolve().is_relative_to(path.resolve()):
                 links.append(path)
-    return sorted(found)
 
 
 def passed_over(files: Iterable[Path]) -> str:
