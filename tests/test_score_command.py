@@ -352,3 +352,27 @@ def test_an_image_that_cannot_be_encoded_is_named_and_the_others_are_scored(
     assert f"latents of {bad} that are not finite" in capsys.readouterr().out
     rows = read_lines(tmp_path / "out.jsonl")
     assert sum("label" in row for row in rows) == 9 and rows[-1]["path"] == str(bad) and "error" in rows[-1]
+
+
+def test_a_dry_run_writes_nothing_and_says_what_all_images_would_take(
+    bank: Path, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    command = ["score", "--bank", str(bank), str(tests), "--output", str(output)]
+    capsys.readouterr()
+    assert cli.main([*command, "--dry_run"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.iterdir())
+    assert cli.main(command) == 0
+    records = read_lines(output)
+    evaluations = sum(r["evaluations"] for r in records[1:]) / len(records[1:])  # the first warms up
+    most = max(r["evaluations"] for r in records)
+    said = re.fullmatch(
+        r"6 images, 3 classes: (\d+) evaluations an image \(at most (\d+)\), (\S+) s an image on one cpu; about (\S+) "
+        r"minutes in 1 process, (\S+) hours of devices, peak memory \S+ GB, measured on 5 images",
+        line,
+    )
+    assert said is not None, line
+    assert int(said[1]) == round(evaluations) and most <= int(said[2])
+    assert float(said[4]) * 60 == pytest.approx(6 * float(said[3]), rel=0.02)
+    assert float(said[5]) * 60 == pytest.approx(float(said[4]), rel=0.02)

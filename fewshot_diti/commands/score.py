@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Annotated
 
+import numpy as np
 from rich.console import Console
 from tyro.conf import Positional, arg
 
@@ -28,14 +30,16 @@ from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.predicting import predict_images
 from fewshot_diti.files import write_atomically
 from fewshot_diti.hub import saved_folder
+from fewshot_diti.memory import peak_memory
 from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import check_suffix, encode_predictions
-from fewshot_diti.progress import counted
+from fewshot_diti.progress import counted, silent
 from fewshot_diti.reports import prediction_table, printable
 from fewshot_diti.shards import Shard, finish, finished, merge
 
 PARQUET = ".parquet"
 SHOWN = 100  # images in the table on the terminal
+_MEASURED = 16  # images of each process that a dry run scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class ScoreConfig:
         batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
         compile: mode in which torch compiles the U-Net for full batches, such as default, or reduce-overhead for CUDA
             graphs; takes a minute or more before the first image, and a C++ compiler.
+        dry_run: scores some of the images, writes nothing, and prints what all would take.
         quiet: prints nothing but errors and warnings.
 
     Raises:
@@ -88,6 +93,7 @@ class ScoreConfig:
     dtype: DtypeName = "auto"
     batch_size: int | None = None
     compile: CompileMode | None = None
+    dry_run: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -173,6 +179,14 @@ def score(config: ScoreConfig, console: Console) -> int:
         return _predictions(classifier, least, some)
 
     asked = "" if least is None else f" least similarity {least}"
+    if config.dry_run:
+        with tempfile.TemporaryDirectory() as place, silent():
+
+            def measured(rows: Sequence[int]) -> Sequence[Record]:
+                return [*predict_images(classifier, rows, images.decode, predict, Path(place) / "parts", folder, asked)]
+
+            console.out(_plan(classifier, len(images), measured))
+        return 0
     found = predict_images(classifier, range(len(images)), images.decode, predict, parts, folder, asked)
     seconds, predicted = monotonic() - began, sum(gather([predicted]))
     scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
@@ -213,6 +227,31 @@ def _report(
             console.out(f"not scored: {printable(record['error'])}")
     if others:
         console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _plan(classifier: DiTiClassifier, num_images: int, measured: Callable[[Sequence[int]], Sequence[Record]]) -> str:
+    """What scoring all images takes, from some of them, of which the first warms up.
+
+    Args:
+        measured: the records of the images at some positions.
+    """
+    processes = process_state().num_processes
+    rows = range(0, num_images, max(1, num_images // (_MEASURED * processes)))
+    measured(rows[:1])
+    began = monotonic()
+    found = measured(rows[1:] or rows)
+    seconds = (monotonic() - began) / len(found) * num_images
+    evaluations = [record["evaluations"] for record in found if "error" not in record]
+    most = classifier.decider().evaluations(classifier.current_prediction())
+    peak = peak_memory(classifier.backbone_.device)
+    memory = "" if peak is None else f"peak memory {peak / 1e9:.1f} GB, "
+    return (
+        f"{counted(num_images, 'image')}, {len(classifier.classes_)} classes: "
+        f"{np.mean(evaluations) if evaluations else most:.0f} evaluations an image (at most {most}), "
+        f"{seconds / num_images * processes:.3g} s an image on one {classifier.backbone_.device.type}; "
+        f"about {seconds / 60:.3g} minutes in {counted(processes, 'process')}, "
+        f"{seconds * processes / 3600:.3g} hours of devices, {memory}measured on {counted(len(found), 'image')}"
+    )
 
 
 def _remove(parts: Path) -> None:
