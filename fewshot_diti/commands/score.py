@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -20,22 +16,18 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
-from fewshot_diti.bank_files import bank_fingerprint
-from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
+from fewshot_diti.data import ImageSet
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images, list_shard
-from fewshot_diti.distributed import gather, process_state
-from fewshot_diti.encoding import PreparedImage
-from fewshot_diti.evaluation.predicting import predict_images
-from fewshot_diti.files import write_atomically
+from fewshot_diti.distributed import process_state
+from fewshot_diti.evaluation.scored import BankScorer, Rows, Scored, made_with, parts_of, remove_parts
 from fewshot_diti.hub import saved_folder
 from fewshot_diti.memory import peak_memory
-from fewshot_diti.part_files import Record, Records
-from fewshot_diti.prediction_files import check_suffix, encode_predictions
+from fewshot_diti.prediction_files import check_suffix
 from fewshot_diti.progress import counted, silent
 from fewshot_diti.reports import prediction_table, printable
-from fewshot_diti.shards import Shard, finish, finished, merge
+from fewshot_diti.shards import Shard, finished, merge
 
 PARQUET = ".parquet"
 SHOWN = 100  # images in the table on the terminal
@@ -114,6 +106,11 @@ class ScoreConfig:
             check_suffix(self.file)
 
     @property
+    def rows(self) -> Rows:
+        """What is asked of each image."""
+        return Rows(top_k=self.top_k, reject=self.reject)
+
+    @property
     def part(self) -> Shard | None:
         """The shard that is to be scored; None where all images are."""
         return None if self.shard is None else Shard.parse(self.shard)
@@ -145,119 +142,83 @@ def score(config: ScoreConfig, console: Console) -> int:
     if config.merge is not None:
         return _merge(config.merge, config.merged, console)
     assert config.bank is not None, "refused before"
-    folder, shard = saved_folder(config.bank), config.part
+    folder, shard, file = saved_folder(config.bank), config.part, config.file
     others: list[Path] = []
-    parts = config.file.with_name(f"{config.file.name}.parts")
     if shard is None:
         images, others = list_images(config.images, config.split, config.image_column)
+        if os.path.lexists(file) and not (file.is_file() and parts_of(file).is_dir()):
+            raise ValueError(
+                f"--output {file} is there already and no output of score; remove it, or name another file."
+            )
     else:
-        made_by = {
-            "fewshot_diti": metadata.version("fewshot-diti"),
-            "bank": bank_fingerprint(folder),
-            "dtype": config.dtype,
-            "reject": config.reject,
-            "top_k": config.top_k,
-        }
+        made_by = made_with(folder, config.dtype, config.rows)
         if (known := finished(config.folder, shard, made_by)) is not None:
-            _remove(parts)  # a job that was killed in its last moment has left them
-            console.out(f"shard {shard} is there already: {config.file}")
+            remove_parts(file)  # a job that was killed in its last moment has left them
+            console.out(f"shard {shard} is there already: {file}")
             return 1 if known["failed"] or known["missing"] else 0
         images, listing = list_shard(config.images, shard, config.split, config.image_column)
-    if shard is None and os.path.lexists(config.file) and not (config.file.is_file() and parts.is_dir()):
-        raise ValueError(
-            f"--output {config.file} is there already and no output of score; remove it, or name another file."
-        )
     classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size, config.compile)
     check_can_choose(classifier, config.bank)
-    least = None if config.reject is None else classifier.decider().familiarity.least(config.reject)
-    began = monotonic()
-    predicted = 0
-
-    def predict(some: Sequence[PreparedImage]) -> list[Record]:
-        nonlocal predicted
-        predicted += len(some)
-        return _predictions(classifier, least, some)
-
-    asked = "" if least is None else f" least similarity {least}"
+    scorer = BankScorer(classifier, folder, config.rows)
     if config.dry_run:
-        with tempfile.TemporaryDirectory() as place, silent():
-
-            def measured(rows: Sequence[int]) -> Sequence[Record]:
-                return [*predict_images(classifier, rows, images.decode, predict, Path(place) / "parts", folder, asked)]
-
-            console.out(_plan(classifier, len(images), measured))
+        console.out(_plan(scorer, images))
         return 0
-    found = predict_images(classifier, range(len(images)), images.decode, predict, parts, folder, asked)
-    seconds, predicted = monotonic() - began, sum(gather([predicted]))
-    scored = _Scored(images.names, found, min(config.top_k, len(classifier.classes_)))
-    counts = scored.counts()
-    if process_state().is_main_process:
-        label_type = type(classifier.classes_.tolist()[0])
-        write_atomically(config.file, encode_predictions(scored, config.file.suffix, scored.top_k, label_type))
-        if shard is not None:
-            finish(config.folder, shard, made_by, listing, counts)
-    _report(config, scored, counts, others, console)
-    known_before = counts["scored"] - predicted
-    without = f" without the {known_before} that were known already" if known_before > 0 else ""
-    speed = f"{predicted / seconds:.1f} images/s{without}"
-    console.out(
-        f"{counted(counts['scored'], 'image')} scored in {seconds:.0f} s ({speed}), "
-        f"of them {counts['undecided']} undecided when the trials ran out, {counts['rejected']} rejected; "
-        f"{len(found) - counts['scored']} not scored."
-    )
+    if shard is None:
+        scored = scorer.score(images, file)
+    else:
+        scored = scorer.score_shard(images, listing, config.folder, shard, made_by)
+    _report(scored, file, others, console)
     process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     if shard is not None:
-        _remove(parts)
-    return 1 if counts["scored"] < len(found) else 0
+        remove_parts(file)
+    return 1 if scored.counts["scored"] < len(images) else 0
 
 
-def _report(
-    config: ScoreConfig, scored: _Scored, counts: Mapping[str, int], others: Sequence[Path], console: Console
-) -> None:
+def _report(scored: Scored, file: Path, others: Sequence[Path], console: Console) -> None:
     """Prints the first images, what was rejected or not scored, and where the predictions are."""
     console.print(prediction_table(list(islice(scored.usable(), SHOWN))))
+    counts = scored.counts
     for record in scored.usable() if counts["rejected"] else ():
         if record.get("rejected"):
             console.out(f"like none of the shots: {printable(record['path'])}")
     if counts["scored"] > SHOWN:
         console.out(f"and {counts['scored'] - SHOWN} images more, which stand in the file alone")
-    console.out(f"predictions: {config.file}")
+    console.out(f"predictions: {file}")
     for record in scored.found if counts["failed"] or counts["missing"] else ():
         if "error" in record:
             console.out(f"not scored: {printable(record['error'])}")
     if others:
         console.out(f"{printable(passed_over(others))}; images end in {', '.join(IMAGE_SUFFIXES)}")
+    known = counts["scored"] - scored.predicted
+    without = f" without the {known} that were known already" if known > 0 else ""
+    speed = f"{scored.predicted / scored.seconds:.1f} images/s{without}"
+    console.out(
+        f"{counted(counts['scored'], 'image')} scored in {scored.seconds:.0f} s ({speed}), "
+        f"of them {counts['undecided']} undecided when the trials ran out, {counts['rejected']} rejected; "
+        f"{counts['failed'] + counts['missing']} not scored."
+    )
 
 
-def _plan(classifier: DiTiClassifier, num_images: int, measured: Callable[[Sequence[int]], Sequence[Record]]) -> str:
-    """What scoring all images takes, from some of them, of which the first warms up.
-
-    Args:
-        measured: the records of the images at some positions.
-    """
-    processes = process_state().num_processes
-    rows = range(0, num_images, max(1, num_images // (_MEASURED * processes)))
-    measured(rows[:1])
-    began = monotonic()
-    found = measured(rows[1:] or rows)
-    seconds = (monotonic() - began) / len(found) * num_images
+def _plan(scorer: BankScorer, images: ImageSet) -> str:
+    """What scoring all images takes, from some of them, of which the first warms up."""
+    processes, classifier = process_state().num_processes, scorer.classifier
+    rows = range(0, len(images), max(1, len(images) // (_MEASURED * processes)))
+    with tempfile.TemporaryDirectory() as place, silent():
+        scorer.records(images, rows[:1], Path(place) / "first")
+        began = monotonic()
+        found = [*scorer.records(images, rows[1:] or rows, Path(place) / "others")[0]]
+        seconds = (monotonic() - began) / len(found) * len(images)
     evaluations = [record["evaluations"] for record in found if "error" not in record]
     most = classifier.decider().evaluations(classifier.current_prediction())
     peak = peak_memory(classifier.backbone_.device)
     memory = "" if peak is None else f"peak memory {peak / 1e9:.1f} GB, "
     return (
-        f"{counted(num_images, 'image')}, {len(classifier.classes_)} classes: "
+        f"{counted(len(images), 'image')}, {len(classifier.classes_)} classes: "
         f"{np.mean(evaluations) if evaluations else most:.0f} evaluations an image (at most {most}), "
-        f"{seconds / num_images * processes:.3g} s an image on one {classifier.backbone_.device.type}; "
+        f"{seconds / len(images) * processes:.3g} s an image on one {classifier.backbone_.device.type}; "
         f"about {seconds / 60:.3g} minutes in {counted(processes, 'process')}, "
         f"{seconds * processes / 3600:.3g} hours of devices, {memory}measured on {counted(len(found), 'image')}"
     )
-
-
-def _remove(parts: Path) -> None:
-    """Removes what a shard's rows were made from, once they are safe."""
-    if process_state().is_main_process:
-        shutil.rmtree(parts, ignore_errors=True)
 
 
 def _merge(folder: Path, output: Path, console: Console) -> int:
@@ -269,57 +230,3 @@ def _merge(folder: Path, output: Path, console: Console) -> int:
         f"out, {counts['rejected']} rejected; {counts['failed']} could not be read, {counts['missing']} are not there."
     )
     return 1 if counts["failed"] or counts["missing"] else 0
-
-
-class _Scored:
-    """What is known of the images that are there, each read when its turn comes."""
-
-    def __init__(self, names: Sequence[str], found: Records, top_k: int) -> None:
-        self.names, self.found, self.top_k = names, found, top_k
-
-    def __iter__(self) -> Iterator[Record]:
-        for name, record in zip(self.names, self.found, strict=True):
-            if "error" not in record:
-                best = dict(list(record["probabilities"].items())[: self.top_k])
-                yield {"path": name, **record, "probabilities": best}
-            elif not record.get("missing"):  # a link to nothing, or a file that has gone since, is no image
-                yield {"path": name, **{key: value for key, value in record.items() if key != "missing"}}
-
-    def usable(self) -> Iterator[Record]:
-        return (record for record in self if "error" not in record)
-
-    def counts(self) -> Counter[str]:
-        """Images by what became of them."""
-        counts = Counter[str]()
-        for record in self.found:
-            if "error" in record:
-                counts.update(missing=int(bool(record.get("missing"))), failed=int(not record.get("missing")))
-            else:
-                counts.update(
-                    scored=1, undecided=int(not record["decided"]), rejected=int(record.get("rejected", False))
-                )
-        return counts
-
-
-def _predictions(classifier: DiTiClassifier, least: float | None, images: Sequence[PreparedImage]) -> list[Record]:
-    """Label, with its own type, probabilities, the best first, margin, scores and cost of each image."""
-    labels, found = classifier.classes_.tolist(), []
-    similarities = [math.nan] * len(images)
-    if least is not None:
-        similarities = classifier.decider().similarities(images, classifier.current_prediction()).tolist()
-    for decision, similarity in zip(classifier.decide(images), similarities, strict=True):
-        values = decision.scores.tolist()
-        probabilities = classifier.probabilities(decision.scores[None])[0].tolist()
-        order = sorted(range(len(labels)), key=lambda c: (c != decision.position, values[c]))
-        found.append(
-            {
-                "label": labels[decision.position],
-                "probabilities": {str(labels[c]): probabilities[c] for c in order},
-                "margin": values[order[1]] - values[order[0]],
-                **({} if least is None else {"similarity": similarity, "rejected": similarity < least}),
-                "decided": decision.decided,
-                "evaluations": decision.evaluations,
-                "scores": {str(label): s for label, s in zip(labels, decision.json_scores(), strict=True)},
-            }
-        )
-    return found
