@@ -34,7 +34,8 @@ from fewshot_diti.commands.represent import (
     represent_features,
     represent_train,
 )
-from fewshot_diti.commands.score import ScoreConfig, score
+from fewshot_diti.commands.score import score
+from fewshot_diti.commands.score_config import ScoreConfig
 from fewshot_diti.commands.train import TrainConfig, train
 from fewshot_diti.distributed import process_state
 from fewshot_diti.progress import silent

@@ -24,8 +24,8 @@ def test_the_commands_have_these_options_and_no_others(capsys: pytest.CaptureFix
         " --quiet",
         "check": "--unlabelled --wanted --concept --backbone --folds --resize --banner_rows --split --dtype --quiet",
         "add": "--output_dir --more_shots --shots --split --backbone --dtype --batch_size --seed --quiet",
-        "score": "--bank --output --shard --merge --top_k --reject --split --image_column --backbone --dtype"
-        " --batch_size --compile --dry_run --quiet",
+        "score": "--bank --output --shard --engine --shards --merge --top_k --reject --split --image_column --backbone"
+        " --dtype --batch_size --compile --dry_run --quiet",
         "explain": "--bank --output_dir --top --split --image_column --backbone --dtype --batch_size --quiet",
         "eval": "--dataset --backbone --dtype --clip --network --siblings --representations --methods --shots"
         " --seeds --shots_file --concept --trials --training_share --max_test_images --shift --group --output_dir"

@@ -6,9 +6,11 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -16,7 +18,9 @@ from small_pretraining import dies_after, vae_config
 
 from fewshot_diti import loop
 from fewshot_diti.backbone import Backbone
+from recipes.pocket import latents
 from recipes.pocket.captions import GENERIC_CAPTION, Captioner, train_tokenizer, write_caption
+from recipes.pocket.latents import encode_latents
 from recipes.pocket.renders import airline_name, load_renders, split_held_out
 from recipes.pocket.sd import UnetConfig, train_unet
 from recipes.pocket.vae import build_vae, standardize_latents, train_vae
@@ -105,11 +109,11 @@ def test_standardized_latents_restore_the_same_images(renders: Path, tmp_path: P
     with torch.no_grad():
         before = vae.decode(vae.encode(images).latent_dist.mean).sample
         standardize_latents(vae, images)
-        latents = vae.encode(images).latent_dist.mean
-        after = vae.decode(latents).sample
+        means = vae.encode(images).latent_dist.mean
+        after = vae.decode(means).sample
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(
@@ -253,3 +257,27 @@ def test_a_run_that_starts_from_a_backbone_goes_on_with_its_weights(renders: Pat
     train_vae(replace(vae_config(renders, tmp_path / "other_vae"), seed=1))
     with pytest.raises(ValueError, match="stands on another autoencoder"):
         train_unet(replace(start, vae=tmp_path / "other_vae" / "vae"))
+
+
+def test_an_encoding_that_was_cut_short_goes_on(renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4).eval()
+    images, accelerator, encode, done = load_renders(renders, (16, 32)), Accelerator(cpu=True), encode_latents, []
+
+    def counted(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return encode(*arguments)
+
+    def run(folder: str) -> Any:
+        return latents.cached_latents(vae, images, 3, accelerator, tmp_path / folder / "x.safetensors", (0.1, 0.05))
+
+    whole = run("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latents, "encode_latents", counted)
+        run("cut")
+    done.clear()
+    monkeypatch.setattr(latents, "encode_latents", counted)
+    found = run("cut")
+    assert len(done) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))

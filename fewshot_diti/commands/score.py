@@ -5,132 +5,29 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Annotated
 
 import numpy as np
 from rich.console import Console
-from tyro.conf import Positional, arg
 
-from fewshot_diti.backbone import CompileMode, DtypeName
-from fewshot_diti.commands.loading import check_can_choose, check_counts, load_classifier
+from fewshot_diti.commands.loading import check_can_choose, load_classifier
+from fewshot_diti.commands.score_config import MERGED, ScoreConfig
+from fewshot_diti.commands.score_ray import score_shards
 from fewshot_diti.data import ImageSet
 from fewshot_diti.data.folders import IMAGE_SUFFIXES, passed_over
 from fewshot_diti.data.unlabelled import list_images, list_shard
 from fewshot_diti.distributed import process_state
-from fewshot_diti.evaluation.scored import BankScorer, Rows, Scored, made_with, parts_of, remove_parts
+from fewshot_diti.evaluation.scored import BankScorer, Scored, made_with, parts_of, remove_parts
 from fewshot_diti.hub import saved_folder
 from fewshot_diti.memory import peak_memory
-from fewshot_diti.prediction_files import check_suffix
 from fewshot_diti.progress import counted, silent
 from fewshot_diti.reports import prediction_table, printable
-from fewshot_diti.shards import Shard, finished, merge
+from fewshot_diti.shards import finished, merge
 
-PARQUET = ".parquet"
 SHOWN = 100  # images in the table on the terminal
 _MEASURED = 16  # images of each process that a dry run scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Classifies images with a bank: a table of the best classes of the first 100, and a file of predictions.
-
-    Under `accelerate launch` or `torchrun` the images spread over the processes; the results stay the same.
-
-    Attributes:
-        images: image files, folders that are searched for images at any depth, patterns such as "*.jpg",
-            manifest:FILE[@DIR] (a table with the column path), or hub:ID (a data set).
-        bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
-        output: file of predictions, by default predictions.jsonl. FILE.jsonl has one JSON line per image: path,
-            image_id, label, probabilities of the best classes, margin (second smallest score minus smallest), whether
-            one class was left before the trials ran out, evaluations, and the scores of all classes (null off the
-            shortlist); or path and error. FILE.csv and FILE.parquet have one row per image, without the scores. What
-            is not there gets no row. Only an earlier output of score is replaced. Beside it, in FILE.parts, each
-            process keeps what it has scored, so that the same command goes on where it was cut short.
-        shard: scores the share i/n of the images, such as 3/16, into a file of its own in the folder output, by
-            default predictions. Images belong to shards by their names, so that jobs on any machines need not know
-            each other. A shard that is there is skipped. The images are one folder, manifest:FILE or hub:ID.
-        merge: folder of shards: joins them into the file output, by default predictions.parquet in that folder, and
-            checks that each image stands once. Takes no images and no bank.
-        top_k: how many of the best classes are named, with their probabilities.
-        reject: share of images like the shots that may be taken for something unknown, such as 0.01; what is less like
-            every shot than that is marked as rejected. By default nothing is. Needs the witness features.
-        split: of hub:ID.
-        image_column: of hub:ID, by default image.
-        backbone: folder or hub id of the bank's backbone, where it has moved since.
-        dtype: of U-Net and text encoder; auto is bfloat16 where the hardware has it, else float32.
-        batch_size: evaluations in one forward; lower it where memory runs out. By default as at training.
-        compile: mode in which torch compiles the U-Net for full batches, such as default, or reduce-overhead for CUDA
-            graphs; takes a minute or more before the first image, and a C++ compiler.
-        dry_run: scores some of the images, writes nothing, and prints what all would take.
-        quiet: prints nothing but errors and warnings.
-
-    Raises:
-        ValueError: no image is named, or a value is out of its range.
-    """
-
-    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE_OR_DIR...")]
-    bank: str | None = None
-    output: Path | None = None
-    shard: str | None = None
-    merge: Path | None = None
-    top_k: int = 3
-    reject: float | None = None
-    split: str | None = None
-    image_column: str | None = None
-    backbone: str | None = None
-    dtype: DtypeName = "auto"
-    batch_size: int | None = None
-    compile: CompileMode | None = None
-    dry_run: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "top_k")
-        if self.merge is not None:
-            if self.images or self.bank or self.shard:
-                raise ValueError("merge joins shards that were scored; pass it with output alone, or not at all.")
-            if self.merged.suffix != PARQUET:
-                raise ValueError(f"output={self.output}; shards are merged into a file that ends in {PARQUET}.")
-            return
-        if not self.images:
-            raise ValueError("No images; name image files or folders.")
-        if self.bank is None:
-            raise ValueError("No bank; pass the folder that train wrote.")
-        if self.reject is not None and not 0 < self.reject < 1:
-            raise ValueError(f"reject={self.reject}; pass a share between 0 and 1, such as 0.01.")
-        if self.part is None:
-            check_suffix(self.file)
-
-    @property
-    def rows(self) -> Rows:
-        """What is asked of each image."""
-        return Rows(top_k=self.top_k, reject=self.reject)
-
-    @property
-    def part(self) -> Shard | None:
-        """The shard that is to be scored; None where all images are."""
-        return None if self.shard is None else Shard.parse(self.shard)
-
-    @property
-    def file(self) -> Path:
-        """The file of predictions."""
-        if self.part is not None:
-            return self.part.file(self.folder)
-        return self.output or Path("predictions.jsonl")
-
-    @property
-    def folder(self) -> Path:
-        """That of the shards."""
-        return self.output or Path("predictions")
-
-    @property
-    def merged(self) -> Path:
-        """The file that the shards are merged into."""
-        return self.output or (self.merge or Path()) / "predictions.parquet"
 
 
 def score(config: ScoreConfig, console: Console) -> int:
@@ -141,8 +38,10 @@ def score(config: ScoreConfig, console: Console) -> int:
     """
     if config.merge is not None:
         return _merge(config.merge, config.merged, console)
-    assert config.bank is not None, "refused before"
-    folder, shard, file = saved_folder(config.bank), config.part, config.file
+    if config.engine == "ray":
+        score_shards(config)
+        return _merge(config.folder, config.folder / MERGED, console)
+    folder, shard, file = saved_folder(config.needed_bank), config.part, config.file
     others: list[Path] = []
     if shard is None:
         images, others = list_images(config.images, config.split, config.image_column)
@@ -158,7 +57,7 @@ def score(config: ScoreConfig, console: Console) -> int:
             return 1 if known["failed"] or known["missing"] else 0
         images, listing = list_shard(config.images, shard, config.split, config.image_column)
     classifier = load_classifier(folder, config.backbone, config.dtype, config.batch_size, config.compile)
-    check_can_choose(classifier, config.bank)
+    check_can_choose(classifier, config.needed_bank)
     scorer = BankScorer(classifier, folder, config.rows)
     if config.dry_run:
         console.out(_plan(scorer, images))

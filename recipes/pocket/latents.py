@@ -41,24 +41,29 @@ def cached_latents(
     cache: Path,
     crops: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every render's latents, fp16 [1 + false_copies, images, c, h, w], kept in a file.
+    """Mean and standard deviation of every render's latents, fp16 [1 + false_copies, images, c, h, w].
 
     The first of the leading axis is the image as it is, the others have shuffled colours, and are cropped by
-    `random_crops` with this zoom and shift. A file made by another autoencoder or of other images is replaced.
+    `random_crops` with this zoom and shift. Each is kept in a file of its own beside `cache`, so that an encoding that
+    was cut short goes on; a file made by another autoencoder or of other images is replaced.
     """
     made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
     if any(crops):
         made_from["crops"] = str(crops)
-    if (kept := kept_tensors(cache, made_from)) is not None:
-        return kept["mean"], kept["std"]
     pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
     if any(crops):
         g = torch.Generator().manual_seed(0)
         for copy in pixels[1:]:
             for rows in torch.arange(len(copy)).split(256):
                 copy[rows] = random_crops(copy[rows].float(), *crops, g).round().byte()
-    versions = [encode_latents(vae, p, accelerator) for p in pixels]
-    mean, std = (torch.stack(x) for x in zip(*versions, strict=True))
-    if accelerator.is_main_process:
-        keep_tensors(cache, {"mean": mean, "std": std}, made_from)
-    return mean, std
+    means, stds = [], []
+    for version, images in enumerate(pixels):
+        file = cache.with_name(f"{cache.stem}-{version}{cache.suffix}")
+        if (kept := kept_tensors(file, made_from)) is None:
+            mean, std = encode_latents(vae, images, accelerator)
+            kept = {"mean": mean, "std": std}
+            if accelerator.is_main_process:
+                keep_tensors(file, kept, made_from)
+        means.append(kept["mean"])
+        stds.append(kept["std"])
+    return torch.stack(means), torch.stack(stds)
