@@ -139,8 +139,8 @@ def from_fields(cls: type[T], values: Any, *, complete: bool = True) -> T:
     values, hints = _tuples(values), _hints(cls)  # type: ignore[arg-type]
     for field in fields(cls):  # type: ignore[arg-type]
         value, hint = values.get(field.name, field.default), hints[field.name]
-        left_out = value is None and field.default is None and not complete
-        if field.name in values and not left_out and not _fits(value, hint):
+        filled = value is None and field.default is None  # by a preset, where `complete` allows it
+        if ((filled and complete) or (field.name in values and not filled)) and not _fits(value, hint):
             raise ValueError(f"{field.name} is {str(value)[:80]!r}, which is no {getattr(hint, '__name__', hint)}.")
     return cls(**values)
 

@@ -16,6 +16,7 @@ from fewshot_diti.backbone import Backbone, CompileMode
 from fewshot_diti.backbone_files import POCKET
 from fewshot_diti.backbone_search import find_backbone, remember_folder
 from fewshot_diti.bank import Bank
+from fewshot_diti.bank_files import written_here
 from fewshot_diti.calibration import Calibration, calibrate, uncalibrated
 from fewshot_diti.checkpoints import Checkpoints
 from fewshot_diti.classifier_files import Saved, load_classifier, load_witnesses, save_classifier
@@ -271,6 +272,9 @@ class DiTiClassifier(PredictionMixin, ClassifierMixin, BaseEstimator):
             backbone = find_backbone(bank.backbone_name, bank.backbone_hash, dtype=dtype, compile=compile)
         elif not isinstance(backbone, Backbone):
             backbone = Backbone.from_pretrained(backbone, dtype=dtype, compile=compile)
+        if saved is not None:
+            with written_here(folder):
+                saved.check_schedule(backbone.num_train_timesteps)
         classifier = cls(backbone, geometry=bank.geometry)
         if saved is None:
             classifier.scoring = ScoringConfig(witnesses=())

@@ -70,6 +70,12 @@ class Saved(NamedTuple):
         if self.given_scoring is not None:
             self.given_scoring.check_unchanged(scoring)
 
+    def check_schedule(self, num_train_timesteps: int) -> None:
+        """Raises a ValueError where settings or trials lie beyond the backbone's schedule."""
+        self.settings.check(num_train_timesteps)
+        if self.calibration.timesteps and (last := max(self.calibration.timesteps)) >= num_train_timesteps:
+            raise ValueError(f"The calibration has a trial at t = {last} of {num_train_timesteps} timesteps.")
+
 
 def save_classifier(bank: Bank, saved: Saved, witnesses: Sequence[FittedWitness], folder: str | Path) -> None:
     """Writes a classifier; its witnesses only where they know every class."""

@@ -30,6 +30,7 @@ OF = 6
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv("RAY_worker_niceness", "0")  # by default workers wait for whatever else runs here
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
         yield
         ray.shutdown()

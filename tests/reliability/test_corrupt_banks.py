@@ -128,6 +128,23 @@ def test_a_forged_field_is_refused_or_makes_another_whole_bank(
     offer.done(record_property)
 
 
+def test_settings_that_lack_a_field_or_leave_the_schedule_are_refused(offer: Offers, bank: Path) -> None:
+    files = files_of(bank)
+    tree = json.loads(files["classifier.json"])
+    scoring, late = ("settings", "scoring"), 10**12
+    for path, value in (
+        ((*scoring, "timesteps"), DROP),
+        ((*scoring, "timesteps"), None),
+        ((*scoring, "weighting"), DROP),
+        ((*scoring, "witness_weights"), DROP),
+        ((*scoring, "timesteps", 1), late),
+        (("settings", "training", "timesteps", 1), late),
+        (("calibration", "timesteps", 0), 1000),
+    ):
+        offer(f"{path} {value}", signed(files | {"classifier.json": edited(tree, path, value)}))
+    assert offer.tally == {"refused": 7}, offer.wrong
+
+
 def _at(tree: object, path: tuple) -> object:
     for key in path:
         tree = tree[key]  # type: ignore[index]
