@@ -1,17 +1,19 @@
 """Scoring in shards: each job scores its share of the images into a file of its own, and the files are merged.
 
-An image belongs to a shard by the hash of its name, so that each job finds its share by itself, and a file that comes
-or goes meanwhile moves no other. A shard is there once its record is, which is written last.
+An image belongs to a shard by the hash of its name, so that each job finds its images by itself. The record of a shard
+is written after its file: where there is no record, the shard is scored again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ import pyarrow.parquet as pq
 from fewshot_diti.files import write_atomically
 from fewshot_diti.prediction_files import parquet_pieces
 from fewshot_diti.progress import Progress
+from fewshot_diti.reports import printable
 
 COUNTS = ("scored", "undecided", "rejected", "failed", "missing")  # of a shard's images
+_MERGED = b"fewshot-diti shards"  # in the metadata of a merged file: how many
 _NAMED = 20  # shards that an error names
 _RECORD = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.json")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Share `number`, from 1, of `of`."""
+    """Shard `number`, from 1, of `of`."""
 
     number: int
     of: int
@@ -40,12 +44,12 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Of a text such as "3/16".
+        """The shard that a text such as "3/16" names.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text names none, or there are more than 999,999.
         """
-        if not re.fullmatch(r"\d{1,9}/[1-9]\d{0,8}", text, re.ASCII):
+        if not re.fullmatch(r"\d{1,6}/[1-9]\d{0,5}", text, re.ASCII):
             raise ValueError(f"shard={text!r}; pass a number and how many there are, such as 3/16.")
         number, of = map(int, text.split("/"))
         return cls(number, of)
@@ -62,7 +66,7 @@ class Shard:
         return folder / f"shard-{self.number:05d}-of-{self.of:05d}.parquet"
 
     def record(self, folder: Path) -> Path:
-        """What says that these are whole, and how they were made."""
+        """Says how the file was made, and with which hash it is whole."""
         return self.file(folder).with_suffix(".json")
 
 
@@ -78,16 +82,27 @@ class Listing:
         self.count, self.digest = self.count + 1, (self.digest + _hash(name)) % 2**64
 
 
-def finished(folder: Path, shard: Shard, made_by: Mapping[str, Any]) -> dict[str, int] | None:
+def finished(folder: Path, shard: Shard, made_by: Mapping[str, Any], listing: Listing) -> dict[str, int] | None:
     """Counts of a shard that is there and whole; None where it is to be scored.
 
     Raises:
-        ValueError: it was made in another way.
+        ValueError: it was made in another way or when there were other images, or the folder holds shards of another
+            number.
     """
+    if others := sorted({int(m[2]) for m in _records(folder)} - {shard.of}):
+        raise ValueError(
+            f"{folder} holds shards of {others[0]}, not of {shard.of}; go on with that number, or pass another folder."
+        )
     found = _read(folder, shard)
     if found is None:
         return None
-    _check_made_by(shard.record(folder), found["made_by"], made_by)
+    if differ := _different(found["made_by"], made_by):
+        raise ValueError(f"{shard.record(folder)} was made with {differ}; pass another folder, or remove that file.")
+    if found["images"] != [listing.count, listing.digest]:
+        raise ValueError(
+            f"{shard.record(folder)} was made when there were {found['images'][0]} images; now there are "
+            f"{listing.count}, or some have other names. Pass another folder, or remove its shards and score all again."
+        )
     return {name: int(found["counts"][name]) for name in COUNTS}
 
 
@@ -113,29 +128,47 @@ def merge(folder: Path, output: Path) -> Counter[str]:
         ValueError: shards are missing, damaged, of different numbers, or made from different images, banks or options;
             or an image stands twice.
     """
+    if _RECORD.fullmatch(output.with_suffix(".json").name) or not _may_replace(output):
+        raise ValueError(f"--output {output} is there already and no merged file, or has a shard's name; name another.")
     shards = _shards(folder)
     records = [_whole(folder, shard) for shard in shards]
     for shard, record in zip(shards, records, strict=True):
-        _check_made_by(shard.record(folder), record["made_by"], records[0]["made_by"])
+        if differ := _different(record["made_by"], records[0]["made_by"]):
+            raise ValueError(
+                f"{shard.record(folder)} was made with {differ} as in {shards[0].record(folder)}; remove the one that "
+                "is wrong, and score its shard again."
+            )
         if record["images"] != records[0]["images"]:
             raise ValueError(
                 f"{shards[0]} was scored when there were {records[0]['images'][0]} images and {shard} when there were "
-                f"{record['images'][0]}, or others; remove {shard.record(folder)} and those that differ, and score "
-                "these shards again."
+                f"{record['images'][0]}, or some with other names; remove the records of those that differ, such as "
+                f"{shard.record(folder)}, and score these shards again."
             )
     counts = Counter[str]()
     for record in records:
         counts.update(record["counts"])
-    if sum(counts[name] for name in ("scored", "failed", "missing")) != records[0]["images"][0]:
-        raise ValueError(
-            f"The shards in {folder} hold {dict(counts)} of {records[0]['images'][0]} images; score again."
-        )
+    known, listed = sum(counts[name] for name in ("scored", "failed", "missing")), records[0]["images"][0]
+    if known != listed:
+        raise ValueError(f"The shards in {folder} hold {known} of {listed} images; remove them and score all again.")
     write_atomically(output, parquet_pieces(_tables(folder, shards, records)))
     return counts
 
 
+def _may_replace(output: Path) -> bool:
+    """Whether nothing is there, or what `merge` wrote."""
+    if not os.path.lexists(output):
+        return True
+    try:
+        return _MERGED in (pq.read_schema(output).metadata or {})
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
 def _tables(folder: Path, shards: Sequence[Shard], records: Sequence[Mapping[str, Any]]) -> Iterator[pa.Table]:
     """The rows, some at a time; each is checked to stand once."""
+    schema = pq.read_schema(shards[0].file(folder))
+    schema = schema.with_metadata({**(schema.metadata or {}), _MERGED: str(len(shards)).encode()})
+    yield schema.empty_table()
     with Progress(len(shards), "merging", "shard") as bar:
         for shard, record in zip(shards, records, strict=True):
             seen = set[int]()
@@ -143,17 +176,23 @@ def _tables(folder: Path, shards: Sequence[Shard], records: Sequence[Mapping[str
                 for batch in file.iter_batches():
                     for name in batch.column("path").to_pylist():
                         if not shard.holds(name) or (key := _hash(name)) in seen:
-                            raise ValueError(f"{shard.file(folder)} holds {name} twice, or as another shard's image.")
+                            raise ValueError(
+                                f"{shard.file(folder)} holds {printable(name)} twice, or it is another shard's image; "
+                                f"remove {shard.record(folder)} and score --shard {shard} again."
+                            )
                         seen.add(key)
-                    yield pa.Table.from_batches([batch])
+                    yield pa.Table.from_batches([batch]).cast(schema)
             if len(seen) != record["counts"]["scored"] + record["counts"]["failed"]:
-                raise ValueError(f"{shard.file(folder)} holds {len(seen)} rows, others than its record says.")
+                raise ValueError(
+                    f"{shard.file(folder)} holds {len(seen)} rows, not those of its record; remove that, and score "
+                    f"--shard {shard} again."
+                )
             bar.update()
 
 
 def _shards(folder: Path) -> list[Shard]:
     """All shards of a folder."""
-    found = [m for path in sorted(folder.glob("shard-*.json")) if (m := _RECORD.fullmatch(path.name))]
+    found = _records(folder)
     if not found:
         raise FileNotFoundError(f"{folder} holds no shards; score into it with --shard 1/N to N/N first.")
     numbers = {int(m[2]) for m in found}
@@ -161,10 +200,16 @@ def _shards(folder: Path) -> list[Shard]:
         raise ValueError(f"{folder} holds shards of {' and of '.join(map(str, sorted(numbers)))}; keep those of one.")
     (of,) = numbers
     there = {int(m[1]) for m in found}
-    if missing := [str(Shard(n, of)) for n in range(1, of + 1) if n not in there]:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise ValueError(f"{folder} lacks {len(missing)} of {of} shards: {', '.join(missing[:_NAMED])}{more}.")
+    if lacking := of - len(there):
+        first = islice((str(Shard(n, of)) for n in range(1, of + 1) if n not in there), _NAMED)
+        more = f" and {lacking - _NAMED} more" if lacking > _NAMED else ""
+        raise ValueError(f"{folder} lacks {lacking} of {of} shards; score --shard {', '.join(first)}{more} first.")
     return [Shard(n, of) for n in range(1, of + 1)]
+
+
+def _records(folder: Path) -> list[re.Match[str]]:
+    """Names of the records that are there."""
+    return [m for path in sorted(folder.glob("shard-*.json")) if (m := _RECORD.fullmatch(path.name))]
 
 
 def _whole(folder: Path, shard: Shard) -> dict[str, Any]:
@@ -187,12 +232,10 @@ def _read(folder: Path, shard: Shard) -> dict[str, Any] | None:
         return None
 
 
-def _check_made_by(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if found != dict(wanted):
-        differ = [
-            f"{k} {found.get(k)!r}, not {wanted.get(k)!r}" for k in {**found, **wanted} if found.get(k) != wanted.get(k)
-        ]
-        raise ValueError(f"{path} was made with {'; '.join(differ)}; pass another folder, or remove it.")
+def _different(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What was made differently; "" where nothing was."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name} {found.get(name)!r}, not {wanted.get(name)!r}" for name in names)
 
 
 def _hash(name: str) -> int:

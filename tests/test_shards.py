@@ -72,7 +72,7 @@ def test_merged_shards_are_what_one_job_writes(scored: Path, shards: Path, capsy
         for name, value in row.items():
             assert other[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
     said = capsys.readouterr().out
-    assert "10 images scored" in said and "1 could not be read, 1 are not there" in said
+    assert "10 images scored" in said and "2 not scored" in said
     assert not list(shards.glob("*.parts"))
 
 
@@ -83,7 +83,6 @@ def test_a_shard_that_is_there_is_skipped_before_anything_is_loaded(
         raise AssertionError("it is loaded")
 
     monkeypatch.setattr(score_module, "load_classifier", fail)
-    monkeypatch.setattr(score_module, "list_shard", fail)
     statuses = [run(number) for number in range(1, OF + 1)]
     counts = [json.loads(path.read_text())["counts"] for path in sorted(shards.glob("*.json"))]
     assert statuses == [int(x["failed"] + x["missing"] > 0) for x in counts]
@@ -122,13 +121,58 @@ def test_shards_of_another_bank_or_other_options_are_refused_by_name(
     assert "shard-00002-of-00003.json was made with bank 'another'" in capsys.readouterr().err
 
 
+def test_shards_of_other_images_or_of_another_number_are_not_taken_for_these(
+    shards: Path, tests: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(1, images=tests / "room 0") == 2
+    assert f"made with images '{tests}', not '{tests / 'room 0'}'" in capsys.readouterr().err
+    assert run(1, of=2) == 2
+    assert "holds shards of 3, not of 2" in capsys.readouterr().err
+
+
+def test_a_merge_replaces_no_file_but_its_own(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.parquet"
+    mine.write_bytes(b"something else")
+    before = Shard(1, OF).file(shards).read_bytes()
+    for output in (mine, Shard(1, OF).file(shards)):
+        assert cli.main(["score", "--merge", str(shards), "--output", str(output)]) == 2
+        assert "is there already and no merged file" in capsys.readouterr().err
+    assert mine.read_bytes() == b"something else" and Shard(1, OF).file(shards).read_bytes() == before
+    for _ in range(2):
+        assert cli.main(["score", "--merge", str(shards), "--output", str(tmp_path / "all.parquet")]) == 1
+
+
+def test_shards_without_a_row_are_merged_and_a_table_of_nothing_is_refused(
+    bank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    common = ["--bank", str(bank), "--output", str(tmp_path / "out"), "--shard"]
+    assert cli.main(["score", str(tmp_path / "links"), *common, "1/2"]) in (0, 1)
+    assert cli.main(["score", str(tmp_path / "links"), *common, "2/2"]) in (0, 1)
+    assert cli.main(["score", "--merge", str(tmp_path / "out")]) == 1
+    assert "0 images scored" in capsys.readouterr().out
+    (tmp_path / "table.csv").write_text("path\na.png\n")
+    assert cli.main(["score", f"manifest:{tmp_path / 'table.csv'}", *common, "1/1"]) == 2
+    assert "There is no image file" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_shard_measures_it_and_leaves_all_as_it_is(
+    shards: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in shards.iterdir()}
+    assert run(1, "--dry_run") == 0
+    assert "evaluations (at most" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in shards.iterdir()} == before
+
+
 def test_a_missing_shard_and_a_folder_without_any_are_named(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in shards.glob("shard-0000[13]*"):
         path.unlink()
     assert cli.main(["score", "--merge", str(shards)]) == 2
-    assert "lacks 2 of 3 shards: 1/3, 3/3" in capsys.readouterr().err
+    assert "lacks 2 of 3 shards; score --shard 1/3, 3/3 first" in capsys.readouterr().err
     assert cli.main(["score", "--merge", str(tmp_path)]) == 2
     assert "holds no shards; score into it with --shard" in capsys.readouterr().err
     assert not (shards / "predictions.parquet").exists()
@@ -144,6 +188,8 @@ def test_an_image_that_came_while_jobs_were_at_work_is_found_by_the_merge(
     run(2, images=images, of=2)
     assert cli.main(["score", "--merge", str(tmp_path / "shards")]) == 2
     assert "1/2 was scored when there were 12 images and 2/2 when there were 13" in capsys.readouterr().err
+    assert run(1, images=images, of=2) == 2  # not skipped: its folder has grown
+    assert "was made when there were 12 images; now there are 13" in capsys.readouterr().err
 
 
 def test_each_image_belongs_to_one_shard_wherever_it_stands_in_the_list(tests: Path) -> None:
@@ -187,6 +233,8 @@ def test_a_job_remembers_the_files_of_its_own_shard_alone(tmp_path: Path) -> Non
         (("--shard", "third"), "such as 3/16"),
         (("--shard", "1/2", "--split", "train"), "has neither splits nor columns"),
         (("--merge", "shards"), "pass it with output alone"),
+        (("--shards", "4"), "one shard of so many is shard=1/4"),
+        (("--shard", "1/2", "--output", "x.jsonl"), "pass one without .jsonl"),
     ],
 )
 def test_wrong_shards_are_one_line_and_status_2(

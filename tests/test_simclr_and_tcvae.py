@@ -44,7 +44,7 @@ def with_views(count: int, seed: int) -> Latents:
 
 def test_the_contrastive_loss_is_that_of_loops_over_pairs() -> None:
     heads, temperature = torch.randn(8, 5, dtype=torch.float64), 0.3
-    loss, matched = nt_xent(heads, temperature)
+    loss, accuracy = nt_xent(heads, temperature)
     unit = [h / h.norm() for h in heads]
     losses, right = [], []
     for i in range(8):
@@ -52,7 +52,7 @@ def test_the_contrastive_loss_is_that_of_loops_over_pairs() -> None:
         similar = {j: float(unit[i] @ unit[j]) / temperature for j in range(8) if j != i}
         losses.append(math.log(sum(map(math.exp, similar.values()))) - similar[other])
         right.append(max(similar, key=lambda j: similar[j]) == other)
-    assert float(loss) == pytest.approx(sum(losses) / 8) and float(matched) == sum(right) / 8
+    assert float(loss) == pytest.approx(sum(losses) / 8) and float(accuracy) == sum(right) / 8
 
 
 def test_the_parts_of_the_divergence_are_those_of_loops_and_sum_to_the_whole() -> None:
@@ -83,7 +83,7 @@ def test_the_decoder_gives_a_latent_of_the_size_that_was_encoded(size: tuple[int
     assert found.shape == (2, 4, *size) and found[0].std() > 0
 
 
-def test_views_hang_on_the_image_alone_and_show_it_unmirrored() -> None:
+def test_views_depend_on_the_image_alone_and_are_not_mirrored() -> None:
     ramp = torch.linspace(-1, 1, 64).expand(3, 32, 64).clone()  # darker on the left
     views = views_of(ramp, "an image")
     assert views.shape == (VIEWS, 3, 32, 64) and views.abs().max() <= 1
@@ -131,9 +131,9 @@ def test_the_tcvae_restores_latents_better_than_their_mean_and_beta_weighs_the_c
             found[network.beta] = {name: float(value) for name, value in network(*batch).items()}
     numel, whole = mean[0].numel(), found[1]
     assert whole["error"] < 0.8 * float((mean - mean.mean(0)).square().flatten(1).sum(1).mean() / 2)
-    parts = whole["error"] + whole["information"] + whole["correlation"] + whole["by_dimension"]
+    parts = sum(whole[x] for x in ("error", "mutual_information", "total_correlation", "dimension_wise_kl"))
     assert whole["loss"] == pytest.approx(parts / numel, rel=1e-5)
-    assert found[5]["loss"] - whole["loss"] == pytest.approx(4 * whole["correlation"] / numel, rel=1e-3)
+    assert found[5]["loss"] - whole["loss"] == pytest.approx(4 * whole["total_correlation"] / numel, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", [SimclrConfig(dims=6), TcvaeConfig(dims=6, beta=2.0)], ids=lambda m: m.name)
@@ -188,10 +188,30 @@ def test_wrong_settings_are_refused(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
+def test_the_contrastive_loss_is_computed_in_full_precision_under_autocast(backbone: Backbone) -> None:
+    network = SimclrConfig(dims=8, temperature=0.1).build(backbone)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = network(latents_of(16), latents_of(16, 1))
+        heads = network.head(network.encode(torch.cat([latents_of(16), latents_of(16, 1)])))
+    assert found["loss"].dtype == torch.float32
+    torch.testing.assert_close(found["loss"], nt_xent(heads.float(), 0.1)[0], rtol=1e-6, atol=0)
+
+
+def test_the_parts_are_off_by_constants_where_z_says_nothing_of_the_image() -> None:
+    zeros = torch.zeros(50, 4, dtype=torch.float64)
+    parts = divergence(torch.randn(50, 4, dtype=torch.float64), zeros, zeros, num_images=1000)
+    size = math.log(1000)
+    assert [float(x) / size for x in parts] == pytest.approx([1, 3, -4]) and float(sum(parts)) == pytest.approx(
+        0, abs=1e-9
+    )
+
+
 def test_simclr_needs_views(backbone: Backbone, tmp_path: Path) -> None:
     few = images_as_latents(4, 0)
     with pytest.raises(ValueError, match="pass latents with views"):
         train(backbone, SimclrConfig(dims=6), few, few, training(tmp_path))
+    with pytest.raises(ValueError, match="batch_size=1; SimCLR compares the images of a batch"):
+        train(backbone, SimclrConfig(dims=6), with_views(4, 0), with_views(4, 0), training(tmp_path, batch_size=1))
     with pytest.raises(ValueError, match="Views of 3 images beside latents of 4"):
         Latents(mean_Nchw=few.mean_Nchw, std_Nchw=few.std_Nchw, views_NVchw=torch.zeros(3, 2, 4, 8, 16))
 

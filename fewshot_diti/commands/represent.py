@@ -40,7 +40,7 @@ from fewshot_diti.representation import (
 from fewshot_diti.representation.latents import kept_latents
 from fewshot_diti.representation.methods import METHODS, MethodConfig
 from fewshot_diti.representation.pdae import Mode
-from fewshot_diti.representation.simclr import views_of
+from fewshot_diti.representation.simclr import MADE, views_of
 from fewshot_diti.representation.subsets import PUBLISHED_DIMS, Stages
 from fewshot_diti.representation.training import FOLDER, choose_sizes
 
@@ -96,6 +96,7 @@ class RepresentTrainConfig:
         check_counts(self, "dims", "steps", "batch_size")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}; pass one of {tuple(METHODS)}.")
+        TcvaeConfig(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ def encode_once(images: ImageSet, encoder: Encoder, cache: Path, *, views: bool 
         "backbone": encoder.backbone.hash,
         "geometry": json.dumps(encoder.geometry.to_dict()),
         "images": " ".join(images.ids),
-        "views": str(views),
+        **({"views": MADE} if views else {}),
     }
 
     def encode() -> dict[str, Tensor]:

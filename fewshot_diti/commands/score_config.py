@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 
 from fewshot_diti.backbone import CompileMode, DtypeName
 from fewshot_diti.commands.loading import check_counts
-from fewshot_diti.evaluation.scored import Rows
-from fewshot_diti.prediction_files import check_suffix
+from fewshot_diti.evaluation.scored import ScoreOptions, ShardJob
+from fewshot_diti.prediction_files import SUFFIXES, check_suffix
 from fewshot_diti.shards import Shard
 
 PARQUET = ".parquet"
@@ -28,18 +28,19 @@ class ScoreConfig:
         images: image files, folders that are searched for images at any depth, patterns such as "*.jpg",
             manifest:FILE[@DIR] (a table with the column path), or hub:ID (a data set).
         bank: folder that `fewshot-diti train` wrote, or user/repo on the hub.
-        output: file of predictions, by default predictions.jsonl. FILE.jsonl has one JSON line per image: path,
-            image_id, label, probabilities of the best classes, margin (second smallest score minus smallest), whether
-            one class was left before the trials ran out, evaluations, and the scores of all classes (null off the
-            shortlist); or path and error. FILE.csv and FILE.parquet have one row per image, without the scores. What
-            is not there gets no row. Only an earlier output of score is replaced. Beside it, in FILE.parts, each
-            process keeps what it has scored, so that the same command goes on where it was cut short.
-        shard: scores the share i/n of the images, such as 3/16, into a file of its own in the folder output, by
+        output: file of predictions, by default predictions.jsonl; a folder with shard or engine ray. FILE.jsonl has one
+            JSON line per image: path, image_id, label, probabilities of the best classes, margin (second smallest score
+            minus smallest), whether one class was left before the trials ran out, evaluations, and the scores of all
+            classes (null off the shortlist); or path and error. FILE.csv and FILE.parquet have one row per image,
+            without the scores. What is not there gets no row. Only an earlier output of score is replaced. Beside it,
+            in FILE.parts, each process keeps what it has scored, so that the same command goes on where it was cut
+            short.
+        shard: scores the shard i/n of the images, such as 3/16, into a file of its own in the folder output, by
             default predictions. Images belong to shards by their names, so that jobs on any machines need not know
             each other. A shard that is there is skipped. The images are one folder, manifest:FILE or hub:ID.
         engine: ray scores in shards on the workers of a Ray cluster, or of this machine, into the folder output, by
             default predictions, and merges them. Needs the extra `ray`.
-        shards: how many shards ray makes; the same number where a job is started again.
+        shards: how many shards ray makes, by default 64; the same number where a job is started again.
         merge: folder of shards: joins them into the file output, by default predictions.parquet in that folder, and
             checks that each image stands once. Takes no images and no bank.
         top_k: how many of the best classes are named, with their probabilities.
@@ -64,7 +65,7 @@ class ScoreConfig:
     output: Path | None = None
     shard: str | None = None
     engine: Literal["here", "ray"] = "here"
-    shards: int = 64
+    shards: int | None = None
     merge: Path | None = None
     top_k: int = 3
     reject: float | None = None
@@ -81,8 +82,10 @@ class ScoreConfig:
         check_counts(self, "batch_size", "top_k", "shards")
         if self.engine == "ray" and (self.shard or self.merge or self.dry_run):
             raise ValueError("engine='ray' makes and merges its shards; leave shard, merge and dry_run out.")
+        if self.engine != "ray" and self.shards is not None:
+            raise ValueError(f"shards={self.shards} is of engine='ray'; one shard of so many is shard=1/{self.shards}.")
         if self.merge is not None:
-            if self.images or self.bank or self.shard:
+            if self.images or self.bank or self.shard or self.dry_run:
                 raise ValueError("merge joins shards that were scored; pass it with output alone, or not at all.")
             if self.merged.suffix != PARQUET:
                 raise ValueError(f"output={self.output}; shards are merged into a file that ends in {PARQUET}.")
@@ -93,8 +96,10 @@ class ScoreConfig:
             raise ValueError("No bank; pass the folder that train wrote.")
         if self.reject is not None and not 0 < self.reject < 1:
             raise ValueError(f"reject={self.reject}; pass a share between 0 and 1, such as 0.01.")
-        if self.part is None and self.engine == "here":
+        if self.asked_shard is None and self.engine == "here":
             check_suffix(self.file)
+        elif self.folder.suffix in SUFFIXES:
+            raise ValueError(f"output={self.output}; shards lie in a folder, pass one without {self.folder.suffix}.")
 
     @property
     def needed_bank(self) -> str:
@@ -103,20 +108,20 @@ class ScoreConfig:
         return self.bank
 
     @property
-    def rows(self) -> Rows:
+    def options(self) -> ScoreOptions:
         """What is asked of each image."""
-        return Rows(top_k=self.top_k, reject=self.reject)
+        return ScoreOptions(top_k=self.top_k, reject=self.reject)
 
     @property
-    def part(self) -> Shard | None:
-        """The shard that is to be scored; None where all images are."""
+    def asked_shard(self) -> Shard | None:
+        """The shard that is to be scored; None for all images."""
         return None if self.shard is None else Shard.parse(self.shard)
 
     @property
     def file(self) -> Path:
         """The file of predictions."""
-        if self.part is not None:
-            return self.part.file(self.folder)
+        if self.asked_shard is not None:
+            return self.asked_shard.file(self.folder)
         return self.output or Path("predictions.jsonl")
 
     @property
@@ -128,3 +133,15 @@ class ScoreConfig:
     def merged(self) -> Path:
         """The file that the shards are merged into."""
         return self.output or (self.merge or Path()) / MERGED
+
+    def job(self, bank: Path) -> ShardJob:
+        """What all shards share; `bank` is the folder that the bank lies in."""
+        return ShardJob(
+            named=self.images,
+            split=self.split,
+            image_column=self.image_column,
+            bank=bank,
+            dtype=self.dtype,
+            options=self.options,
+            folder=self.folder,
+        )

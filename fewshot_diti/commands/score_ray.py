@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fewshot_diti.commands.loading import check_can_choose, load_classifier
 from fewshot_diti.commands.score_config import ScoreConfig
-from fewshot_diti.data.unlabelled import list_shard
-from fewshot_diti.evaluation.scored import BankScorer, made_with, remove_parts
+from fewshot_diti.evaluation.scored import BankScorer, remove_parts
+from fewshot_diti.files import check_writable
 from fewshot_diti.hub import saved_folder
 from fewshot_diti.progress import Progress
-from fewshot_diti.shards import Shard, finished
+from fewshot_diti.shards import Shard
 
+_SHARDS = 64  # where the user says nothing
 _RETRIES = 3  # of a shard whose worker died
 
 
@@ -24,28 +27,25 @@ class ShardWorker:
     """
 
     def __init__(self, config: ScoreConfig) -> None:
-        self.config = config
-        self._bank = saved_folder(config.needed_bank)
-        classifier = load_classifier(self._bank, config.backbone, config.dtype, config.batch_size, config.compile)
+        bank = saved_folder(config.needed_bank)
+        classifier = load_classifier(bank, config.backbone, config.dtype, config.batch_size, config.compile)
         check_can_choose(classifier, config.needed_bank)
-        self._scorer = BankScorer(classifier, self._bank, config.rows)
+        self._scorer, self._job = BankScorer(classifier, bank, config.options), config.job(bank)
 
     def score(self, shard: Shard) -> None:
         """Scores a shard, unless it is there."""
-        config = self.config
-        made_by = made_with(self._bank, config.dtype, config.rows)
-        if finished(config.folder, shard, made_by) is None:
-            images, listing = list_shard(config.images, shard, config.split, config.image_column)
-            self._scorer.score_shard(images, listing, config.folder, shard, made_by)
-        remove_parts(shard.file(config.folder))
+        images, listing = self._job.list(shard)
+        if self._job.finished(shard, listing) is None:
+            self._job.score(self._scorer, shard, images, listing)
+        remove_parts(shard.file(self._job.folder))
 
 
 def score_shards(config: ScoreConfig) -> None:
     """Scores all shards that are not there yet. Those that are done stay, whatever happens.
 
     Ray is the cluster that `RAY_ADDRESS` names, else this machine. There is a worker for each GPU, or where there are
-    none for each CPU; all must see images, bank, backbone and output under the same paths. A worker that dies is
-    started again and goes on where it was.
+    none for each CPU; all must see images, bank, backbone and output under the same absolute paths. A worker that dies
+    is started again and goes on where it was.
 
     Raises:
         OSError, ValueError: Ray is not installed, as `ShardWorker` and `list_shard`, or a worker died again and again.
@@ -56,9 +56,12 @@ def score_shards(config: ScoreConfig) -> None:
         raise ValueError(
             "engine='ray' needs Ray, which is not installed; run pip install 'fewshot-diti[ray]'."
         ) from None
-    made_by = made_with(saved_folder(config.needed_bank), config.dtype, config.rows)
-    shards = [Shard(number, config.shards) for number in range(1, config.shards + 1)]
-    waiting = [shard for shard in shards if finished(config.folder, shard, made_by) is None]
+    config = _absolute(config)
+    check_writable(config.folder)
+    job, of = config.job(saved_folder(config.needed_bank)), config.shards or _SHARDS
+    shards = [Shard(number, of) for number in range(1, of + 1)]
+    listing = job.list(shards[0])[1]
+    waiting = [shard for shard in shards if job.finished(shard, listing) is None]
     if not waiting:
         return
     mine = not ray.is_initialized()
@@ -82,6 +85,24 @@ def score_shards(config: ScoreConfig) -> None:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _absolute(config: ScoreConfig) -> ScoreConfig:
+    """With absolute paths: a worker runs in a folder of its own."""
+
+    def absolute(text: str) -> str:
+        kind, colon, rest = text.partition(":")
+        if kind == "manifest" and colon and not os.path.lexists(text):
+            return f"manifest:{'@'.join(map(os.path.abspath, rest.rsplit('@', 1)))}"
+        return os.path.abspath(text) if os.path.lexists(text) else text
+
+    return replace(
+        config,
+        images=tuple(map(absolute, config.images)),
+        bank=absolute(config.needed_bank),
+        backbone=None if config.backbone is None else absolute(config.backbone),
+        output=config.folder.absolute(),
+    )
 
 
 def _scored(ray: Any, config: ScoreConfig, shards: list[Shard]) -> Iterator[None]:

@@ -49,7 +49,7 @@ def list_shard(
 ) -> tuple[ImageSet, Listing]:
     """The images of a shard in alphabetical order, and what tells whether another job has seen the same images.
 
-    Memory holds the shard's images alone; a table is read whole.
+    Memory holds the names of the shard and of one folder at a time; tables and data sets are read whole.
 
     Args:
         named: one folder, table or data set, as of `list_images`.
@@ -68,6 +68,8 @@ def list_shard(
     if len(named) > 1 or not (os.path.isdir(named[0]) or named[0].startswith("manifest:")):
         raise ValueError(f"{' '.join(named[:2])}: a shard is of one folder, manifest:FILE or hub:ID; pass that alone.")
     paths = tuple(sorted(path for path, usable in _files(named, walk_files) if usable and mine(path)))
+    if paths and not any(map(os.path.lexists, paths)):
+        raise FileNotFoundError(f"There is no image file {paths[0]}; check the path.")
     return unlabelled(paths, paths), listing
 
 

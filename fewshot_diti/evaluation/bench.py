@@ -147,8 +147,11 @@ class Bench:
             OSError, ValueError: one of the folders cannot be loaded, or none was learned so.
         """
         if not self._learned:
-            loaded = (Representation.from_pretrained(folder, self.backbone) for folder in self._representations)
-            self._learned = {x.method.name: x for x in loaded}
+            loaded = [Representation.from_pretrained(folder, self.backbone) for folder in self._representations]
+            names = [x.method.name for x in loaded]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"Two representations were learned by {twice.pop()!r}; pass one of each method.")
+            self._learned = dict(zip(names, loaded, strict=True))
         if method not in self._learned:
             known = ", ".join(self._learned) or "none"
             raise ValueError(f"No representation learned by {method!r}, only {known}; pass its folder too.")

@@ -15,17 +15,19 @@ from typing import Any
 from fewshot_diti.bank_files import bank_fingerprint
 from fewshot_diti.classifier import DiTiClassifier
 from fewshot_diti.data import ImageSet
-from fewshot_diti.distributed import gather, process_state
+from fewshot_diti.data.unlabelled import list_shard
+from fewshot_diti.devices import as_dtype, default_device
+from fewshot_diti.distributed import by_main, gather, process_state
 from fewshot_diti.encoding import PreparedImage
 from fewshot_diti.evaluation.predicting import predict_images
 from fewshot_diti.files import write_atomically
 from fewshot_diti.part_files import Record, Records
 from fewshot_diti.prediction_files import encode_predictions
-from fewshot_diti.shards import Listing, Shard, finish
+from fewshot_diti.shards import Listing, Shard, finish, finished
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class ScoreOptions:
     """What is asked of each image.
 
     Attributes:
@@ -82,10 +84,10 @@ class BankScorer:
         ValueError: images are to be rejected, and the bank cannot say which.
     """
 
-    def __init__(self, classifier: DiTiClassifier, bank: Path, rows: Rows) -> None:
+    def __init__(self, classifier: DiTiClassifier, bank: Path, options: ScoreOptions) -> None:
         self.classifier, self.bank = classifier, bank
-        self.top_k = min(rows.top_k, len(classifier.classes_))
-        self._least = None if rows.reject is None else classifier.decider().familiarity.least(rows.reject)
+        self.top_k = min(options.top_k, len(classifier.classes_))
+        self._least = None if options.reject is None else classifier.decider().familiarity.least(options.reject)
 
     def records(self, images: ImageSet, rows: Sequence[int], parts: Path) -> tuple[Records, int]:
         """Records of the images at some positions, and how many of them were predicted now; `parts` keeps them."""
@@ -110,14 +112,64 @@ class BankScorer:
             write_atomically(file, encode_predictions(scored, file.suffix, self.top_k, label_type))
         return scored
 
-    def score_shard(
-        self, images: ImageSet, listing: Listing, folder: Path, shard: Shard, made_by: dict[str, Any]
-    ) -> Scored:
-        """Scores the images of a shard, and writes its file and then its record into the folder."""
-        scored = self.score(images, shard.file(folder))
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """Images that are scored in shards, each by itself.
+
+    Attributes:
+        named, split, image_column: the images, as `list_shard` takes them.
+        bank: its folder.
+        dtype: of the backbone, as the user gave it.
+        folder: gets the shards.
+    """
+
+    named: tuple[str, ...]
+    split: str | None
+    image_column: str | None
+    bank: Path
+    dtype: str
+    options: ScoreOptions
+    folder: Path
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What decides the rows, known before the bank is loaded."""
+        return {
+            "fewshot_diti": metadata.version("fewshot-diti"),
+            "bank": bank_fingerprint(self.bank),
+            "dtype": str(as_dtype(self.dtype, default_device())).removeprefix("torch."),
+            "images": " ".join(self.named),
+            "split": self.split,
+            "image_column": self.image_column,
+            "reject": self.options.reject,
+            "top_k": self.options.top_k,
+        }
+
+    def list(self, shard: Shard) -> tuple[ImageSet, Listing]:
+        """The shard's images; errors as `list_shard`, and a ValueError where processes have found other images."""
+        images, listing = list_shard(self.named, shard, self.split, self.image_column)
+        check_same(listing)
+        return images, listing
+
+    def finished(self, shard: Shard, listing: Listing) -> dict[str, int] | None:
+        """`shards.finished`, looked at by the main process alone."""
+        return by_main(lambda: finished(self.folder, shard, self.made_by, listing))
+
+    def score(self, scorer: BankScorer, shard: Shard, images: ImageSet, listing: Listing) -> Scored:
+        """Scores the shard, and writes its file and then its record."""
+        scored = scorer.score(images, shard.file(self.folder))
         if process_state().is_main_process:
-            finish(folder, shard, made_by, listing, scored.counts)
+            finish(self.folder, shard, self.made_by, listing, scored.counts)
         return scored
+
+
+def check_same(listing: Listing) -> None:
+    """Raises a ValueError, in all processes, where they have not found the same images."""
+    found = gather([listing])
+    if any(one != found[0] for one in found):
+        counts = ", ".join(str(one.count) for one in found)
+        raise ValueError(f"The processes found different images ({counts}): files came or went. Start again.")
 
 
 def parts_of(file: Path) -> Path:
@@ -126,22 +178,11 @@ def parts_of(file: Path) -> Path:
 
 
 def remove_parts(file: Path) -> None:
-    """Removes what a shard's rows were made from, once they are safe, and no process reads it any more."""
+    """Removes what a shard's rows were made from, once its record is written and this launch reads it no more."""
     state = process_state()
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(parts_of(file), ignore_errors=True)
-
-
-def made_with(bank: Path, dtype: str, rows: Rows) -> dict[str, Any]:
-    """What decides the rows of a shard, known before the bank is loaded."""
-    return {
-        "fewshot_diti": metadata.version("fewshot-diti"),
-        "bank": bank_fingerprint(bank),
-        "dtype": dtype,
-        "reject": rows.reject,
-        "top_k": rows.top_k,
-    }
 
 
 def _predictions(classifier: DiTiClassifier, least: float | None, images: Sequence[PreparedImage]) -> list[Record]:

@@ -1,7 +1,7 @@
-"""SimCLR: features by which versions of one image are told from all other images (Chen et al., ICML 2020).
+"""SimCLR: features that are alike for views of one image and unlike for other images (Chen et al., ICML 2020).
 
-The versions differ in colours, sharpness and frame, which is what such features forget. They are not mirrored: noses
-of aircraft point one way. Nothing of the backbone but its VAE is used.
+Views differ in colours, sharpness and frame, so such features ignore these. Views are not mirrored: noses of aircraft
+point one way. Of the backbone only the VAE is used.
 
 Shapes in names: N images, V views, B batch, c, h, w latents, D width of the feature, E width of the head.
 """
@@ -24,6 +24,7 @@ _ZOOM = 0.15  # at most, of the frame
 _JITTER, _HUE = 0.8, 0.2  # of brightness, contrast and saturation, and of the hue
 _P_JITTER, _P_GREY, _P_BLUR = 0.8, 0.2, 0.5
 _BLUR = (0.1, 2.0)  # pixels
+MADE = repr((VIEWS, _ZOOM, _JITTER, _HUE, _P_JITTER, _P_GREY, _P_BLUR, _BLUR))  # how views are made
 
 
 class SimclrNetwork(nn.Module):
@@ -50,20 +51,21 @@ class SimclrNetwork(nn.Module):
         """Two views of different images, fp32 [B, c, h, w] each; fewer than `count` where there are no more images.
 
         Raises:
-            ValueError: the latents hold no views, or one image where several are asked for.
+            ValueError: the latents hold no views, one view, or one image where several are asked for.
         """
         views = latents.views_NVchw
-        if views is None or len(latents) < min(count, 2):
+        if views is None or views.shape[1] < 2 or len(latents) < min(count, 2):
             raise ValueError("SimCLR compares views of several images; pass latents with views, of 2 images or more.")
         rows_B = torch.randperm(len(latents), generator=g)[:count]
         which_B2 = torch.rand(len(rows_B), views.shape[1], generator=g).argsort(1)[:, :2]
         return views[rows_B, which_B2[:, 0]].float(), views[rows_B, which_B2[:, 1]].float()
 
     def forward(self, one_Bchw: Tensor, other_Bchw: Tensor) -> dict[str, Tensor]:
-        """The loss, and how often the nearest of all other views is that of the same image."""
+        """The loss, and the accuracy with which the nearest of all other views is that of the same image."""
         heads = self.head(self.encode(torch.cat([one_Bchw, other_Bchw])))
-        loss, right = nt_xent(heads.float(), self.temperature)
-        return {"loss": loss, "matched": right}
+        with torch.autocast(heads.device.type, enabled=False):
+            loss, accuracy = nt_xent(heads.float(), self.temperature)
+        return {"loss": loss, "accuracy": accuracy}
 
 
 def nt_xent(heads_2BE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,10 @@ def nt_xent(heads_2BE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def views_of(pixels_CHW: Tensor, image_id: str, seed: int = 0) -> Tensor:
-    """Versions [V, 3, h, w] of an image in [-1, 1], drawn from (seed, image id, number of the view) alone."""
+    """Versions [V, 3, h, w] of an image in [-1, 1], drawn from (seed, image id, number of the view) alone.
+
+    The frame is enlarged by up to 15 % and moves inside the image, so that no border is made up.
+    """
     height, width = pixels_CHW.shape[1:]
     views = []
     for k in range(VIEWS):

@@ -20,15 +20,18 @@ from fewshot_diti.representation.latents import Latents
 class Divergence(NamedTuple):
     """The KL divergence of q(z | x) from N(0, I), averaged over a batch, in nats, in its three parts.
 
+    Minibatch-weighted sampling takes the density of z for smaller than it is, by a factor of up to the number N of
+    images. So the parts are off by up to log N, (D - 1) log N and -D log N; their sum is not, nor are gradients.
+
     Attributes:
-        information: of the image in z.
-        correlation: total correlation of the dimensions.
-        by_dimension: divergence of each dimension's marginal, summed.
+        mutual_information: of image and z.
+        total_correlation: of the dimensions of z.
+        dimension_wise_kl: divergence of each dimension's marginal, summed.
     """
 
-    information: Tensor
-    correlation: Tensor
-    by_dimension: Tensor
+    mutual_information: Tensor
+    total_correlation: Tensor
+    dimension_wise_kl: Tensor
 
 
 class TcvaeNetwork(nn.Module):
@@ -52,9 +55,9 @@ class TcvaeNetwork(nn.Module):
         return self._posterior(latents_Bchw)[0]
 
     def draw(self, latents: Latents, count: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents fp32 [B, c, h, w], standard normal noise [B, D], and how many images there are."""
-        rows_B = torch.randint(len(latents), (count,), generator=g)
-        noise_BD = torch.randn(count, self.encoder.dims // 2, generator=g)
+        """Latents fp32 [B, c, h, w] of different images, standard normal noise [B, D], and the number of all images."""
+        rows_B = torch.randperm(len(latents), generator=g)[:count]
+        noise_BD = torch.randn(len(rows_B), self.encoder.dims // 2, generator=g)
         return latents.mean_Nchw[rows_B].float(), noise_BD, torch.tensor(len(latents))
 
     def forward(self, latents_Bchw: Tensor, noise_BD: Tensor, num_images: Tensor) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ class TcvaeNetwork(nn.Module):
         z_BD = mean_BD + noise_BD * (log_variance_BD / 2).exp()
         error = (latents_Bchw - self.decoder(z_BD).float()).square().flatten(1).sum(1).mean() / 2
         parts = divergence(z_BD, mean_BD, log_variance_BD, int(num_images))
-        loss = error + parts.information + self.beta * parts.correlation + parts.by_dimension
+        loss = error + parts.mutual_information + self.beta * parts.total_correlation + parts.dimension_wise_kl
         return {"loss": loss / latents_Bchw[0].numel(), "error": error, **parts._asdict()}
 
     def _posterior(self, latents_Bchw: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,8 +78,9 @@ def train(
         geometry: that the images got; by default the backbone's size, cropped.
 
     Raises:
-        ValueError: a checkpoint in `output_dir` was made from other images or settings, or on another backbone; the
-            backbone is in half precision and the training is not mixed; or there are no views for SimCLR.
+        ValueError: a checkpoint in `output_dir` was made from other images or settings, or on another backbone;
+            PDAE or DiTi is trained on a backbone in half precision, and not mixed; or SimCLR gets no views, or batches
+            of one image.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
@@ -185,6 +186,8 @@ def _alone(
     config: RepresentationTraining,
 ) -> tuple[Losses, Figures]:
     """The same where the network itself has a loss of latents, and the U-Net is not asked."""
+    if isinstance(network, SimclrNetwork) and config.batch_size < 2:
+        raise ValueError(f"batch_size={config.batch_size}; SimCLR compares the images of a batch, pass 2 or more.")
 
     def losses_of(module: nn.Module, latents: Latents, count: int, g: torch.Generator) -> dict[str, Tensor]:
         with accelerator.autocast():

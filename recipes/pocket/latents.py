@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewshot_diti.hashes import hash_weights
 from fewshot_diti.kept_tensors import keep_tensors, kept_tensors
-from recipes.pocket.renders import Renders, false_colour_copies, random_crops
+from recipes.pocket.renders import Renders, false_colour_copy, random_crops
 
 
 def image_size(vae: AutoencoderKL) -> tuple[int, int]:
@@ -50,16 +50,15 @@ def cached_latents(
     made_from = {"autoencoder": hash_weights(vae), "images": renders.fingerprint, "false_copies": str(false_copies)}
     if any(crops):
         made_from["crops"] = str(crops)
-    pixels = [renders.pixels_NCHW, *false_colour_copies(renders, false_copies)]
-    if any(crops):
-        g = torch.Generator().manual_seed(0)
-        for copy in pixels[1:]:
-            for rows in torch.arange(len(copy)).split(256):
-                copy[rows] = random_crops(copy[rows].float(), *crops, g).round().byte()
     means, stds = [], []
-    for version, images in enumerate(pixels):
+    for version in range(1 + false_copies):
         file = cache.with_name(f"{cache.stem}-{version}{cache.suffix}")
         if (kept := kept_tensors(file, made_from)) is None:
+            images = renders.pixels_NCHW if version == 0 else false_colour_copy(renders, version - 1)
+            if any(crops) and version:
+                g = torch.Generator().manual_seed(version)
+                for rows in torch.arange(len(images)).split(256):
+                    images[rows] = random_crops(images[rows].float(), *crops, g).round().byte()
             mean, std = encode_latents(vae, images, accelerator)
             kept = {"mean": mean, "std": std}
             if accelerator.is_main_process:

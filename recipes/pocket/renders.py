@@ -158,11 +158,13 @@ def shuffle_colours(pixels_CHW: Tensor, seed: int) -> Tensor:
 
 def false_colour_copies(renders: Renders, copies: int) -> list[Tensor]:
     """`copies` versions of all images in shuffled colours, uint8 [images, 3, height, width] each."""
-    n = len(renders)
-    return [
-        torch.stack([shuffle_colours(p, copy * n + i) for i, p in enumerate(renders.pixels_NCHW)])
-        for copy in range(copies)
-    ]
+    return [false_colour_copy(renders, number) for number in range(copies)]
+
+
+def false_colour_copy(renders: Renders, number: int) -> Tensor:
+    """One of `false_colour_copies`."""
+    start = number * len(renders)
+    return torch.stack([shuffle_colours(p, start + i) for i, p in enumerate(renders.pixels_NCHW)])
 
 
 def random_crops(images_BCHW: Tensor, zoom: float, shift: float, g: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from fewshot_diti.hashes import hash_weights
 from fewshot_diti.representation import Latents, Representation, RepresentationTraining, train
 from fewshot_diti.representation.latents import kept_latents
 from fewshot_diti.representation.methods import MethodConfig
-from fewshot_diti.representation.simclr import views_of
+from fewshot_diti.representation.simclr import MADE, views_of
 from recipes.pocket.captions import GENERIC_CAPTION
 from recipes.pocket.renders import HELD_OUT, Renders, as_batch, load_renders, split_held_out
 
@@ -49,7 +49,8 @@ class PocketImages:
     def encode(self, backbone: Backbone, renders: Renders, name: str, *, views: bool = False) -> Latents:
         """Latents of some of the images, with views of each or without, encoded once and kept under that name."""
         made_from = {"autoencoder": hash_weights(backbone.vae), "images": renders.fingerprint}
-        name = f"{name}-views" if views else name
+        if views:
+            name, made_from["views"] = f"{name}-views", MADE
 
         def encode() -> dict[str, Tensor]:
             found = [backbone.encode_images(as_batch(p, backbone.device)) for p in renders.pixels_NCHW.split(64)]
