@@ -41,6 +41,7 @@ def my_share(count: int) -> list[int]:
 
 def gather(items: Sequence[T]) -> list[T]:
     """The items of all processes, in the order of the processes."""
+    process_state()  # else accelerate makes one of its own, which may know of this process alone
     return list(gather_object(list(items)))
 
 

@@ -23,7 +23,7 @@ from fewshot_diti.commands.evaluate import EvalConfig, evaluate, plan
 from fewshot_diti.evaluation import bench as bench_module
 from fewshot_diti.evaluation.class_tokens import tip_adapter
 from fewshot_diti.evaluation.grid import Grid
-from fewshot_diti.evaluation.methods import METHODS
+from fewshot_diti.evaluation.methods import LEARNED, METHODS
 from fewshot_diti.presets import PRESETS, FeatureConfig, Kind
 from fewshot_diti.witnesses import linear, network
 
@@ -39,7 +39,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_every_method_leaves_a_record_and_a_second_run_does_nothing(
     config: EvalConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow = {"finetune", "clip-lora"}
+    slow = {"finetune", "clip-lora", *LEARNED}
     fast = replace(config, methods=tuple(m for m in METHODS if m not in slow))
     assert evaluate(fast, Console(width=200, markup=False)) == 0
     printed = capsys.readouterr().out
