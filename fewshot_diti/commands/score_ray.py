@@ -56,7 +56,7 @@ def score_shards(config: ScoreConfig) -> None:
         raise ValueError(
             "engine='ray' needs Ray, which is not installed; run pip install 'fewshot-diti[ray]'."
         ) from None
-    config = _absolute(config)
+    config = absolute(config)
     check_writable(config.folder)
     job, of = config.job(saved_folder(config.needed_bank)), config.shards or _SHARDS
     shards = [Shard(number, of) for number in range(1, of + 1)]
@@ -87,10 +87,10 @@ def score_shards(config: ScoreConfig) -> None:
             ray.shutdown()
 
 
-def _absolute(config: ScoreConfig) -> ScoreConfig:
+def absolute(config: ScoreConfig) -> ScoreConfig:
     """With absolute paths: a worker runs in a folder of its own."""
 
-    def absolute(text: str) -> str:
+    def place(text: str) -> str:
         kind, colon, rest = text.partition(":")
         if kind == "manifest" and colon and not os.path.lexists(text):
             return f"manifest:{'@'.join(map(os.path.abspath, rest.rsplit('@', 1)))}"
@@ -98,9 +98,9 @@ def _absolute(config: ScoreConfig) -> ScoreConfig:
 
     return replace(
         config,
-        images=tuple(map(absolute, config.images)),
-        bank=absolute(config.needed_bank),
-        backbone=None if config.backbone is None else absolute(config.backbone),
+        images=tuple(map(place, config.images)),
+        bank=place(config.needed_bank),
+        backbone=None if config.backbone is None else place(config.backbone),
         output=config.folder.absolute(),
     )
 
