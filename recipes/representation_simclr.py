@@ -1,9 +1,9 @@
-"""SimCLR on the pocket's images: features by which versions of one image are told from all other images.
+"""SimCLR on the pocket's images: features that are alike for views of one image and unlike for other images.
 
     python -m recipes.representation_simclr --data DIR
 
-As `representation_pdae.py`, and the U-Net is not used: what networks that are pre-trained without labels learn from the
-same images. Encoding four versions of each image comes first, once.
+As `representation_pdae.py`, but without the U-Net: the fair stand-in for a network that was pre-trained without labels,
+on the same images. Four views of each image are encoded first, once.
 
 Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020.
 """

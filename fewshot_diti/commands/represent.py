@@ -40,7 +40,7 @@ from fewshot_diti.representation import (
 from fewshot_diti.representation.latents import kept_latents
 from fewshot_diti.representation.methods import METHODS, MethodConfig
 from fewshot_diti.representation.pdae import Mode
-from fewshot_diti.representation.simclr import MADE, views_of
+from fewshot_diti.representation.simclr import MADE, encode_views
 from fewshot_diti.representation.subsets import PUBLISHED_DIMS, Stages
 from fewshot_diti.representation.training import FOLDER, choose_sizes
 
@@ -209,7 +209,7 @@ def encode_once(images: ImageSet, encoder: Encoder, cache: Path, *, views: bool 
                 found["mean"].append(mean[0])
                 found["std"].append(std[0])
                 if views:
-                    found["views"].append(encoder.backbone.encode_images(views_of(pixels, images.ids[row]))[0].half())
+                    found["views"].append(encode_views(encoder.backbone, pixels, images.ids[row]))
                 bar.update()
         return {name: torch.stack(parts) for name, parts in found.items()}
 

@@ -72,9 +72,9 @@ def score(config: ScoreConfig, console: Console) -> int:
         return 0
     scored = scorer.score(images, file) if shard is None else job.score(scorer, shard, images, listing)
     _report(scored, file, others, console)
-    process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     if shard is not None:
         remove_parts(file)
+    process_state().wait_for_everyone()  # the launcher stops all processes when one ends with 1
     return 1 if scored.counts["scored"] < len(images) else 0
 
 

@@ -32,6 +32,7 @@ from fewshot_diti.encoding import Encoder
 from fewshot_diti.evaluation.kept_errors import DitiErrors, save_errors
 from fewshot_diti.evaluation.task import Task, fingerprint
 from fewshot_diti.folds import Fit, judge_held_out, shared_errors
+from fewshot_diti.hashes import hash_weights
 from fewshot_diti.kept_tensors import kept_tensors
 from fewshot_diti.presets import recommended
 from fewshot_diti.prompts import Prompts, generic_prompt
@@ -71,14 +72,13 @@ class Bench:
         training_share: float = 1.0,
         representations: Sequence[str] = (),
     ) -> None:
-        self._representations, self._learned = representations, dict[str, Representation]()
+        self._representations = representations
         self._names = {"backbone": backbone, "clip": clip, "network": network, "siblings": siblings}
         self._dtype: DtypeName = dtype
         self.concept, self.trials, self.folder = concept, trials, folder
         self._training_share = training_share
         self._shot_features: dict[tuple[int, int], dict[Label, Tensor]] = {}
         self._witnesses: dict[str, Witness] = {}
-        self._learned_features: dict[str, KeptFeatures] = {}
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -140,28 +140,42 @@ class Bench:
         """Features of the backbone's U-Net."""
         return UnetFeatures(self.backbone, self.geometry, generic_prompt(self.concept))
 
+    @cached_property
+    def _learned(self) -> dict[str, Representation]:
+        """The representations by the methods that learned them."""
+        loaded = [Representation.from_pretrained(folder, self.backbone) for folder in self._representations]
+        names = [x.method.name for x in loaded]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"Two representations were learned by {twice.pop()!r}; pass one of each method.")
+        return dict(zip(names, loaded, strict=True))
+
+    @cached_property
+    def _learned_features(self) -> dict[str, KeptFeatures]:
+        return {name: KeptFeatures(x.features) for name, x in self._learned.items()}
+
+    @cached_property
+    def _learned_hashes(self) -> dict[str, str]:
+        return {name: hash_weights(x.network) for name, x in self._learned.items()}
+
     def representation(self, method: str) -> Representation:
         """The one that was learned by this method.
 
         Raises:
             OSError, ValueError: one of the folders cannot be loaded, or none was learned so.
         """
-        if not self._learned:
-            loaded = [Representation.from_pretrained(folder, self.backbone) for folder in self._representations]
-            names = [x.method.name for x in loaded]
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"Two representations were learned by {twice.pop()!r}; pass one of each method.")
-            self._learned = dict(zip(names, loaded, strict=True))
         if method not in self._learned:
             known = ", ".join(self._learned) or "none"
             raise ValueError(f"No representation learned by {method!r}, only {known}; pass its folder too.")
         return self._learned[method]
 
+    def representation_hash(self, method: str) -> str:
+        """Of the weights of that representation; errors the same."""
+        self.representation(method)
+        return self._learned_hashes[method]
+
     def learned_features(self, method: str) -> dict[str, Features]:
         """Its features: all dimensions, and where these are tied to timesteps, those of each stage; errors the same."""
         representation = self.representation(method)
-        if method not in self._learned_features:
-            self._learned_features[method] = KeptFeatures(representation.features)
         kept = self._learned_features[method]
         tied = representation.method.subsets(self.backbone) is not None
         stages = representation.stages() if tied else {}

@@ -28,7 +28,6 @@ from fewshot_diti.evaluation.class_tokens import (
 )
 from fewshot_diti.evaluation.shipped import shipped, shipped_settings
 from fewshot_diti.evaluation.task import Outcome, Task
-from fewshot_diti.hashes import hash_weights
 from fewshot_diti.presets import PRESETS
 from fewshot_diti.representation.methods import METHODS as REPRESENTATIONS
 from fewshot_diti.representation.methods import to_dict
@@ -162,7 +161,7 @@ def _linear_on_learned(method: str) -> Method:
 
     def settings(bench: Bench, num_shots: int, seed: int) -> Settings:
         learned = bench.representation(method)
-        return {"representation": to_dict(learned.method) | {"weights": hash_weights(learned.network)}}
+        return {"representation": to_dict(learned.method) | {"weights": bench.representation_hash(method)}}
 
     return _logistic(lambda bench: bench.learned_features(method), settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias, get_args
 
@@ -15,7 +16,7 @@ from fewshot_diti.representation.tcvae import TcvaeNetwork
 Network: TypeAlias = PdaeNetwork | SimclrNetwork | TcvaeNetwork
 
 
-class MethodConfig:
+class MethodConfig(ABC):
     """Settings of a method.
 
     Attributes:
@@ -28,9 +29,9 @@ class MethodConfig:
     batch_size: ClassVar[int] = 32
     dims: int
 
+    @abstractmethod
     def build(self, backbone: Backbone) -> Network:
         """The network before training."""
-        raise NotImplementedError
 
     def subsets(self, backbone: Backbone) -> Subsets | None:
         """Dimensions by timestep, of a method that ties them."""

@@ -80,6 +80,11 @@ def nt_xent(heads_2BE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, other), (logits.argmax(1) == other).float().mean()
 
 
+def encode_views(backbone: Backbone, pixels_CHW: Tensor, image_id: str) -> Tensor:
+    """Means float16 [V, c, h, w] of the latents of an image's views."""
+    return backbone.encode_images(views_of(pixels_CHW, image_id))[0].half()
+
+
 def views_of(pixels_CHW: Tensor, image_id: str, seed: int = 0) -> Tensor:
     """Versions [V, 3, h, w] of an image in [-1, 1], drawn from (seed, image id, number of the view) alone.
 

@@ -18,7 +18,7 @@ from fewshot_diti.hashes import hash_weights
 from fewshot_diti.representation import Latents, Representation, RepresentationTraining, train
 from fewshot_diti.representation.latents import kept_latents
 from fewshot_diti.representation.methods import MethodConfig
-from fewshot_diti.representation.simclr import MADE, views_of
+from fewshot_diti.representation.simclr import MADE, encode_views
 from recipes.pocket.captions import GENERIC_CAPTION
 from recipes.pocket.renders import HELD_OUT, Renders, as_batch, load_renders, split_held_out
 
@@ -57,10 +57,8 @@ class PocketImages:
             mean, std = (torch.cat(x) for x in zip(*found, strict=True))
             if not views:
                 return {"mean": mean, "std": std}
-            copies = []
-            for row, pixels in enumerate(renders.pixels_NCHW):
-                (image,) = as_batch(pixels[None], torch.device("cpu"))
-                copies.append(backbone.encode_images(views_of(image, f"render {row}"))[0].half())
+            images = (as_batch(pixels[None], torch.device("cpu"))[0] for pixels in renders.pixels_NCHW)
+            copies = [encode_views(backbone, image, f"render {row}") for row, image in enumerate(images)]
             return {"mean": mean, "std": std, "views": torch.stack(copies)}
 
         return kept_latents(self.latents / f"latents-{name}.safetensors", made_from, encode)
