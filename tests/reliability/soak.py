@@ -151,8 +151,8 @@ class Soak:
             return
         made = {
             "train": tuple(names),
-            "add": (*before, *names),
-            "more": (*(x for x in before if x not in names), *names),
+            "add": tuple(sorted({*before, *names})),  # a bank's classes are sorted
+            "more": before,
             "remove": tuple(x for x in before if x not in names),
             "score": before,
         }[kind]
